@@ -1,0 +1,37 @@
+# Each target sets up what it needs. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help reproduce test notebooks readme clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 22
+
+# One environment for everything, from pinned versions, made again only when they change.
+$(READY): constraints.txt settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) is what '$(PYTHON)' is. Try: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+reproduce: $(READY) ## LoRA against DoRA on three tasks, from nothing to reports/quick/report.md
+	$(BIN)/dora-nb run reports/quick/grid.toml
+	$(BIN)/dora-nb report runs/quick --out reports/quick
+
+test: $(READY) ## everything that CI runs
+	$(BIN)/python -m pytest tests
+
+notebooks: $(READY) ## export and clean: run after editing a notebook
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+readme: $(READY) ## README.md from nbs/index.ipynb
+	$(BIN)/python -m nbconvert --log-level WARN --to markdown --stdout nbs/index.ipynb | sed 's#](\.\./#](#g; s#src="\.\./#src="#g' > README.md.tmp
+	mv README.md.tmp README.md
+
+clean: ## remove the environment and what was built (not the cache, not runs/)
+	rm -rf $(VENV) build dist *.egg-info

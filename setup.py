@@ -1,0 +1,34 @@
+"Everything about the package is in settings.ini; this reads it."
+import configparser
+import shlex
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+ini = configparser.ConfigParser(delimiters=["="])
+ini.read(here / "settings.ini", encoding="utf-8")
+cfg = ini["DEFAULT"]
+runs, dev = (shlex.split(cfg[f"{extra}_requirements"]) for extra in ("runs", "dev"))
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    keywords=cfg["keywords"].split(),
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=f">={cfg['min_python']}",
+    install_requires=shlex.split(cfg["requirements"]),
+    extras_require={"runs": runs, "dev": runs + dev},
+    # The papermill notebooks travel inside the package, so that `dora-nb run` works from a wheel too.
+    packages=["dora_nb", "dora_nb.notebooks"],
+    package_dir={"dora_nb.notebooks": "nbs/runs"},
+    package_data={"dora_nb.notebooks": ["*.ipynb"]},
+    entry_points={"console_scripts": shlex.split(cfg["console_scripts"])},
+    zip_safe=False,
+)
