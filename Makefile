@@ -29,9 +29,11 @@ notebooks: $(READY) ## export and clean: run after editing a notebook
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
+README := README.md
 readme: $(READY) ## README.md from nbs/index.ipynb
-	$(BIN)/python -m nbconvert --log-level WARN --to markdown --stdout nbs/index.ipynb | sed 's#](\.\./#](#g; s#src="\.\./#src="#g' > README.md.tmp
-	mv README.md.tmp README.md
+	$(BIN)/python -m nbconvert --log-level WARN --to markdown --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' | \
+	  awk '/^```/ { if (!code && $$0 == "```") $$0 = "```python"; code = !code } { print }' > $(README).part
+	mv $(README).part $(README)
 
 clean: ## remove the environment and what was built (not the cache, not runs/)
 	rm -rf $(VENV) build dist *.egg-info

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'WEIGHTS', 'CONFIG', 'AdapterConfig', 'find_targets', 'adapter_layers', 'adapt', 'remove_adapter',
-           'trainable_parameters', 'count_parameters', 'save_adapter', 'load_adapter', 'merge', 'unmerge']
+           'trainable_parameters', 'count_parameters', 'write_whole', 'save_adapter', 'load_adapter', 'merge',
+           'unmerge']
 
 # %% ../nbs/03_adapt.ipynb #c74ed81b
 import difflib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def adapt(
     targets = {} if config.method == "full" else find_targets(model, config.target_modules)
     model.requires_grad_(config.method == "full")
     for name, linear in targets.items():
-        model.set_submodule(name, _new_layer(linear, config))
+        model.set_submodule(name, _new_layer(linear, config).train(linear.training))
     model.dora_nb_config = config
     return model
 
@@ -163,11 +164,16 @@ def _from_peft(peft: dict, source: Path) -> AdapterConfig:
     return config
 
 # %% ../nbs/03_adapt.ipynb #74e6814e
-def _write(path: Path, write):
-    "Write to a temporary name beside `path`, then rename: a reader sees the old file or the new one, never a part."
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_whole(
+    path: Path,  # the file to make or replace
+    write: Callable[[Path], None],  # writes it under the name it is given
+):
+    "Write under a temporary name and rename when it is on the disk: a reader sees the old file or the new one, never a part."
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -189,8 +195,8 @@ def save_adapter(
     tensors = {f"base_model.model.{name}.{_SUFFIX[key]}": p.detach().contiguous()
                for name, layer in adapter_layers(model).items() for key, p in layer.named_parameters(recurse=False)}
     base_model = getattr(getattr(model, "config", None), "name_or_path", None) or None
-    _write(path / WEIGHTS, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
-    _write(path / CONFIG, lambda p: p.write_text(json.dumps(_to_peft(config, base_model), indent=2)))
+    write_whole(path / WEIGHTS, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+    write_whole(path / CONFIG, lambda p: p.write_text(json.dumps(_to_peft(config, base_model), indent=2)))
     return path
 
 # %% ../nbs/03_adapt.ipynb #5efadbbc

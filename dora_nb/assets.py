@@ -299,7 +299,7 @@ def load_model(
         with _no_bars():
             model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except OSError as e:
+    except (OSError, ValueError) as e:
         raise FetchError(f"model {name!r} is none of ours ({', '.join(HUB_MODELS)}), no local folder with a model, and could not be loaded from the Hub: {e}") from e
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,0 +1,62 @@
+"What the tests share. Real model and data come from the cache, and are fetched into it on the first run."
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")   # nothing here may depend on the Hub
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dora_nb.adapt import adapter_layers
+from dora_nb.assets import load_model
+
+
+@pytest.fixture
+def llama():
+    "Makes a small Llama with random weights; the same seed gives the same model."
+
+    def make(seed=0, **changes):
+        torch.manual_seed(seed)
+        config = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
+        return LlamaForCausalLM(LlamaConfig(**config | changes)).eval()
+
+    return make
+
+
+@pytest.fixture
+def shake():
+    "Moves an adapter away from its start, where B = 0 hides every mistake."
+
+    def move(model, seed=1):
+        torch.manual_seed(seed)
+        for layer in adapter_layers(model).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+            if hasattr(layer, "magnitude"):
+                layer.magnitude.data *= 0.5 + torch.rand_like(layer.magnitude)
+        return model
+
+    return move
+
+
+@pytest.fixture
+def ids():
+    return torch.arange(60).view(3, 20)
+
+
+@pytest.fixture(scope="session")
+def smollm():
+    "The real model and its tokenizer; tests must leave the model as it was."
+    return load_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, smollm):
+    "A model that runs in no time, with the real tokenizer: its answers mean nothing."
+    torch.manual_seed(0)
+    tokenizer = smollm[1]
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, eos_token_id=2, pad_token_id=2)
+    folder = tmp_path_factory.mktemp("tiny-model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

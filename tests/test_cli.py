@@ -1,0 +1,65 @@
+"The command as a user meets it: in a process of its own."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dora_nb.cli import comments, main, parser
+from dora_nb.runs import RunConfig
+
+COMMANDS = ("fetch", "train", "evaluate", "run", "report")
+
+
+def test_every_option_says_what_it_is():
+    assert comments(RunConfig).keys() == RunConfig().__dict__.keys()
+    for name in COMMANDS:
+        (sub,) = [a for a in parser(name)._actions if hasattr(a, "choices") and a.choices and name in a.choices]
+        assert all(a.help for a in sub.choices[name]._actions)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name, capsys):
+    with pytest.raises(SystemExit) as e:
+        main([name, "--help"])
+    assert e.value.code == 0 and "default" in capsys.readouterr().out
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from dora_nb.cli import parser; parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_installed_command():
+    done = subprocess.run([Path(sys.executable).parent / "dora-nb", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "0.1.0"
+
+
+def test_train_then_evaluate_the_adapter(tiny_model_dir, tmp_path, capsys):
+    options = ["--task", "winogrande", "--model", str(tiny_model_dir)]
+    assert main(["train", *options, "--rank", "2", "--train-items", "8", "--batch-size", "4", "--eval-items", "10", "--learning-rate", "0.05", "--detach-norm", "false", "--out", str(tmp_path / "run")]) == 0
+    trained = json.loads(capsys.readouterr().out)
+    assert trained["training"]["steps"] == 2
+    assert main(["evaluate", *options, "--adapter", str(tmp_path / "run" / "adapter"), "--limit", "10", "--out", str(tmp_path / "new" / "items.jsonl")]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert {"acc", "acc_norm", "stderr", "n", "seconds"} <= summary.keys() and summary["acc"] == trained["metrics"]["acc"]
+    lines = [json.loads(line) for line in (tmp_path / "new" / "items.jsonl").read_text().splitlines()]
+    assert len(lines) == 10 and all(len(r["loglikelihood"]) == 2 and {"doc_index", "gold", "pred", "pred_norm"} <= r.keys() for r in lines)
+
+
+def test_generate(tiny_model_dir, tmp_path, capsys):
+    assert main(["evaluate", "--task", "boolq", "--model", str(tiny_model_dir), "--limit", "3", "--first", "--protocol", "generate", "--out", str(tmp_path / "o.jsonl")]) == 0
+    assert json.loads(capsys.readouterr().out)["unparsed"] == 1
+    assert [json.loads(line)["doc_index"] for line in (tmp_path / "o.jsonl").read_text().splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("argv,status,said", [
+    (["train", "--rank", "0"], 1, "rank=0"), (["train", "--task", "boolqq"], 1, "boolq, hellaswag"), (["run", "nowhere.toml"], 1, "no such grid file"), (["report", "nowhere"], 1, "no folder of runs"),
+    (["evaluate", "--task", "boolq", "--limit", "0"], 1, "limit=0"), (["evaluate", "--task", "boolq", "--limit", "2", "--adapter", "nowhere"], 1, "holds no adapter_config.json"),
+    (["evaluate", "--task", "boolq", "--limit", "2", "--model", "no/model"], 1, "none of ours"), (["fetch", "everything"], 1, "smollm2-135m-instruct, tasks"),
+])
+def test_mistakes_are_answered_in_a_line(argv, status, said, capsys):
+    assert main(argv) == status
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err and err.startswith(f"dora-nb {argv[0]}: ")

@@ -1,0 +1,61 @@
+"Intervals against published values, matching, batches that change nothing."
+import math
+
+import pytest
+import torch
+
+from dora_nb.assets import load_model
+from dora_nb.evaluate import evaluate, format_of, generate_answers, match_answer, rank_choices, standard_error, wilson
+from dora_nb.tasks import load_task
+
+
+@pytest.mark.parametrize("right,n,low,high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
+def test_wilson_as_newcombe_prints_it(right, n, low, high):
+    "Newcombe (1998), Statistics in Medicine 17, table I, method 3."
+    assert wilson(right, n) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_standard_error():
+    assert standard_error(0.5, 101) == pytest.approx(0.05) and math.isnan(standard_error(1.0, 1))
+
+
+@pytest.mark.parametrize("text,pred", [("the correct answer is ending2", 1), ("Ending1? No: ending4, ending1", 3), ("", None), ("ending", None)])
+def test_matching(text, pred):
+    assert match_answer(text, ["ending1", "ending2", "ending3", "ending4"]) == pred
+
+
+@pytest.mark.parametrize("batch_tokens", (1, 10**5))
+def test_batches_do_not_change_scores(tiny_model_dir, batch_tokens):
+    model, tokenizer = load_model(str(tiny_model_dir))
+    items = load_task("hellaswag", limit=10)
+    summary, records = rank_choices(model, tokenizer, items, batch_tokens=batch_tokens, progress=False)
+    _, reference = rank_choices(model, tokenizer, items, batch_tokens=700, progress=False)
+    for a, b in zip(records, reference):
+        assert a["doc_index"] == b["doc_index"] and a["loglikelihood"] == pytest.approx(b["loglikelihood"], abs=1e-3)
+    assert summary["n"] == 10 and summary["acc_low"] <= summary["acc"] <= summary["acc_high"]
+
+
+def test_generation_does_not_depend_on_padding(smollm):
+    model, tokenizer = smollm
+    items = load_task("boolq", "validation", "instruction", limit=5)
+    _, one_by_one = generate_answers(model, tokenizer, items, batch_tokens=1, progress=False, max_new_tokens=6)
+    _, together = generate_answers(model, tokenizer, items, progress=False, max_new_tokens=6)
+    assert [r["output"] for r in one_by_one] == [r["output"] for r in together]
+
+
+def test_unparsed_answers_are_wrong_and_counted(tiny_model_dir):
+    model, tokenizer = load_model(str(tiny_model_dir))   # speaks gibberish
+    summary, records = evaluate(model, tokenizer, load_task("boolq", "validation", format_of("generate"), limit=4), "generate", progress=False, max_new_tokens=4)
+    assert summary["unparsed"] == 1 and summary["acc"] == 0 and all(r["pred"] is None for r in records)
+
+
+def test_broken_weights_are_noticed(tiny_model_dir):
+    model, tokenizer = load_model(str(tiny_model_dir))
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    with pytest.raises(FloatingPointError, match="item"):
+        rank_choices(model, tokenizer, load_task("boolq", limit=2), progress=False)
+
+
+def test_unknown_protocol():
+    with pytest.raises(ValueError, match="loglikelihood, generate"):
+        format_of("guess")

@@ -1,0 +1,59 @@
+"""The same items through lm-evaluation-harness itself: its tasks, its templates, its scoring.
+
+Its task files name data sets on the Hub, so they are pointed at the original validation rows on disk instead.
+"""
+import json
+from pathlib import Path
+
+import lm_eval
+import pytest
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from dora_nb.assets import load_items
+from dora_nb.cli import main
+
+FOLDER = Path(lm_eval.__file__).parent / "tasks"
+FILES = {"boolq": "super_glue/boolq/default.yaml", "hellaswag": "hellaswag/hellaswag.yaml", "winogrande": "winogrande/default.yaml"}
+N, SUM, MARGIN = 12, 2e-3, 4e-3
+
+
+def harness_task(name, tmp_path):
+    "lm-eval's own task over our parquet, in the columns of the original data set."
+    rows = load_items(name, "validation").to_list()
+    if name == "winogrande":
+        rows = [{k: v for k, v in r.items() if k != "label"} | {"answer": str(r["label"] + 1)} for r in rows]
+    file = tmp_path / "validation.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config = load_yaml(FOLDER / FILES[name])
+    config |= dict(dataset_path="json", dataset_name=None, dataset_kwargs={"data_files": {"validation": str(file)}}, training_split=None)
+    config.pop("tag", None)
+    if name == "hellaswag":   # rows are cleaned already (test_tasks checks by lm-eval's own function)
+        config.pop("process_docs")
+        config |= dict(doc_to_target="label")
+    return ConfigurableTask(config=config)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_log_likelihoods_are_the_harness_s(name, tmp_path, smollm, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    assert main(["evaluate", "--task", name, "--limit", str(N), "--out", str(tmp_path / "ours.jsonl")]) == 0
+    ours = [json.loads(line) for line in (tmp_path / "ours.jsonl").read_text().splitlines()]
+    assert len(ours) == N
+
+    task, harness = harness_task(name, tmp_path), HFLM(pretrained=smollm[0], tokenizer=smollm[1], device="cpu", batch_size=4)
+    docs = [task.eval_docs[r["doc_index"]] for r in ours]
+    requests = [(r, k, q) for r, (i, doc) in zip(ours, enumerate(docs)) for k, q in enumerate(task.construct_requests(doc, task.fewshot_context(doc, 0), doc_id=i))]
+    theirs = harness.loglikelihood([q for _, _, q in requests], disable_tqdm=True)
+    by_item = {}
+    for (record, k, _), (score, _) in zip(requests, theirs):
+        assert record["loglikelihood"][k] == pytest.approx(score, abs=SUM), f"item {record['doc_index']}, choice {k}"
+        by_item.setdefault(record["doc_index"], []).append(score)
+    for record, doc in zip(ours, docs):
+        metrics = task.process_results(doc, [(s, False) for s in by_item[record["doc_index"]]])
+        ranked = sorted(by_item[record["doc_index"]], reverse=True)
+        if ranked[0] - ranked[1] >= MARGIN:
+            assert metrics["acc"] == (record["pred"] == record["gold"])
+            if name == "hellaswag":
+                assert metrics["acc_norm"] == (record["pred_norm"] == record["gold"])

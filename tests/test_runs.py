@@ -1,0 +1,157 @@
+"Parameters, identities and grids; papermill end to end on a model that runs in no time."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dora_nb.runs import HISTORY, PREDICTIONS, RESULT, Incomplete, RunConfig, config_from, load, load_grid, notebook, read_result, run_grid, run_id, run_name
+
+
+@pytest.mark.parametrize("params,named", [
+    ({"lerning_rate": 1e-3}, "did you mean 'learning_rate'"), ({"zzz": 1}, "there are task, method"), ({"rank": "16"}, "rank='16' is of type str; it must be int"),
+    ({"rank": 16.0}, "of type float"), ({"rslora": 1}, "must be bool"), ({"seed": True}, "of type bool"), ({"train_items": "all"}, "train_items"), ({"learning_rate": "1e-3"}, "must be float"),
+    ({"task": "boolqq"}, "boolq, hellaswag"), ({"method": "ia3"}, "base, lora, dora, full"), ({"rank": 0}, "rank=0"), ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+    ({"train_items": 0}, "train_items=0"), ({"objective": "x"}, "answer, prompt, choices"), ({"dropout": 1.5}, "dropout=1.5"), ({"eval_split": "train"}, "validation"),
+])
+def test_wrong_parameters(params, named):
+    with pytest.raises(ValueError, match=named) as e:
+        config_from(params, "grid.toml")
+    assert str(e.value).startswith("grid.toml: ")
+
+
+def test_whole_numbers_pass_for_floats():
+    assert config_from({"alpha": 16}).alpha == 16.0 and isinstance(config_from({"alpha": 16}).alpha, float)
+
+
+def test_identity():
+    same = RunConfig(method="base", rank=4, objective="answer")
+    assert run_id(same) == run_id(RunConfig(method="base", learning_rate=5.0)) != run_id(RunConfig(method="base", eval_items=5))
+    assert run_id(RunConfig(seed=1)) != run_id(RunConfig(seed=2))
+    assert run_name(RunConfig("boolq", "lora", seed=3)).startswith("boolq-lora-r16-s3-")
+
+
+def test_the_notebook_has_a_run_s_parameters_and_no_others():
+    cells = json.loads(notebook("finetune").read_text())["cells"]
+    (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    scope = {}
+    exec("".join(cell["source"]), scope)
+    assert scope.pop("run_dir") and scope.pop("__builtins__")
+    assert RunConfig(**scope) == RunConfig()
+
+
+GRID = """
+name = "tiny"
+[fixed]
+model = "{model}"
+rank = 2
+train_items = 8
+batch_size = 4
+eval_items = 6
+precision = "float32"
+[axes]
+task = ["boolq", "winogrande"]
+method = ["base", "dora"]
+[[exclude]]
+task = "winogrande"
+method = "base"
+[[override]]
+when = {{ method = "dora" }}
+set = {{ learning_rate = 2e-3 }}
+"""
+
+
+@pytest.fixture
+def grid(tmp_path, tiny_model_dir):
+    file = tmp_path / "grid.toml"
+    file.write_text(GRID.format(model=tiny_model_dir))
+    return file
+
+
+def test_grid(grid):
+    runs = [(c.task, c.method, c.learning_rate) for c in load_grid(grid).configs]
+    assert runs == [("boolq", "base", 1e-3), ("boolq", "dora", 2e-3), ("winogrande", "dora", 2e-3)]
+
+
+@pytest.mark.parametrize("old,new,named", [
+    ("[axes]", "[axis]", "unknown key 'axis'; did you mean 'axes'"), ('name = "tiny"', "", "name is missing"), ("rank = 2", "rnk = 2", "did you mean 'rank'"),
+    ("rank = 2", "rank = -2", "rank=-2"), ('["boolq", "winogrande"]', '"boolq"', "axes.task must be a list"), ("learning_rate = 2e-3", "learning_rat = 2e-3", "did you mean 'learning_rate'"),
+    ('when = { method = "dora" }', 'when = { methd = "dora" }', "did you mean 'method'"), ('when = ', 'wenn = ', "exactly the keys"), ("[fixed]", "[fixed", "not TOML"),
+    ('method = "base"\n[[over', 'method = "none"\n[[over', "method='none'"),
+])
+def test_wrong_grids(grid, old, new, named):
+    text = grid.read_text()
+    assert old in text
+    grid.write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=named) as e:
+        load_grid(grid)
+    assert "grid.toml" in str(e.value)
+
+
+def test_a_grid_from_start_to_report(grid, tmp_path, capsys, monkeypatch):
+    "Runs what is missing, skips what is done, reports what fails, mends what is damaged."
+    from dora_nb.report import collect, render
+    folder = run_grid(grid, tmp_path / "runs")
+    results, problems = load(folder)
+    assert len(results) == 3 and not problems
+    for r in results:
+        files = {p.name for p in (folder / r["run"]).iterdir()}
+        assert {RESULT, PREDICTIONS, "finetune.ipynb", "run.log", "params.json"} <= files
+        assert (r["params"]["method"] == "base") == (HISTORY not in files)
+        assert r["metrics"]["n"] == 6 and r["id"] in r["run"] and len(r["checksums"]["data"]) == 64
+    written = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+    run_grid(grid, tmp_path / "runs")   # nothing to do
+    assert written == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    capsys.readouterr()
+
+    damaged, foreign = folder / results[0]["run"], folder / results[1]["run"]
+    (damaged / RESULT).write_text((damaged / RESULT).read_text()[:50])
+    (foreign / RESULT).write_text((folder / results[2]["run"] / RESULT).read_text())
+    _, problems = load(folder)
+    assert len(problems) == 2 and "damaged" in problems[0] and "not this run's" in problems[1]
+    run_grid(grid, tmp_path / "runs", dry_run=True)
+    assert capsys.readouterr().err.count("to do") == 2
+    run_grid(grid, tmp_path / "runs")
+    again, problems = load(folder)
+    assert [r["metrics"]["acc"] for r in again] == [r["metrics"]["acc"] for r in results] and not problems
+
+    collect(folder, tmp_path / "report")
+    page = render(tmp_path / "report", "Tiny").read_text()
+    assert "BoolQ (n = 6)" in page and "small experiment" in page and (tmp_path / "report" / "learning-curves.png").exists()
+
+
+def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
+    text = grid.read_text().replace('set = { learning_rate = 2e-3 }', 'set = { target_modules = "no_such_layer" }')
+    grid.write_text(text)
+    with pytest.raises(Incomplete, match="2 of 3 runs failed.*boolq-dora"):
+        run_grid(grid, tmp_path / "runs")
+    said = capsys.readouterr().err
+    assert said.count("FAILED") == 2 and "no_such_layer" in said
+    results, problems = load(tmp_path / "runs" / "tiny")
+    assert [r["params"]["method"] for r in results] == ["base"] and len(problems) == 2 and "not finished" in problems[0]
+
+
+def test_papermill_by_hand_refuses_what_it_does_not_know(tmp_path):
+    command = [sys.executable, "-m", "papermill", str(notebook("finetune")), str(tmp_path / "out.ipynb"), "-p", "run_dir", str(tmp_path / "run"), "-p", "lerning_rate", "1", "--no-progress-bar"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"})
+    assert done.returncode != 0 and "did you mean 'learning_rate'" in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_unfinished_is_not_done(tmp_path):
+    (tmp_path / "some-run").mkdir()
+    with pytest.raises(ValueError, match="some-run: not finished"):
+        read_result(tmp_path / "some-run")
+    (tmp_path / "some-run" / RESULT).write_text("[]")
+    with pytest.raises(ValueError, match="not this run's"):
+        read_result(tmp_path / "some-run")
+    assert load(tmp_path)[0] == []
+
+
+def test_notebooks_are_found():
+    assert notebook("report").exists()
+    with pytest.raises(FileNotFoundError, match="install dora_nb again"):
+        notebook("nothing")
+    assert Path(notebook("finetune")).name == "finetune.ipynb"

@@ -1,0 +1,141 @@
+"What the loop promises: sizes of micro-batches do not matter, seeds fix everything, numbers that are none stop it."
+import json
+import math
+import random
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dora_nb.adapt import AdapterConfig, adapt, trainable_parameters
+from dora_nb.assets import load_model
+from dora_nb.tasks import collate, load_task
+from dora_nb.train import Diverged, TrainConfig, encode_for, epoch_batches, micro_batches, summed_loss, train, train_step, warmup_and_decay
+
+
+def items(name="winogrande", n=24, **kwargs):
+    return load_task(name, "train", limit=n, **kwargs)
+
+
+@pytest.fixture
+def tiny(tiny_model_dir):
+    def make(method="dora", **kwargs):
+        model, tokenizer = load_model(str(tiny_model_dir))
+        torch.manual_seed(0)
+        return adapt(model, AdapterConfig(method, rank=4, **kwargs)), tokenizer
+
+    return make
+
+
+def params(model):
+    return {n: p.detach().clone() for n, p in trainable_parameters(model).items()}
+
+
+@pytest.mark.parametrize("objective", ("answer", "prompt", "choices"))
+def test_micro_batches_do_not_change_the_gradient(tiny, objective):
+    model, tokenizer = tiny()
+    data = items("hellaswag", 8)
+    rows, gold = [encode_for(objective, tokenizer, i)[0] for i in data], data["gold"]
+    config, accelerator, grads = TrainConfig(objective=objective, precision="float32"), Accelerator(cpu=True), []
+    for batch_tokens in (1, 600, 10**6):
+        groups = [(collate([rows[i] for i in g], 2), torch.tensor([gold[i] for i in g])) for g in micro_batches(range(8), rows, batch_tokens)]
+        loss = train_step(model, accelerator, groups, config)
+        grads.append((loss, {n: p.grad.clone() for n, p in trainable_parameters(model).items()}))
+        model.zero_grad()
+    assert len({len(list(micro_batches(range(8), rows, t))) for t in (1, 600, 10**6)}) == 3
+    for loss, grad in grads[1:]:
+        assert loss == pytest.approx(grads[0][0], rel=1e-5)
+        for name in grad:
+            torch.testing.assert_close(grad[name], grads[0][1][name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ("answer", "prompt"))
+def test_language_modelling_losses_are_transformers(tiny, objective):
+    "Against the loss that the model itself computes from labels."
+    model, tokenizer = tiny()
+    item = items("winogrande", 1)[0]
+    (row,), _ = encode_for(objective, tokenizer, item)
+    total, terms = summed_loss(model, collate([[row]], 2), torch.tensor([item["gold"]]), objective)
+    ids = tokenizer(item["contexts"][item["gold"]] + item["continuations"][item["gold"]], return_tensors="pt").input_ids
+    labels = ids.clone()
+    if objective == "answer":
+        labels[:, :len(tokenizer(item["contexts"][item["gold"]]).input_ids)] = -100
+    torch.testing.assert_close(total / terms, model(ids, labels=labels).loss)
+
+
+def test_the_end_is_trained_where_answers_are_generated(tiny):
+    model, tokenizer = tiny()
+    item = items(format="instruction")[0]
+    (row,), _ = encode_for("answer", tokenizer, item, end=True)
+    assert row.target[-1] == tokenizer.eos_token_id
+    # By lm-eval's rule the line break at the end of the prompt counts as part of what follows it.
+    assert tokenizer.decode(row.target[:-1]) == "\n" + item["continuations"][item["gold"]]
+
+
+def test_a_seed_fixes_a_run_to_the_bit(tiny, tmp_path):
+    runs = []
+    for seed in (0, 0, 1):
+        model, tokenizer = tiny(dropout=0.1)
+        records = train(model, tokenizer, items(), TrainConfig(batch_size=4, epochs=2, seed=seed), tmp_path / "h.jsonl", progress=False)
+        runs.append((params(model), [r["loss"] for r in records]))
+        assert [json.loads(line)["loss"] for line in (tmp_path / "h.jsonl").read_text().splitlines()] == runs[-1][1] and len(records) == 12
+    assert runs[0][1] == runs[1][1] and all(torch.equal(runs[0][0][n], runs[1][0][n]) for n in runs[0][0])
+    assert runs[0][1] != runs[2][1]
+
+
+@pytest.mark.parametrize("method", ("lora", "dora", "full"))
+def test_it_learns(tiny, method):
+    "Sixteen items, seen many times, are learnt by heart."
+    model, tokenizer = tiny(method)
+    records = train(model, tokenizer, items(n=16), TrainConfig(learning_rate=2e-2 if method != "full" else 5e-3, batch_size=16, epochs=60, precision="float32"), progress=False)
+    assert records[-1]["loss"] < 0.3 * records[0]["loss"]
+
+
+def test_frozen_weights_stay(tiny):
+    model, tokenizer = tiny()
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    before = params(model)
+    train(model, tokenizer, items(), TrainConfig(batch_size=8), progress=False)
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    assert all(not torch.equal(p, before[n]) for n, p in params(model).items())
+
+
+def test_nan_names_step_and_items(tiny):
+    model, tokenizer = tiny()
+    data = items(n=8)
+
+    def poison(record):
+        if record["step"] == 1:
+            next(iter(trainable_parameters(model).values())).data[0] = float("nan")
+
+    with pytest.raises(Diverged, match="step 2 of 2.*items") as e:
+        train(model, tokenizer, data, TrainConfig(batch_size=4), after_step=poison, progress=False)
+    assert sum(str(d) in str(e.value) for d in data["doc_index"]) == 4
+
+
+def test_more_can_be_recorded(tiny):
+    model, tokenizer = tiny()
+    records = train(model, tokenizer, items(n=8), TrainConfig(batch_size=4), after_step=lambda r: {"twice": 2 * r["step"]}, progress=False)
+    assert [r["twice"] for r in records] == [2, 4]
+
+
+def test_every_item_once_an_epoch_and_neighbours_of_like_length():
+    rng = random.Random(0)
+    lengths = [rng.randint(10, 300) for _ in range(1003)]
+    batches = epoch_batches(lengths, 16, random.Random(1))
+    assert sorted(i for b in batches for i in b) == list(range(1003)) and max(map(len, batches)) == 16
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+    assert 1 - sum(lengths) / padded < 0.05
+    assert batches != epoch_batches(lengths, 16, random.Random(2))
+
+
+def test_schedule():
+    rate = warmup_and_decay(100, 0.1)
+    assert rate(0) == pytest.approx(0.1) and rate(9) == 1 and rate(55) == pytest.approx(0.5) and rate(99) == pytest.approx(1 / 90) and rate(100) == 0
+    assert all(math.isfinite(warmup_and_decay(n, w)(s)) for n in (1, 2, 3) for w in (0, 0.5, 0.9) for s in range(n + 1))
+
+
+@pytest.mark.parametrize("wrong", (dict(objective="x"), dict(learning_rate=0), dict(batch_size=0), dict(warmup_ratio=1)))
+def test_impossible_values(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TrainConfig(**wrong)
