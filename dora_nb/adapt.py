@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .dora import DROPOUT_FORMS, DoRALinear
@@ -45,12 +46,16 @@ class AdapterConfig:
         for field, allowed in (("method", METHODS), ("init", INITS), ("dropout_form", DROPOUT_FORMS)):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}={getattr(self, field)!r} does not exist; choose one of {', '.join(allowed)}")
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank={self.rank!r} is no rank; it must be a whole number, at least 1")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha={self.alpha!r} must be above 0, or the update does nothing")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r} is no probability; it must be at least 0 and below 1")
+        number = lambda v, kind: isinstance(v, kind) and not isinstance(v, bool)
+        if not number(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank={self.rank!r} is not possible; it must be a whole number of at least 1")
+        if not number(self.alpha, (int, float)) or not self.alpha > 0:
+            raise ValueError(f"alpha={self.alpha!r} is not possible; it must be a number above 0")
+        if not number(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r} is not possible; it must be a number of at least 0 and below 1")
+        for field in ("rslora", "detach_norm"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field}={getattr(self, field)!r} must be True or False")
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         if not self.target_modules:
@@ -62,10 +67,13 @@ def find_targets(
     target_modules: str | Sequence[str],  # as in `AdapterConfig`
 ) -> dict[str, nn.Linear]:  # name → layer, in the order of the model
     "The linear layers that `target_modules` names; ValueError for an entry that matches none, or something that is not linear."
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     if target_modules == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        return {n: m for n, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
+        found = {n: m for n, m in modules.items() if type(m) is nn.Linear and m is not head and n.rpartition(".")[2] not in ("score", "classifier")}
+        if not found:
+            raise ValueError(f"target_modules='all-linear' finds no torch.nn.Linear; this model is made of {', '.join(sorted({type(m).__name__ for m in modules.values()}))}")
+        return found
     single = isinstance(target_modules, str)
     found = {}
     for entry in [target_modules] if single else target_modules:
@@ -76,8 +84,10 @@ def find_targets(
             raise ValueError(f"target_modules: {entry!r} matches no module" + (f"; did you mean {near[0]!r}?" if near else f"; the linear layers are called {', '.join(leaves)}"))
         found |= dict.fromkeys(hits)
     for name in found:
-        if not isinstance(modules[name], nn.Linear):
+        if type(modules[name]) is not nn.Linear:   # subclasses may do something else with their weight
             raise ValueError(f"target_modules: {name!r} is of type {type(modules[name]).__name__}; only torch.nn.Linear can be adapted")
+        if other := next((n for n in modules if n != name and modules[n] is modules[name]), None):
+            raise ValueError(f"target_modules: {name!r} and {other!r} are one layer under two names; it cannot be adapted")
     return {n: m for n, m in modules.items() if n in found}
 
 # %% ../nbs/03_adapt.ipynb #1eea7f5b
@@ -101,7 +111,7 @@ def adapt(
     config: AdapterConfig,  # what to put where
 ) -> nn.Module:  # the same model
     "Freeze `model` and put adapters around its target layers; with method full, make every weight trainable instead."
-    if getattr(model, "dora_nb_config", None):
+    if getattr(model, "dora_nb_config", None) or adapter_layers(model):
         raise RuntimeError("this model is adapted already; remove_adapter(model) takes the adapter off")
     targets = {} if config.method == "full" else find_targets(model, config.target_modules)
     model.requires_grad_(config.method == "full")
@@ -115,9 +125,11 @@ def remove_adapter(
     model: nn.Module,  # changed in place
 ) -> nn.Module:  # the same model
     "Take the adapter off and put the original layers back, bit for bit; weights stay frozen as `adapt` left them."
+    if getattr(model, "dora_nb_merged", None):
+        unmerge(model)
     for name, layer in adapter_layers(model).items():
         model.set_submodule(name, layer.base_layer)
-    model.dora_nb_config, model.dora_nb_merged = None, None
+    model.dora_nb_config = None
     return model
 
 # %% ../nbs/03_adapt.ipynb #afedccaa
@@ -137,6 +149,7 @@ def count_parameters(
 # %% ../nbs/03_adapt.ipynb #af11c212
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _SUFFIX = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_OURS = ("init", "detach_norm", "dropout_form")   # no field of PEFT's says these
 _INERT = {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"}
 
 
@@ -144,21 +157,22 @@ def _to_peft(config: AdapterConfig, base_model: str | None) -> dict:
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     return dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base_model, r=config.rank, lora_alpha=config.alpha,
                 lora_dropout=config.dropout, target_modules=targets, use_dora=config.method == "dora", use_rslora=config.rslora,
-                init_lora_weights="gaussian" if config.init == "gaussian" else True, bias="none", fan_in_fan_out=False, inference_mode=True)
+                init_lora_weights=True, bias="none", fan_in_fan_out=False, inference_mode=True)
 
 
 def _from_peft(peft: dict, source: Path) -> AdapterConfig:
     peft = {k: v for k, v in peft.items() if k not in _INERT}
     if (kind := peft.pop("peft_type", None)) != "LORA":
         raise ValueError(f"{source}: peft_type is {kind!r}; only LORA adapters (with or without use_dora) can be loaded")
-    init = peft.pop("init_lora_weights", True)
-    if init not in (True, False, "gaussian"):
+    if missing := {"r", "lora_alpha", "target_modules"} - peft.keys():
+        raise ValueError(f"{source} lacks {', '.join(sorted(missing))}; it is not a complete LoRA configuration")
+    if (init := peft.pop("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal", "eva"):
         raise ValueError(f"{source}: init_lora_weights={init!r} changes the base weights too; convert the adapter with PEFT first")
     if (bias := peft.pop("bias", "none")) != "none":
         raise ValueError(f"{source}: bias={bias!r} is not supported; only adapters with frozen biases can be loaded")
     config = AdapterConfig("dora" if peft.pop("use_dora", False) else "lora", rank=peft.pop("r"), alpha=peft.pop("lora_alpha"),
                            dropout=peft.pop("lora_dropout", 0.0), target_modules=peft.pop("target_modules"),
-                           rslora=peft.pop("use_rslora", False), init="gaussian" if init == "gaussian" else "kaiming")
+                           rslora=peft.pop("use_rslora", False))
     if unknown := {k: v for k, v in peft.items() if v}:
         raise ValueError(f"{source}: not supported here: {', '.join(f'{k}={v!r}' for k, v in sorted(unknown.items()))}")
     return config
@@ -195,7 +209,8 @@ def save_adapter(
     tensors = {f"base_model.model.{name}.{_SUFFIX[key]}": p.detach().contiguous()
                for name, layer in adapter_layers(model).items() for key, p in layer.named_parameters(recurse=False)}
     base_model = getattr(getattr(model, "config", None), "name_or_path", None) or None
-    write_whole(path / WEIGHTS, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+    ours = json.dumps({k: getattr(config, k) for k in _OURS})
+    write_whole(path / WEIGHTS, lambda p: save_file(tensors, p, metadata={"format": "pt", "dora_nb": ours}))
     write_whole(path / CONFIG, lambda p: p.write_text(json.dumps(_to_peft(config, base_model), indent=2)))
     return path
 
@@ -213,9 +228,9 @@ def _expected(targets: dict[str, nn.Linear], config: AdapterConfig) -> dict[str,
 
 
 def _check(tensors: dict[str, Tensor], expected: dict[str, tuple], source: Path):
-    for wrong, what in ((sorted(expected.keys() - tensors.keys()), "lacks"), (sorted(tensors.keys() - expected.keys()), "holds, and this model has no place for,")):
+    for wrong, what in ((sorted(expected.keys() - tensors.keys()), "lacks {}"), (sorted(tensors.keys() - expected.keys()), "holds {}, for which this model or its configuration has no place")):
         if wrong:
-            raise ValueError(f"{source} {what} {wrong[0]!r}" + (f" and {len(wrong) - 1} more tensors" if wrong[1:] else ""))
+            raise ValueError(f"{source} {what.format(repr(wrong[0]))}" + (f" (and {len(wrong) - 1} more tensors)" if wrong[1:] else ""))
     for key, shape in expected.items():
         if tensors[key].shape != shape:
             raise ValueError(f"{source}: {key!r} has shape {tuple(tensors[key].shape)} where this model needs {shape}; the adapter was made for another model")
@@ -224,14 +239,20 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, tuple], source: Path)
 def load_adapter(
     model: nn.Module,  # not adapted; changed in place
     path: str | Path,  # folder that `save_adapter` or PEFT wrote
-    **changes,  # fields of `AdapterConfig` that the file does not record: dropout, detach_norm, dropout_form
+    **changes,  # what may be changed for training on: dropout, detach_norm, dropout_form
 ) -> nn.Module:  # the same model, adapted, its adapter trainable
     "Put a saved adapter on a model; ValueError, and the model untouched, if it does not fit."
     path = Path(path)
+    if wrong := changes.keys() - {"dropout", "detach_norm", "dropout_form"}:
+        raise ValueError(f"{', '.join(sorted(wrong))} cannot be changed, as the adapter's values depend on it; only dropout, detach_norm and dropout_form can")
     if not (path / CONFIG).exists():
         raise FileNotFoundError(f"{path} holds no {CONFIG}; give the folder that save_adapter, or PEFT's save_pretrained, wrote (a fully fine-tuned model is a model: load it as one)")
-    config = replace(_from_peft(json.loads((path / CONFIG).read_text()), path / CONFIG), **changes)
-    tensors = load_file(path / WEIGHTS)
+    config = _from_peft(json.loads((path / CONFIG).read_text()), path / CONFIG)
+    if not (path / WEIGHTS).exists():
+        raise FileNotFoundError(f"{path} holds no {WEIGHTS}; an adapter in PEFT's older .bin format must be saved again with a PEFT of today")
+    with safe_open(path / WEIGHTS, "pt") as f:
+        tensors, ours = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("dora_nb", "{}"))
+    config = replace(config, **{k: v for k, v in ours.items() if k in _OURS} | changes)
     if not getattr(model, "dora_nb_config", None):   # otherwise `adapt` says what is wrong
         _check(tensors, _expected(find_targets(model, config.target_modules), config), path / WEIGHTS)
     adapt(model, config)
@@ -246,10 +267,11 @@ def _plain(name: str, layer: LoRALinear, model: nn.Module) -> nn.Linear:
     "A linear layer with the merged weight and the same bias."
     base = layer.base_layer
     if sum(p is base.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
-        raise RuntimeError(f"{name!r} shares its weight with another layer (tied embeddings); merging would change both")
+        raise RuntimeError(f"{name!r} shares its weight with another layer (tied embeddings); merged, the two would differ, and a saved checkpoint would tie them again. Use the adapter unmerged, or untie the model before adapting it")
     plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     plain.weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
-    plain.bias = base.bias
+    if base.bias is not None:
+        plain.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
     return plain
 
 
@@ -276,8 +298,9 @@ def unmerge(
 ) -> nn.Module:  # the same model, adapted again
     "Undo `merge`: the adapter is back, and W₀ is what it was, bit for bit. A model that is not merged is left as it is."
     if getattr(model, "dora_nb_config", None) is None:
-        raise RuntimeError("this model has no adapter to bring back; merge(model, keep_base=False) is for good")
+        raise RuntimeError("this model has no adapter to bring back: it was never adapted, or merged with keep_base=False, which is for good")
     for name, layer in (getattr(model, "dora_nb_merged", None) or {}).items():
-        model.set_submodule(name, layer.to(model.get_submodule(name).weight.device))
+        weight = model.get_submodule(name).weight   # the model may have been moved or cast meanwhile
+        model.set_submodule(name, layer.to(weight.device, weight.dtype).train(model.training))
     model.dora_nb_merged = None
     return model

@@ -19,15 +19,15 @@ def row_norm(
 # %% ../nbs/00_decompose.ipynb #c8187735
 def safe_norm(
     norm: Tensor,  # lengths, any shape
-) -> Tensor:  # the same lengths, those of zero raised to the smallest normal number
-    "Lengths that can be divided by: a zero row keeps a finite (zero) direction."
-    return norm.clamp_min(torch.finfo(norm.dtype).tiny)
+) -> Tensor:  # the same lengths, those near zero raised to the root of the smallest normal number
+    "Lengths that can be divided by: a zero row keeps a finite (zero) direction, whatever it is multiplied with."
+    return norm.clamp_min(torch.finfo(norm.dtype).tiny ** 0.5)
 
 
 def decompose(
     W: Tensor,  # weight, (out, in)
 ) -> tuple[Tensor, Tensor]:  # magnitude (out,) and direction (out, in), float32 or better
-    "Magnitude and direction of each output row (§4.1, eq. 5 of the paper, in torch's layout)."
+    "Magnitude and direction of each output row (eq. 2 of the paper, in torch's layout)."
     norm = row_norm(W)
     return norm, W / safe_norm(norm)[:, None]
 
@@ -36,7 +36,7 @@ def recompose(
     m: Tensor,  # magnitude, (out,)
     V: Tensor,  # direction, (out, in); its rows need not have length one
 ) -> Tensor:  # (out, in)
-    "The weight whose row i has length `m[i]` and points along `V[i]`."
+    "The weight whose row i has length |m[i]| and points along `V[i]` (against it where m[i] < 0); zero where `V[i]` is zero."
     return (m / safe_norm(row_norm(V)))[:, None] * V
 
 # %% ../nbs/00_decompose.ipynb #3d88317e
@@ -52,9 +52,9 @@ def delta_direction(
     W0: Tensor,  # weight before, (out, in)
     W: Tensor,  # weight after, (out, in)
 ) -> Tensor:  # scalar between 0 (same directions) and 2 (opposite ones)
-    "ΔD of §3.2: the mean over rows of 1 − cos; rows that are zero on either side count as 1."
+    "ΔD of §3.2: the mean over rows of 1 − cos; a row that is zero before and after counts 0, on one side only ½."
     (_, V0), (_, V) = decompose(W0), decompose(W)
-    return (1 - (V0 * V).sum(1)).mean()
+    return 0.5 * (V - V0).square().sum(1).mean()   # 1 − cos of unit rows, without its cancellation
 
 # %% ../nbs/00_decompose.ipynb #9ede7fce
 def adapter_size(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decompose import row_norm, safe_norm
+from .decompose import row_norm
 from .lora import LoRALinear
 
 # %% ../nbs/02_dora.ipynb #b1101179
@@ -22,9 +22,10 @@ def factored_norm(
 ) -> Tensor:  # (out,), in the dtype of `A`
     "Row lengths of W₀ + s·BA without forming BA; differentiable in `A` and `B`."
     W0 = W0.to(A.dtype)
-    cross = ((W0 @ A.T) * B).sum(1)
-    square = (B @ (A @ A.T) * B).sum(1)
-    return safe_norm((row_norm(W0) ** 2 + 2 * s * cross + s * s * square).clamp_min(0)).sqrt()
+    frozen, cross, update = row_norm(W0) ** 2, 2 * s * ((W0 @ A.T) * B).sum(1), s * s * (B @ (A @ A.T) * B).sum(1)
+    finfo = torch.finfo(A.dtype)
+    floor = (16 * finfo.eps * (frozen + update)).detach().clamp_min(finfo.tiny)   # what rounding leaves of a sum that cancels
+    return torch.maximum(frozen + cross + update, floor).sqrt()
 
 # %% ../nbs/02_dora.ipynb #614fdc4d
 DROPOUT_FORMS = ("delta", "lowrank")
@@ -73,4 +74,4 @@ class DoRALinear(LoRALinear):
         "diag(m/n)(W₀ + s·BA) as a new (out, in) tensor, computed in float32 and returned in the dtype of W₀."
         W0 = self.base_layer.weight.detach()
         V = W0 + self.scaling * (self.lora_B @ self.lora_A).detach()
-        return ((self.magnitude / safe_norm(row_norm(V)))[:, None] * V).detach().to(W0.dtype)
+        return (self.scale().detach()[:, None] * V).to(W0.dtype)

@@ -26,7 +26,7 @@ def wilson(
 ) -> tuple[float, float]:  # lower and upper end
     "Wilson's interval for a share."
     interval = stats.binomtest(right, n).proportion_ci(level, method="wilson")
-    return interval.low, interval.high
+    return float(interval.low), float(interval.high)
 
 
 def standard_error(

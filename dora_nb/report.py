@@ -172,7 +172,7 @@ def plot_accuracy(
             ax.plot(x, 100 * r["share"], "o", color=COLORS[r["method"]])
         chance = 25 if task == "hellaswag" else 50
         ax.axhline(chance, ls=":", color="0.6", lw=1)
-        ax.text(len(rows) - 0.45, chance, "chance", fontsize=7, color="0.5", ha="right", va="bottom")
+        ax.text(-0.45, chance, "chance", fontsize=7, color="0.5", va="bottom")
         ax.set_xticks(range(len(rows)), [r["label"].replace(", ", "\n") for r in rows], fontsize=8)
         ax.set(title=f"{TASK_LABELS[task]} (n = {rows[0]['n']})", xlim=(-0.5, len(rows) - 0.5))
     axes[0, 0].set_ylabel("accuracy (%), 95 % interval")

@@ -62,7 +62,7 @@ class RunConfig:
     detach_norm: bool = True  # DoRA: no gradient through the norm
     dropout_form: str = "delta"  # DoRA: what sees the dropped input, delta or lowrank
     format: str = "cloze"  # of the training items: cloze or instruction
-    objective: str = "choices"  # answer, prompt or choices
+    objective: str = "choices"  # answer, prompt, choices or choices_mean
     learning_rate: float = 1e-3  # at the end of the warm-up
     epochs: int = 1  # passes over the training items
     batch_size: int = 16  # items an optimiser step

@@ -24,7 +24,7 @@ def assert_untouched(model, before):
 
 @pytest.mark.parametrize("field,value,named", [
     ("method", "qlora", "lora, dora, full"), ("rank", 0, "rank=0"), ("rank", 2.5, "rank=2.5"), ("alpha", 0, "alpha=0"),
-    ("dropout", 1.0, "dropout=1.0"), ("init", "pissa", "kaiming"), ("dropout_form", "x", "delta"), ("target_modules", [], "target_modules"),
+    ("dropout", 1.0, "dropout=1.0"), ("alpha", "32", "alpha='32'"), ("rank", True, "rank=True"), ("rslora", "false", "rslora='false'"), ("init", "pissa", "kaiming"), ("dropout_form", "x", "delta"), ("target_modules", [], "target_modules"),
 ])
 def test_impossible_configurations(field, value, named):
     with pytest.raises(ValueError, match=named):
@@ -130,6 +130,49 @@ def test_save_and_load(llama, shake, ids, tmp_path, method):
     assert sorted(p.name for p in (tmp_path / "merged").iterdir()) == [CONFIG, WEIGHTS]
 
 
+def test_what_peft_has_no_field_for_comes_back_too(llama, tmp_path):
+    config = AdapterConfig("dora", init="gaussian", detach_norm=False, dropout_form="lowrank", dropout=0.2)
+    save_adapter(adapt(llama(), config), tmp_path)
+    assert load_adapter(llama(), tmp_path).dora_nb_config == config
+    assert load_adapter(llama(), tmp_path, detach_norm=True).dora_nb_config.detach_norm
+    with pytest.raises(ValueError, match="alpha cannot be changed"):
+        load_adapter(llama(), tmp_path, alpha=1.0)
+
+
+@pytest.mark.parametrize("undo", (unmerge, remove_adapter))
+def test_a_merged_model_may_be_cast(llama, shake, ids, undo):
+    model = shake(adapt(llama(attention_bias=True), AdapterConfig("dora")))
+    merge(model).to(torch.bfloat16)
+    assert undo(model)(ids).logits.dtype == torch.bfloat16
+    assert {layer.magnitude.dtype for layer in adapter_layers(model).values()} <= {torch.float32}
+
+
+def test_layers_that_others_look_into():
+    "T5 reads the dtype of a layer's weight; an adapted layer must have one."
+    from transformers import T5Config, T5ForConditionalGeneration
+    model = T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0))
+    adapt(model, AdapterConfig("dora", rank=2, target_modules=["wo", "q"]))
+    assert model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss.isfinite()
+
+
+def test_models_that_cannot_be_adapted(llama):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32))
+    with pytest.raises(ValueError, match="Conv1D"):
+        adapt(gpt2, AdapterConfig(target_modules="all-linear"))
+    twice = llama()
+    twice.model.layers[1].mlp.up_proj = twice.model.layers[0].mlp.up_proj
+    with pytest.raises(ValueError, match="one layer under two names"):
+        adapt(twice, AdapterConfig(target_modules=["up_proj"]))
+    with torch.device("meta"):
+        empty = llama()
+    with pytest.raises(ValueError, match="meta device"):
+        adapt(empty, AdapterConfig())
+    attention = torch.nn.MultiheadAttention(8, 2)   # reads its projection's weight itself, past any adapter
+    with pytest.raises(ValueError, match="NonDynamically"):
+        adapt(attention, AdapterConfig(target_modules=["out_proj"]))
+
+
 def test_full_saves_a_model(llama, ids, tmp_path):
     model = adapt(llama(), AdapterConfig("full"))
     save_adapter(model, tmp_path)
@@ -160,8 +203,8 @@ def spoil_weights(folder, change):
 SPOILT = {
     "another rank": (lambda f: spoil_config(f, r=8), r"shape \(4, 64\) where this model needs \(8, 64\)"),
     "more targets": (lambda f: spoil_config(f, target_modules=["q_proj", "v_proj", "up_proj"]), "lacks .*up_proj"),
-    "fewer targets": (lambda f: spoil_config(f, target_modules=["q_proj"]), "no place for.*v_proj"),
-    "lora, not dora": (lambda f: spoil_config(f, use_dora=False), "no place for.*lora_magnitude_vector"),
+    "fewer targets": (lambda f: spoil_config(f, target_modules=["q_proj"]), "v_proj.*has no place"),
+    "lora, not dora": (lambda f: spoil_config(f, use_dora=False), "lora_magnitude_vector.*has no place"),
     "another method": (lambda f: spoil_config(f, peft_type="IA3"), "IA3"),
     "pissa": (lambda f: spoil_config(f, init_lora_weights="pissa"), "pissa.*base weights"),
     "trained biases": (lambda f: spoil_config(f, bias="all"), "bias='all'"),
@@ -169,6 +212,8 @@ SPOILT = {
     "saved modules": (lambda f: spoil_config(f, modules_to_save=["lm_head"]), "modules_to_save"),
     "missing tensor": (lambda f: spoil_weights(f, lambda t: t.pop(sorted(t)[0])), "lacks"),
     "no config": (lambda f: (f / CONFIG).unlink(), "holds no adapter_config.json"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "holds no adapter_model.safetensors.*bin"),
+    "half a config": (lambda f: (f / CONFIG).write_text('{"peft_type": "LORA", "r": 4}'), "lacks lora_alpha, target_modules"),
 }
 
 

@@ -153,6 +153,22 @@ def test_first_steps_move_b_and_m_and_then_a():
     assert moved == [{"lora_B", "magnitude"}, {"lora_A", "lora_B", "magnitude"}]
 
 
+def test_a_zero_row_stays_zero_under_any_magnitude():
+    layer = DoRALinear(nn.Linear(8, 12), rank=2)
+    layer.base_layer.weight.data[3] = 0
+    layer.magnitude.data[3] = 1e6
+    assert (layer(torch.randn(4, 8)) - layer.bias)[:, 3].abs().max() == 0 and not layer.merged_weight()[3].any()
+
+
+@pytest.mark.parametrize("share", (0.9, 0.999, 1.0))
+def test_an_update_that_cancels_the_weight(share):
+    "Where the row all but vanishes, float32 cannot tell its length: the scale is bounded, and merge says what forward says."
+    layer, x = DoRALinear(nn.Linear(8, 8, bias=False), rank=8, alpha=8), torch.randn(5, 8)
+    layer.lora_A.data, layer.lora_B.data = torch.eye(8), -share * layer.base_layer.weight.detach().clone()
+    assert layer.scale().max() < 1000
+    torch.testing.assert_close(F.linear(x, layer.merged_weight()), layer(x), atol=1e-3, rtol=1e-2)
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="init='zeros'.*kaiming"):
         LoRALinear(nn.Linear(4, 4), init="zeros")
