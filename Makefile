@@ -8,19 +8,19 @@ READY := $(VENV)/.ready
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 22
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{ printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # One environment for everything, from pinned versions, made again only when they change.
 $(READY): constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) is what '$(PYTHON)' is. Try: make PYTHON=python3.12 ..."; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 reproduce: $(READY) ## LoRA against DoRA on three tasks, from nothing to reports/quick/report.md
 	$(BIN)/dora-nb run reports/quick/grid.toml
-	$(BIN)/dora-nb report runs/quick --out reports/quick
+	$(BIN)/dora-nb report runs/quick --grid reports/quick/grid.toml --out reports/quick
 
 test: $(READY) ## everything that CI runs
 	$(BIN)/python -m pytest tests

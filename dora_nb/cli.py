@@ -85,10 +85,14 @@ def report_command(args):
     from dora_nb.runs import need
     need("matplotlib", "pandas", "tabulate")
     from dora_nb.report import RESULTS, collect, render
-    out = Path(args.out or (args.runs if (Path(args.runs) / RESULTS).exists() else Path("reports") / Path(args.runs).name))
-    if not (Path(args.runs) / RESULTS).exists():
-        collect(args.runs, out)
-    print(render(out))
+    if (Path(args.runs) / RESULTS).exists():   # gathered already
+        if args.out or args.grid:
+            raise ValueError(f"{args.runs} is a report's folder; its page is made in place, without --out and --grid")
+        print(render(args.runs))
+    else:
+        out = Path(args.out or Path("reports") / Path(args.runs).name)
+        collect(args.runs, out, args.grid)
+        print(render(out))
 
 # %% ../nbs/13_cli.ipynb #193b7769
 def parser(
@@ -135,6 +139,7 @@ def parser(
 
     p = add("report", report_command, "Gather the runs of an experiment and make its page; on a folder that holds results.json already, make the page again.")
     p.add_argument("runs", metavar="DIR", help="a folder of runs, or a report's folder")
+    p.add_argument("--grid", metavar="GRID.toml", help="report the runs of this grid, and name those that are missing (default: whatever is in DIR)")
     p.add_argument("--out", metavar="DIR", help="where the page goes (default: reports/NAME)")
     return top
 

@@ -15,7 +15,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from .tasks import collate, encode_item
+from .tasks import collate, encode_item, encode_text
 from .train import autocast, choice_logprobs, micro_batches, progress_bar, shares_prompts
 
 # %% ../nbs/07_evaluate.ipynb #5a7bc356
@@ -32,9 +32,9 @@ def wilson(
 def standard_error(
     share: float,  # accuracy
     n: int,  # items asked
-) -> float:  # nan for a single item
+) -> float | None:  # None for a single item
     "The standard error of an accuracy, with n − 1 as lm-evaluation-harness has it."
-    return math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else math.nan
+    return math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
 
 # %% ../nbs/07_evaluate.ipynb #bb248b45
 def _summary(right: list[bool], seconds: float) -> dict:
@@ -98,7 +98,7 @@ def generate_answers(
     "Let the model write an answer, and match it, as the authors do."
     start = time.perf_counter()
     names = [[c.rsplit(" ", 1)[-1] for c in item["continuations"]] for item in items]
-    encoded = [tokenizer(item["contexts"][0], add_special_tokens=False).input_ids for item in items]
+    encoded = [encode_text(tokenizer, item["contexts"][0]) for item in items]
     prompts, outputs = [ids[-max_tokens:] for ids in encoded], [""] * len(items)
     order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
     with progress_bar(range(len(items)), "generate", "item", progress) as bar, autocast(precision, model.device):

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'ALL_PREDICTIONS', 'ALL_HISTORY', 'LABELS', 'COLORS', 'TASK_LABELS', 'PUBLISHED', 'FOOTNOTES', 'collect',
-           'read_report', 'accuracies', 'accuracy_table', 'compare', 'verdict', 'cost_table', 'plot_accuracy',
-           'plot_learning_curves', 'render']
+           'read_report', 'accuracies', 'majority', 'accuracy_table', 'compare', 'verdict', 'cost_table',
+           'plot_accuracy', 'plot_learning_curves', 'render']
 
 # %% ../nbs/12_report.ipynb #56f6777e
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -19,7 +20,7 @@ from scipy import stats
 
 from .adapt import write_whole
 from .evaluate import wilson
-from .runs import HISTORY, PREDICTIONS, load, write_json
+from .runs import HISTORY, PREDICTIONS, load, load_grid, write_json
 
 # %% ../nbs/12_report.ipynb #52a0ccfb
 RESULTS, ALL_PREDICTIONS, ALL_HISTORY = "results.json", "predictions.parquet", "history.parquet"
@@ -32,18 +33,19 @@ def _write_parquet(path: Path, frames: list[pd.DataFrame]):
 def collect(
     runs: str | Path,  # holds a folder per run
     out: str | Path,  # the report's folder
+    grid: str | Path | None = None,  # a grid file: gather its runs, and name those that are missing; whatever is there if None
 ) -> list[dict]:  # the results
     "Gather results, predictions and histories of finished runs; what is missing or broken is gathered too, in words."
     runs, out = Path(runs), Path(out)
     if not runs.is_dir():
         raise ValueError(f"{runs} is no folder of runs; `dora-nb run GRID.toml` makes one")
-    results, problems = load(runs)
+    results, problems = load(runs, load_grid(grid).configs if grid else None)
     if not results:
         raise ValueError(f"{runs} holds no finished run" + "".join(f"\n  {p}" for p in problems))
     out.mkdir(parents=True, exist_ok=True)
-    folders = [runs / r["run"] for r in results]
-    _write_parquet(out / ALL_PREDICTIONS, [pd.read_parquet(f / PREDICTIONS).assign(run=f.name) for f in folders])
-    histories = [pd.read_json(f / HISTORY, lines=True).assign(run=f.name) for f in folders if (f / HISTORY).exists()]
+    folders = {r["run"]: runs / r.pop("folder") for r in results}
+    _write_parquet(out / ALL_PREDICTIONS, [pd.read_parquet(f / PREDICTIONS).assign(run=run) for run, f in folders.items()])
+    histories = [pd.read_json(f / HISTORY, lines=True).assign(run=run) for run, f in folders.items() if (f / HISTORY).exists()]
     _write_parquet(out / ALL_HISTORY, histories or [pd.DataFrame({"run": [], "step": [], "loss": []})])
     write_json(out / RESULTS, {"results": results, "problems": problems})
     return results
@@ -74,25 +76,40 @@ def accuracies(
     metric: str = "acc",  # acc or acc_norm
 ) -> pd.DataFrame:  # a row per protocol, task, method and rank: n, seeds, share, low, high, spread
     "Accuracy over seeds, with the interval that its items allow."
-    rows = [r["params"] | {"share": r["metrics"][metric], "n": r["metrics"]["n"]} for r in results if metric in r["metrics"]]
     keys = ["protocol", "eval_split", "task", "method", "rank", "n"]
-    table = pd.DataFrame(rows).groupby(keys, as_index=False).agg(share=("share", "mean"), spread=("share", "std"), seeds=("seed", "nunique"), runs=("seed", "size"))
-    if (table.runs > table.seeds).any():
+    rest = lambda params: json.dumps({k: v for k, v in params.items() if k not in (*keys, "seed")}, sort_keys=True)
+    rows = [r["params"] | {"share": r["metrics"][metric], "n": r["metrics"]["n"], "rest": rest(r["params"])} for r in results if metric in r["metrics"]]
+    table = pd.DataFrame(rows).groupby(keys, as_index=False).agg(share=("share", "mean"), spread=("share", "std"), seeds=("seed", "nunique"), runs=("seed", "size"), kinds=("rest", "nunique"))
+    if (table.runs > table.seeds).any() or (table.kinds > 1).any():
         raise ValueError("several runs differ in something else than task, method, rank and seed; a table of them would average over it")
     ends = [wilson(round(s * n), n) for s, n in zip(table.share, table.n)]
     table["label"] = [_label(r) for r in table.to_dict("records")]
     return table.assign(low=[e[0] for e in ends], high=[e[1] for e in ends])
 
 
+def majority(
+    results: list[dict],  # as `collect` returns them
+    predictions: pd.DataFrame,  # likewise, gathered
+) -> dict[str, float]:  # task → share of the most frequent right answer among the items that were asked
+    "What always giving the same answer would score."
+    tasks = {r["run"]: r["params"]["task"] for r in results}
+    gold = predictions.assign(task=predictions.run.map(tasks)).drop_duplicates(["task", "doc_index"])
+    return gold.groupby("task").gold.agg(lambda g: g.value_counts(normalize=True).iloc[0]).to_dict()
+
+
 def accuracy_table(
     table: pd.DataFrame,  # as `accuracies` makes it, of one protocol and split
+    constant: dict[str, float] | None = None,  # as `majority` makes it, for a last row
 ) -> pd.DataFrame:  # text, methods × tasks
     "Accuracy in percent with its 95 % interval."
     cell = lambda r: f"{100 * r.share:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" + (f" ± {100 * r.spread:.1f}" if r.seeds > 1 else "")
     wide = table.assign(cell=table.apply(cell, axis=1), column=table.apply(lambda r: f"{TASK_LABELS[r.task]} (n = {r.n})", axis=1))
     wide = wide.pivot(index=["method", "label"], columns="column", values="cell").fillna("–")
     order = sorted(wide.index, key=lambda k: (list(LABELS).index(k[0]), k[1]))
-    return wide.loc[order].droplevel(0).rename_axis(index="method", columns=None)
+    wide = wide.loc[order].droplevel(0).rename_axis(index="method", columns=None)
+    if constant:
+        wide.loc["always the most frequent answer"] = {f"{TASK_LABELS[r.task]} (n = {r.n})": f"{100 * constant[r.task]:.1f}" for r in table.itertuples()}
+    return wide
 
 # %% ../nbs/12_report.ipynb #68c9529f
 def compare(
@@ -100,30 +117,45 @@ def compare(
     predictions: pd.DataFrame,  # likewise, gathered
     a: str = "lora",  # a method
     b: str = "dora",  # another
-) -> pd.DataFrame:  # a row per task and rank: n, difference (b − a), its 95 % interval, only_a, only_b, p
-    "Two methods on the same items and seeds: paired difference in accuracy and McNemar's exact test."
+) -> pd.DataFrame:  # a row per task and rank: n, seeds, difference (b − a), its 95 % interval, items on which a or b is ahead, p
+    "Two methods on the same items and seeds: the paired difference in accuracy, its interval and its test."
     info = pd.DataFrame([{"run": r["run"]} | {k: r["params"][k] for k in ("protocol", "eval_split", "task", "method", "rank", "seed")} for r in results])
     right = predictions.assign(right=predictions.pred == predictions.gold)[["run", "doc_index", "right"]].merge(info, on="run")
     keys = ["protocol", "eval_split", "task", "rank"]
     pairs = right[right.method == a].merge(right[right.method == b], on=[*keys, "seed", "doc_index"], suffixes=("_a", "_b"))
     rows = []
     for key, group in pairs.groupby(keys):
-        d, n = group.right_b.astype(int) - group.right_a.astype(int), len(group)
-        only_a, only_b = int((d < 0).sum()), int((d > 0).sum())
-        half = 1.96 * d.std() / np.sqrt(n)
-        p = stats.binomtest(only_b, only_a + only_b).pvalue if only_a + only_b else 1.0
-        rows.append(dict(zip(keys, key)) | dict(n=n, difference=d.mean(), low=d.mean() - half, high=d.mean() + half, only_a=only_a, only_b=only_b, p=p))
+        d = (group.right_b.astype(int) - group.right_a.astype(int)).groupby(group.doc_index).mean().to_numpy()
+        n, only_a, only_b, seeds = len(d), int((d < 0).sum()), int((d > 0).sum()), group.seed.nunique()
+        low, high, p = _one_seed(n, only_a, only_b) if seeds == 1 else _many_seeds(d)
+        rows.append(dict(zip(keys, key)) | dict(n=n, seeds=seeds, difference=d.mean(), low=low, high=high, only_a=only_a, only_b=only_b, p=p))
     return pd.DataFrame(rows)
+
+
+def _one_seed(n: int, only_a: int, only_b: int) -> tuple[float, float, float]:
+    "Bonett and Price (2012): the interval of a paired difference of shares, with a pseudo-item in each cell; McNemar's exact p."
+    p1, p2 = (only_b + 1) / (n + 2), (only_a + 1) / (n + 2)
+    half = 1.96 * math.sqrt((p1 + p2 - (p1 - p2) ** 2) / (n + 2))
+    return p1 - p2 - half, p1 - p2 + half, stats.binomtest(only_b, only_a + only_b).pvalue if only_a + only_b else 1.0
+
+
+def _many_seeds(d: np.ndarray) -> tuple[float, float, float]:
+    "Items as the sample: the interval of their mean difference, and a permutation of signs."
+    half = 1.96 * d.std(ddof=1) / math.sqrt(len(d))
+    test = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=9999, vectorized=False, rng=np.random.default_rng(0))
+    return d.mean() - half, d.mean() + half, test.pvalue
 
 
 def verdict(
     row: dict,  # of `compare` between LoRA and DoRA
 ) -> str:
-    "What a comparison allows to say, in a sentence."
-    difference = f"DoRA − LoRA is {100 * row['difference']:+.1f} points [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}] on {row['n']} paired answers; {row['only_b']} only DoRA got right, {row['only_a']} only LoRA (McNemar p = {row['p']:.2f})"
+    "What a comparison lets us say, in a sentence or two."
+    difference = (f"DoRA − LoRA is {100 * row['difference']:+.1f} points [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}] on {row['n']} items and {row['seeds']} seed(s); "
+                  f"DoRA is ahead on {row['only_b']} of them, LoRA on {row['only_a']} (p = {row['p']:.2f})")
+    head = f"{TASK_LABELS[row['task']]}, rank {row['rank']}"
     if row["p"] >= 0.05:
-        return f"{TASK_LABELS[row['task']]}: {difference}. These data cannot tell the two apart."
-    return f"{TASK_LABELS[row['task']]}: {difference}. {'DoRA' if row['difference'] > 0 else 'LoRA'} is ahead here, on these items and settings."
+        return f"{head}: {difference}. These data cannot tell the two apart."
+    return f"{head}: {difference}. {'DoRA' if row['difference'] > 0 else 'LoRA'} is ahead here, on these items and settings."
 
 # %% ../nbs/12_report.ipynb #27ee7658
 PUBLISHED = pd.DataFrame([
@@ -135,9 +167,9 @@ PUBLISHED = pd.DataFrame([
     ("paper, Table 1", "DoRA r 32, LLaMA-7B", 69.7, 87.2, 81.0),
 ], columns=["source", "method", "BoolQ", "HellaSwag", "WinoGrande"])
 FOOTNOTES = """\
-¹ These are the row of the authors' README, not of the paper: its Table 1 quotes 68.9 / 78.1 / 78.8 from LLM-Adapters.
+¹ These figures are from the authors' README, not the paper: its Table 1 quotes 68.9 / 78.1 / 78.8 from LLM-Adapters.
 ² 81.9 is the paper's ARC-e column; its WinoGrande is 81.0.
-The paper trains LLaMA-7B on a mixture of eight tasks, 170,000 examples, and counts by generate-and-match; the poster trains one task at a time. Neither is comparable with the table above in model, data or metric: they stand here for what they claim, DoRA above LoRA, not for their height."""
+The paper trains LLaMA-7B on a mixture of eight tasks, 170,000 examples, and counts by generate-and-match; the poster trains one task at a time. Neither is comparable with the table above in model, data or metric: they are here for the claim, DoRA above LoRA, not as targets."""
 PUBLISHED
 
 # %% ../nbs/12_report.ipynb #15884990
@@ -145,9 +177,9 @@ def cost_table(
     results: list[dict],  # as `collect` returns them
 ) -> pd.DataFrame:  # text, a row per task and method
     "What the runs took: parameters, seconds, tokens a second, peak memory; means over seeds."
-    rows = [r["params"] | {k: (r["training"] or {}).get(k) for k in ("trainable", "total", "tokens_per_second", "seconds", "items", "steps")}
+    rows = [r["params"] | {k: (r["training"] or {}).get(k, float("nan")) for k in ("trainable", "total", "tokens_per_second", "seconds", "items", "steps")}
             | {"evaluate": r["metrics"]["seconds"], "memory": r["peak_memory_bytes"] / 2**30} for r in results]
-    mean = pd.DataFrame(rows).groupby(["task", "method", "rank"], as_index=False).mean(numeric_only=True)
+    mean = pd.DataFrame(rows).groupby(["protocol", "task", "method", "rank"], as_index=False).mean(numeric_only=True)
     mean = mean.sort_values(["task", "method"], key=lambda c: c.map(list(LABELS).index) if c.name == "method" else c)
     number = lambda v, spec: "–" if pd.isna(v) else format(v, spec)
     return pd.DataFrame([{
@@ -161,6 +193,7 @@ def cost_table(
 # %% ../nbs/12_report.ipynb #ca7e50c6
 def plot_accuracy(
     table: pd.DataFrame,  # as `accuracies` makes it, of one protocol and split
+    constant: dict[str, float],  # as `majority` makes it, drawn as a dotted line
 ) -> matplotlib.figure.Figure:
     "Accuracy with its 95 % interval, a panel per task."
     tasks = list(dict.fromkeys(table.task))
@@ -170,9 +203,8 @@ def plot_accuracy(
         for x, r in enumerate(rows):
             ax.plot([x, x], [100 * r["low"], 100 * r["high"]], color=COLORS[r["method"]], lw=5, alpha=0.35, solid_capstyle="butt")
             ax.plot(x, 100 * r["share"], "o", color=COLORS[r["method"]])
-        chance = 25 if task == "hellaswag" else 50
-        ax.axhline(chance, ls=":", color="0.6", lw=1)
-        ax.text(-0.45, chance, "chance", fontsize=7, color="0.5", va="bottom")
+        ax.axhline(100 * constant[task], ls=":", color="0.6", lw=1)
+        ax.text(-0.45, 100 * constant[task], "most frequent answer", fontsize=7, color="0.5", va="bottom")
         ax.set_xticks(range(len(rows)), [r["label"].replace(", ", "\n") for r in rows], fontsize=8)
         ax.set(title=f"{TASK_LABELS[task]} (n = {rows[0]['n']})", xlim=(-0.5, len(rows) - 0.5))
     axes[0, 0].set_ylabel("accuracy (%), 95 % interval")
@@ -204,16 +236,17 @@ def _settings(results: list[dict]) -> str:
     "What was run, in sentences, from the parameters."
     params = [r["params"] for r in results]
     each = lambda key: sorted({p[key] for p in params if p["method"] != "base"} or {p[key] for p in params}, key=str)
-    words = lambda key: ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in each(key))
+    words = lambda key: ", ".join("all" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in each(key))
+    used = lambda key: ", ".join(sorted({r["precision"][key] for r in results}))
     rates = sorted({(p["method"], p["learning_rate"]) for p in params if p["method"] != "base"})
     machines = sorted({f"{r['machine']['gpu'] or r['machine']['cpu']} ({r['machine']['threads']} threads)" for r in results})
-    versions = results[0]["versions"]
+    versions = sorted({f"{k} {v}" for r in results for k, v in r["versions"].items()})
     weights = " Its weights here were converted from a 4-bit file (Q4_1), so they are not bit for bit those on the Hub." if "smollm2-135m-instruct" in each("model") and each("source") == ["package"] else ""
     return f"""\
 - Model: {words('model')}, from: {words('source')}.{weights}
-- Training: objective {words('objective')}, {words('train_items')} items, {words('epochs')} epoch(s), batches of {words('batch_size')}, dropout {words('dropout')}, α {words('alpha')}, init {words('init')}, precision {words('precision')}; learning rate {', '.join(f'{LABELS[m]} {lr:g}' for m, lr in rates)}; seeds {words('seed')}.
-- Evaluation: split {words('eval_split')}, protocol {words('protocol')}, precision {words('eval_precision')}; items drawn by seed, the same for every run.
-- Machine: {'; '.join(machines)}. Versions: {', '.join(f'{k} {v}' for k, v in versions.items())}."""
+- Training: objective {words('objective')}, {words('train_items')} items, {words('epochs')} epoch(s), batches of {words('batch_size')}, dropout {words('dropout')}, α {words('alpha')}, init {words('init')}, targets {words('target_modules')}, warm-up {words('warmup_ratio')} of the steps, precision {used('precision')}; learning rate {', '.join(f'{LABELS[m]} {lr:g}' for m, lr in rates)}; seeds {words('seed')}.
+- Evaluation: split {words('eval_split')}, protocol {words('protocol')}, precision {used('eval_precision')}; items drawn by seed, the same for every run.
+- Machine: {'; '.join(machines)}. Versions: {', '.join(versions)}."""
 
 
 def render(
@@ -233,16 +266,17 @@ def render(
     table = accuracies(results)
     for (protocol, split), part in table.groupby(["protocol", "eval_split"]):
         name = "log-likelihood ranking" if protocol == "loglikelihood" else "generate and match"
-        page += [f"## Accuracy by {name}, {split} split\n", "Percent, with Wilson's 95 % interval" + ("; ± is the standard deviation over seeds" if len(seeds) > 1 else "") + ".\n", accuracy_table(part).to_markdown(), ""]
+        constant = majority(results, predictions)
+        page += [f"## Accuracy by {name}, {split} split\n", "Percent, with Wilson's 95 % interval" + ("; ± is the standard deviation over seeds" if len(seeds) > 1 else "") + ".\n", accuracy_table(part, constant).to_markdown(), ""]
         figure = f"accuracy-{protocol}-{split}.png"
-        _savefig(plot_accuracy(part), out / figure)
+        _savefig(plot_accuracy(part, constant), out / figure)
         page += [f"![Accuracy by method and task, with intervals]({figure})\n"]
         normed = [r for r in results if r["params"]["task"] == "hellaswag" and r["params"]["protocol"] == protocol and r["params"]["eval_split"] == split and "acc_norm" in r["metrics"]]
         if normed:
             page += ["HellaSwag by length-normalised log-likelihood (acc_norm):\n", accuracy_table(accuracies(normed, "acc_norm")).to_markdown(), ""]
     comparison = compare(results, predictions)
     if len(comparison):
-        page += ["## DoRA against LoRA, item by item\n", *(f"- {verdict(row)}" for row in comparison.to_dict("records")), ""]
+        page += ["## DoRA against LoRA, item by item\n", "p is not corrected for the number of comparisons.\n", *(f"- {verdict(row)}" for row in comparison.to_dict("records")), ""]
     page += ["## What the poster and the paper print\n", PUBLISHED.to_markdown(index=False, floatfmt=".1f"), "", FOOTNOTES.replace("\n", "\n\n"), ""]
     if any(r["training"] for r in results):
         _savefig(plot_learning_curves(results, history), out / "learning-curves.png")

@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from dora_nb import __version__
+from dora_nb.assets import ASSETS, SOURCES, TASK_NAMES
 from dora_nb.cli import comments, main, parser
+from dora_nb.evaluate import PROTOCOLS
 from dora_nb.runs import RunConfig
+from dora_nb.tasks import SPLITS
+from dora_nb.train import PRECISIONS
 
 COMMANDS = ("fetch", "train", "evaluate", "run", "report")
 
@@ -17,6 +22,13 @@ def test_every_option_says_what_it_is():
     for name in COMMANDS:
         (sub,) = [a for a in parser(name)._actions if hasattr(a, "choices") and a.choices and name in a.choices]
         assert all(a.help for a in sub.choices[name]._actions)
+
+
+def test_names_that_the_parser_repeats_to_spare_an_import():
+    (sub,) = [a for a in parser()._actions if hasattr(a, "choices") and a.choices]
+    choices = {a.dest: tuple(a.choices) for a in sub.choices["evaluate"]._actions if a.choices}
+    assert {k: set(v) for k, v in choices.items()} == dict(task=set(TASK_NAMES), split=set(SPLITS), protocol=set(PROTOCOLS), precision=set(PRECISIONS), source=set(SOURCES))
+    assert all(name in sub.choices["fetch"].format_help() for name in ASSETS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -33,7 +45,7 @@ def test_help_does_not_wait_for_torch():
 
 def test_the_installed_command():
     done = subprocess.run([Path(sys.executable).parent / "dora-nb", "--version"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == "0.1.0"
+    assert done.returncode == 0 and done.stdout.strip() == __version__
 
 
 def test_train_then_evaluate_the_adapter(tiny_model_dir, tmp_path, capsys):

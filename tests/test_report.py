@@ -4,10 +4,11 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from dora_nb.report import RESULTS, accuracies, accuracy_table, collect, compare, cost_table, read_report, render, verdict
+from dora_nb.report import RESULTS, accuracies, accuracy_table, collect, compare, cost_table, majority, read_report, render, verdict
 from dora_nb.runs import RunConfig, load_grid
 
 QUICK = Path(__file__).parent.parent / "reports" / "quick"
@@ -35,12 +36,42 @@ def test_what_may_not_be_averaged_is_refused():
         accuracies([result("lora", learning_rate=1e-3), result("lora", learning_rate=1e-4)])
 
 
+def test_seeds_are_not_averaged_over_different_settings():
+    with pytest.raises(ValueError, match="average over it"):
+        accuracies([result("lora", seed=0, learning_rate=1e-3), result("lora", seed=1, learning_rate=1e-1)])
+
+
+def test_the_most_frequent_answer():
+    results = [result("lora"), result("dora")]
+    predictions = pd.concat([answers(r["run"], [1, 0, 1, 1]).assign(gold=[0, 1, 1, 1]) for r in results])
+    assert majority(results, predictions) == {"boolq": 0.75}
+    assert accuracy_table(accuracies(results), {"boolq": 0.75}).iloc[-1, 0] == "75.0"
+
+
+def test_items_count_not_seeds():
+    "The same answers under five seeds say no more than under one."
+    rng = np.random.default_rng(0)
+    lora, dora = rng.random(200) < 0.5, rng.random(200) < 0.6
+    def row(seeds):
+        results = [result(m, s) for m in ("lora", "dora") for s in range(seeds)]
+        return compare(results, pd.concat([answers(f"boolq-{m}-{s}", right) for m, right in (("lora", lora), ("dora", dora)) for s in range(seeds)])).iloc[0]
+    one, five = row(1), row(5)
+    assert one.n == five.n == 200 and five.difference == pytest.approx(one.difference)
+    assert five.p == pytest.approx(one.p, abs=0.02) and five.high - five.low == pytest.approx(one.high - one.low, rel=0.03)
+
+
+def test_no_difference_is_not_certainty():
+    row = compare([result("lora"), result("dora")], pd.concat([answers("boolq-lora-0", [1] * 50), answers("boolq-dora-0", [1] * 50)])).iloc[0]
+    assert row.difference == 0 and row.p == 1 and row.low < -0.02 and row.high > 0.02
+
+
 def test_comparison_counts_pairs():
     results = [result("lora"), result("dora")]
     lora, dora = [1, 1, 1, 0, 0, 0, 0, 0, 0, 0], [1, 1, 0, 1, 1, 1, 1, 1, 1, 0]
     row = compare(results, pd.concat([answers("boolq-lora-0", lora), answers("boolq-dora-0", dora)])).iloc[0]
     assert (row.n, row.only_a, row.only_b) == (10, 1, 6) and row.difference == pytest.approx(0.5)
     assert row.p == pytest.approx(2 * (1 + 7) / 2**7)   # both tails of Binomial(7, ½) at one or fewer
+    assert row.low == pytest.approx(5 / 12 - 1.96 * ((9 / 12 - (5 / 12) ** 2) / 12) ** 0.5)   # Bonett and Price, by hand
     assert "cannot tell" in verdict(row.to_dict())
     dora = [1] * 10
     row = compare(results, pd.concat([answers("boolq-lora-0", [0] * 10), answers("boolq-dora-0", dora)])).iloc[0]

@@ -30,6 +30,9 @@ def test_identity():
     same = RunConfig(method="base", rank=4, objective="answer")
     assert run_id(same) == run_id(RunConfig(method="base", learning_rate=5.0)) != run_id(RunConfig(method="base", eval_items=5))
     assert run_id(RunConfig(seed=1)) != run_id(RunConfig(seed=2))
+    assert run_id(RunConfig(method="full", rank=4)) == run_id(RunConfig(method="full", rank=8))
+    assert run_id(RunConfig(method="lora", detach_norm=False)) == run_id(RunConfig(method="lora"))
+    assert run_id(RunConfig(detach_norm=False)) != run_id(RunConfig())
     assert run_name(RunConfig("boolq", "lora", seed=3)).startswith("boolq-lora-r16-s3-")
 
 
@@ -79,7 +82,8 @@ def test_grid(grid):
     ("[axes]", "[axis]", "unknown key 'axis'; did you mean 'axes'"), ('name = "tiny"', "", "name is missing"), ("rank = 2", "rnk = 2", "did you mean 'rank'"),
     ("rank = 2", "rank = -2", "rank=-2"), ('["boolq", "winogrande"]', '"boolq"', "axes.task must be a list"), ("learning_rate = 2e-3", "learning_rat = 2e-3", "did you mean 'learning_rate'"),
     ('when = { method = "dora" }', 'when = { methd = "dora" }', "did you mean 'method'"), ('when = ', 'wenn = ', "exactly the keys"), ("[fixed]", "[fixed", "not TOML"),
-    ('method = "base"\n[[over', 'method = "none"\n[[over', "method='none'"),
+    ('method = "base"\n[[over', 'method = "none"\n[[over', "method='none'"), ('name = "tiny"', 'name = "../tiny"', "name is missing or has other"),
+    ('{ method = "dora" }', '"dora"', "both tables"), ("eval_items = 6", "weight_decay = -1.0", "at least 0"),
 ])
 def test_wrong_grids(grid, old, new, named):
     text = grid.read_text()
@@ -111,16 +115,23 @@ def test_a_grid_from_start_to_report(grid, tmp_path, capsys, monkeypatch):
     (damaged / RESULT).write_text((damaged / RESULT).read_text()[:50])
     (foreign / RESULT).write_text((folder / results[2]["run"] / RESULT).read_text())
     _, problems = load(folder)
-    assert len(problems) == 2 and "damaged" in problems[0] and "not this run's" in problems[1]
+    assert len(problems) == 1 and "damaged" in problems[0]
+    assert sum("belongs to" in p for p in load(folder, load_grid(grid).configs)[1]) == 1
     run_grid(grid, tmp_path / "runs", dry_run=True)
     assert capsys.readouterr().err.count("to do") == 2
     run_grid(grid, tmp_path / "runs")
     again, problems = load(folder)
     assert [r["metrics"]["acc"] for r in again] == [r["metrics"]["acc"] for r in results] and not problems
 
-    collect(folder, tmp_path / "report")
+    (folder / "left-from-another-grid").mkdir()
+    assert len(load(folder)[1]) == 1 and not load(folder, load_grid(grid).configs)[1]
+    collect(folder, tmp_path / "report", grid)
     page = render(tmp_path / "report", "Tiny").read_text()
     assert "BoolQ (n = 6)" in page and "small experiment" in page and (tmp_path / "report" / "learning-curves.png").exists()
+
+    command = [sys.executable, "-m", "papermill", str(notebook("report")), str(tmp_path / "report.ipynb"), "-p", "runs_dir", str(folder), "-p", "out", str(tmp_path / "again"), "-p", "grid", str(grid)]
+    subprocess.run([*command, "--no-progress-bar"], check=True, capture_output=True)
+    assert (tmp_path / "again" / "report.md").read_text().splitlines()[2:] == page.splitlines()[2:]
 
 
 def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
@@ -145,7 +156,7 @@ def test_unfinished_is_not_done(tmp_path):
     with pytest.raises(ValueError, match="some-run: not finished"):
         read_result(tmp_path / "some-run")
     (tmp_path / "some-run" / RESULT).write_text("[]")
-    with pytest.raises(ValueError, match="not this run's"):
+    with pytest.raises(ValueError, match="not a run's"):
         read_result(tmp_path / "some-run")
     assert load(tmp_path)[0] == []
 

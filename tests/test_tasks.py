@@ -66,6 +66,19 @@ def test_pairs_split_as_lm_eval_does(smollm):
         assert encode_pair(smollm[1], context, continuation) == tuple(harness._encode_pair(context, continuation))
 
 
+def test_a_beginning_of_sequence_token_is_put_where_lm_eval_puts_it(smollm, tiny_model_dir):
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    bos = tokenizer.bos_token
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_token_id)])
+    harness = HFLM(pretrained=smollm[0], tokenizer=tokenizer, device="cpu")
+    for context in ("The cat", f"{bos}The cat"):
+        ours = encode_pair(tokenizer, context, " sat")
+        assert ours == tuple(harness._encode_pair(context, " sat")) and ours[0].count(tokenizer.bos_token_id) == 1
+
+
 def random_items(n, rng, vocab=128):
     "Items of random tokens: choices that share everything, something or nothing."
     draw = lambda k: [rng.randrange(vocab) for _ in range(k)]

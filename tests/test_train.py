@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from dora_nb.adapt import AdapterConfig, adapt, trainable_parameters
 from dora_nb.assets import load_model
 from dora_nb.tasks import collate, load_task
-from dora_nb.train import Diverged, TrainConfig, encode_for, epoch_batches, micro_batches, summed_loss, train, train_step, warmup_and_decay
+from dora_nb.train import Diverged, TrainConfig, autocast, encode_for, epoch_batches, micro_batches, summed_loss, terms, token_logprobs, train, train_step, warmup_and_decay
 
 
 def items(name="winogrande", n=24, **kwargs):
@@ -31,7 +31,7 @@ def params(model):
     return {n: p.detach().clone() for n, p in trainable_parameters(model).items()}
 
 
-@pytest.mark.parametrize("objective", ("answer", "prompt", "choices"))
+@pytest.mark.parametrize("objective", ("answer", "prompt", "choices", "choices_mean"))
 def test_micro_batches_do_not_change_the_gradient(tiny, objective):
     model, tokenizer = tiny()
     data = items("hellaswag", 8)
@@ -55,12 +55,38 @@ def test_language_modelling_losses_are_transformers(tiny, objective):
     model, tokenizer = tiny()
     item = items("winogrande", 1)[0]
     (row,), _ = encode_for(objective, tokenizer, item)
-    total, terms = summed_loss(model, collate([[row]], 2), torch.tensor([item["gold"]]), objective)
+    batch = collate([[row]], 2)
+    loss = summed_loss(model, batch, torch.tensor([item["gold"]]), objective) / terms(batch, objective)
     ids = tokenizer(item["contexts"][item["gold"]] + item["continuations"][item["gold"]], return_tensors="pt").input_ids
     labels = ids.clone()
     if objective == "answer":
         labels[:, :len(tokenizer(item["contexts"][item["gold"]]).input_ids)] = -100
-    torch.testing.assert_close(total / terms, model(ids, labels=labels).loss)
+    torch.testing.assert_close(loss, model(ids, labels=labels).loss)
+
+
+@pytest.mark.parametrize("objective", ("choices", "choices_mean"))
+def test_ranking_losses_by_hand(tiny, objective):
+    model, tokenizer = tiny()
+    item = items("hellaswag", 1)[0]
+    (row,), _ = encode_for(objective, tokenizer, item)
+    loss = summed_loss(model, collate([[row]], 2), torch.tensor([item["gold"]]), objective)
+    scores = []
+    for context, continuation in zip(item["contexts"], item["continuations"]):
+        ids = tokenizer(context + continuation, return_tensors="pt").input_ids
+        n = len(tokenizer(context).input_ids)
+        logp = model(ids).logits[0, n - 1:-1].log_softmax(-1).gather(1, ids[0, n:, None])
+        scores.append(logp.sum() if objective == "choices" else logp.mean())
+    torch.testing.assert_close(loss, -torch.stack(scores).log_softmax(0)[item["gold"]], atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_does_not_round_the_logits(smollm):
+    "Logits in bfloat16 come in steps of an eighth at this size, and half of BoolQ's margins would be multiples of it."
+    model, tokenizer = smollm
+    data = items("boolq", 6)
+    batch = collate([encode_for("choices", tokenizer, i)[0] for i in data], 2)
+    with torch.no_grad(), autocast("bfloat16", model.device):
+        no, yes = token_logprobs(model, batch).view(-1, 2).T
+    assert ((8 * (no - yes)) % 1 != 0).all() and "forward" not in vars(model.get_output_embeddings())
 
 
 def test_the_end_is_trained_where_answers_are_generated(tiny):
@@ -135,7 +161,7 @@ def test_schedule():
     assert all(math.isfinite(warmup_and_decay(n, w)(s)) for n in (1, 2, 3) for w in (0, 0.5, 0.9) for s in range(n + 1))
 
 
-@pytest.mark.parametrize("wrong", (dict(objective="x"), dict(learning_rate=0), dict(batch_size=0), dict(warmup_ratio=1)))
+@pytest.mark.parametrize("wrong", (dict(objective="x"), dict(learning_rate=0), dict(learning_rate=math.inf), dict(weight_decay=-1), dict(seed=-1), dict(batch_size=0), dict(warmup_ratio=1)))
 def test_impossible_values(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TrainConfig(**wrong)
