@@ -25,7 +25,8 @@ reproduce: $(READY) ## LoRA against DoRA on three tasks, from nothing to reports
 test: $(READY) ## everything that CI runs
 	$(BIN)/python -m pytest tests
 
-notebooks: $(READY) ## export and clean: run after editing a notebook
+notebooks: $(READY) ## format, export and clean: run after editing a notebook
+	$(BIN)/ruff format -q nbs tests setup.py
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 

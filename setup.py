@@ -1,4 +1,5 @@
 "Everything about the package is in settings.ini; this reads it."
+
 import configparser
 import shlex
 from pathlib import Path

@@ -36,7 +36,13 @@ class AdapterConfig:
     rank: int = 16  # r, at least 1
     alpha: float = 32.0  # α; the update is scaled by α/r (the paper uses α = 2r)
     dropout: float = 0.0  # probability, on the input of the update; 0.05 in the paper
-    target_modules: str | Sequence[str] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # name endings; or one regular expression for whole names; or "all-linear"
+    target_modules: str | Sequence[str] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "up_proj",
+        "down_proj",
+    )  # name endings; or one regular expression for whole names; or "all-linear"
     init: str = "kaiming"  # start of A: kaiming (PEFT's and the authors') or gaussian, N(0, 0.01²) (the poster's)
     rslora: bool = False  # scale by α/√r instead of α/r
     detach_norm: bool = True  # DoRA: no gradient through the norm (§4.3); False for the exact gradient
@@ -70,9 +76,15 @@ def find_targets(
     modules = dict(model.named_modules(remove_duplicate=False))
     if target_modules == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        found = {n: m for n, m in modules.items() if type(m) is nn.Linear and m is not head and n.rpartition(".")[2] not in ("score", "classifier")}
+        found = {
+            n: m
+            for n, m in modules.items()
+            if type(m) is nn.Linear and m is not head and n.rpartition(".")[2] not in ("score", "classifier")
+        }
         if not found:
-            raise ValueError(f"target_modules='all-linear' finds no torch.nn.Linear; this model is made of {', '.join(sorted({type(m).__name__ for m in modules.values()}))}")
+            raise ValueError(
+                f"target_modules='all-linear' finds no torch.nn.Linear; this model is made of {', '.join(sorted({type(m).__name__ for m in modules.values()}))}"
+            )
         return found
     single = isinstance(target_modules, str)
     found = {}
@@ -81,13 +93,20 @@ def find_targets(
         if not hits:
             leaves = sorted({n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)})
             near = difflib.get_close_matches(entry, leaves, n=1, cutoff=0.5)
-            raise ValueError(f"target_modules: {entry!r} matches no module" + (f"; did you mean {near[0]!r}?" if near else f"; the linear layers are called {', '.join(leaves)}"))
+            raise ValueError(
+                f"target_modules: {entry!r} matches no module"
+                + (f"; did you mean {near[0]!r}?" if near else f"; the linear layers are called {', '.join(leaves)}")
+            )
         found |= dict.fromkeys(hits)
     for name in found:
-        if type(modules[name]) is not nn.Linear:   # subclasses may do something else with their weight
-            raise ValueError(f"target_modules: {name!r} is of type {type(modules[name]).__name__}; only torch.nn.Linear can be adapted")
+        if type(modules[name]) is not nn.Linear:  # subclasses may do something else with their weight
+            raise ValueError(
+                f"target_modules: {name!r} is of type {type(modules[name]).__name__}; only torch.nn.Linear can be adapted"
+            )
         if other := next((n for n in modules if n != name and modules[n] is modules[name]), None):
-            raise ValueError(f"target_modules: {name!r} and {other!r} are one layer under two names; it cannot be adapted")
+            raise ValueError(
+                f"target_modules: {name!r} and {other!r} are one layer under two names; it cannot be adapted"
+            )
     return {n: m for n, m in modules.items() if n in found}
 
 # %% ../nbs/03_adapt.ipynb #1eea7f5b
@@ -149,30 +168,61 @@ def count_parameters(
 # %% ../nbs/03_adapt.ipynb #af11c212
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _SUFFIX = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-_OURS = ("init", "detach_norm", "dropout_form")   # no field of PEFT's says these
-_INERT = {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"}
+_OURS = ("init", "detach_norm", "dropout_form")  # no field of PEFT's says these
+_INERT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "peft_version",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+}
 
 
 def _to_peft(config: AdapterConfig, base_model: str | None) -> dict:
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
-    return dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base_model, r=config.rank, lora_alpha=config.alpha,
-                lora_dropout=config.dropout, target_modules=targets, use_dora=config.method == "dora", use_rslora=config.rslora,
-                init_lora_weights=True, bias="none", fan_in_fan_out=False, inference_mode=True)
+    return dict(
+        peft_type="LORA",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        use_dora=config.method == "dora",
+        use_rslora=config.rslora,
+        init_lora_weights=True,
+        bias="none",
+        fan_in_fan_out=False,
+        inference_mode=True,
+    )
 
-
+# %% ../nbs/03_adapt.ipynb #e1b36d6a
 def _from_peft(peft: dict, source: Path) -> AdapterConfig:
     peft = {k: v for k, v in peft.items() if k not in _INERT}
     if (kind := peft.pop("peft_type", None)) != "LORA":
-        raise ValueError(f"{source}: peft_type is {kind!r}; only LORA adapters (with or without use_dora) can be loaded")
+        raise ValueError(
+            f"{source}: peft_type is {kind!r}; only LORA adapters (with or without use_dora) can be loaded"
+        )
     if missing := {"r", "lora_alpha", "target_modules"} - peft.keys():
         raise ValueError(f"{source} lacks {', '.join(sorted(missing))}; it is not a complete LoRA configuration")
     if (init := peft.pop("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal", "eva"):
-        raise ValueError(f"{source}: init_lora_weights={init!r} changes the base weights too; convert the adapter with PEFT first")
+        raise ValueError(
+            f"{source}: init_lora_weights={init!r} changes the base weights too; convert the adapter with PEFT first"
+        )
     if (bias := peft.pop("bias", "none")) != "none":
         raise ValueError(f"{source}: bias={bias!r} is not supported; only adapters with frozen biases can be loaded")
-    config = AdapterConfig("dora" if peft.pop("use_dora", False) else "lora", rank=peft.pop("r"), alpha=peft.pop("lora_alpha"),
-                           dropout=peft.pop("lora_dropout", 0.0), target_modules=peft.pop("target_modules"),
-                           rslora=peft.pop("use_rslora", False))
+    config = AdapterConfig(
+        "dora" if peft.pop("use_dora", False) else "lora",
+        rank=peft.pop("r"),
+        alpha=peft.pop("lora_alpha"),
+        dropout=peft.pop("lora_dropout", 0.0),
+        target_modules=peft.pop("target_modules"),
+        rslora=peft.pop("use_rslora", False),
+    )
     if unknown := {k: v for k, v in peft.items() if v}:
         raise ValueError(f"{source}: not supported here: {', '.join(f'{k}={v!r}' for k, v in sorted(unknown.items()))}")
     return config
@@ -206,8 +256,11 @@ def save_adapter(
     if config.method == "full":
         model.save_pretrained(path)
         return path
-    tensors = {f"base_model.model.{name}.{_SUFFIX[key]}": p.detach().contiguous()
-               for name, layer in adapter_layers(model).items() for key, p in layer.named_parameters(recurse=False)}
+    tensors = {
+        f"base_model.model.{name}.{_SUFFIX[key]}": p.detach().contiguous()
+        for name, layer in adapter_layers(model).items()
+        for key, p in layer.named_parameters(recurse=False)
+    }
     base_model = getattr(getattr(model, "config", None), "name_or_path", None) or None
     ours = json.dumps({k: getattr(config, k) for k in _OURS})
     write_whole(path / WEIGHTS, lambda p: save_file(tensors, p, metadata={"format": "pt", "dora_nb": ours}))
@@ -228,14 +281,22 @@ def _expected(targets: dict[str, nn.Linear], config: AdapterConfig) -> dict[str,
 
 
 def _check(tensors: dict[str, Tensor], expected: dict[str, tuple], source: Path):
-    for wrong, what in ((sorted(expected.keys() - tensors.keys()), "lacks {}"), (sorted(tensors.keys() - expected.keys()), "holds {}, for which this model or its configuration has no place")):
+    for wrong, what in (
+        (sorted(expected.keys() - tensors.keys()), "lacks {}"),
+        (sorted(tensors.keys() - expected.keys()), "holds {}, for which this model or its configuration has no place"),
+    ):
         if wrong:
-            raise ValueError(f"{source} {what.format(repr(wrong[0]))}" + (f" (and {len(wrong) - 1} more tensors)" if wrong[1:] else ""))
+            raise ValueError(
+                f"{source} {what.format(repr(wrong[0]))}"
+                + (f" (and {len(wrong) - 1} more tensors)" if wrong[1:] else "")
+            )
     for key, shape in expected.items():
         if tensors[key].shape != shape:
-            raise ValueError(f"{source}: {key!r} has shape {tuple(tensors[key].shape)} where this model needs {shape}; the adapter was made for another model")
+            raise ValueError(
+                f"{source}: {key!r} has shape {tuple(tensors[key].shape)} where this model needs {shape}; the adapter was made for another model"
+            )
 
-
+# %% ../nbs/03_adapt.ipynb #7a270a90
 def load_adapter(
     model: nn.Module,  # not adapted; changed in place
     path: str | Path,  # folder that `save_adapter` or PEFT wrote
@@ -244,16 +305,22 @@ def load_adapter(
     "Put a saved adapter on a model; ValueError, and the model untouched, if it does not fit."
     path = Path(path)
     if wrong := changes.keys() - {"dropout", "detach_norm", "dropout_form"}:
-        raise ValueError(f"{', '.join(sorted(wrong))} cannot be changed, as the adapter's values depend on it; only dropout, detach_norm and dropout_form can")
+        raise ValueError(
+            f"{', '.join(sorted(wrong))} cannot be changed, as the adapter's values depend on it; only dropout, detach_norm and dropout_form can"
+        )
     if not (path / CONFIG).exists():
-        raise FileNotFoundError(f"{path} holds no {CONFIG}; give the folder that save_adapter, or PEFT's save_pretrained, wrote (a fully fine-tuned model is a model: load it as one)")
+        raise FileNotFoundError(
+            f"{path} holds no {CONFIG}; give the folder that save_adapter, or PEFT's save_pretrained, wrote (a fully fine-tuned model is a model: load it as one)"
+        )
     config = _from_peft(json.loads((path / CONFIG).read_text()), path / CONFIG)
     if not (path / WEIGHTS).exists():
-        raise FileNotFoundError(f"{path} holds no {WEIGHTS}; an adapter in PEFT's older .bin format must be saved again with a PEFT of today")
+        raise FileNotFoundError(
+            f"{path} holds no {WEIGHTS}; an adapter in PEFT's older .bin format must be saved again with a PEFT of today"
+        )
     with safe_open(path / WEIGHTS, "pt") as f:
         tensors, ours = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("dora_nb", "{}"))
     config = replace(config, **{k: v for k, v in ours.items() if k in _OURS} | changes)
-    if not getattr(model, "dora_nb_config", None):   # otherwise `adapt` says what is wrong
+    if not getattr(model, "dora_nb_config", None):  # otherwise `adapt` says what is wrong
         _check(tensors, _expected(find_targets(model, config.target_modules), config), path / WEIGHTS)
     adapt(model, config)
     with torch.no_grad():
@@ -267,7 +334,9 @@ def _plain(name: str, layer: LoRALinear, model: nn.Module) -> nn.Linear:
     "A linear layer with the merged weight and the same bias."
     base = layer.base_layer
     if sum(p is base.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
-        raise RuntimeError(f"{name!r} shares its weight with another layer (tied embeddings); merged, the two would differ, and a saved checkpoint would tie them again. Use the adapter unmerged, or untie the model before adapting it")
+        raise RuntimeError(
+            f"{name!r} shares its weight with another layer (tied embeddings); merged, the two would differ, and a saved checkpoint would tie them again. Use the adapter unmerged, or untie the model before adapting it"
+        )
     plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     plain.weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
     if base.bias is not None:
@@ -298,9 +367,11 @@ def unmerge(
 ) -> nn.Module:  # the same model, adapted again
     "Undo `merge`: the adapter is back, and W₀ is what it was, bit for bit. A model that is not merged is left as it is."
     if getattr(model, "dora_nb_config", None) is None:
-        raise RuntimeError("this model has no adapter to bring back: it was never adapted, or merged with keep_base=False, which is for good")
+        raise RuntimeError(
+            "this model has no adapter to bring back: it was never adapted, or merged with keep_base=False, which is for good"
+        )
     for name, layer in (getattr(model, "dora_nb_merged", None) or {}).items():
-        weight = model.get_submodule(name).weight   # the model may have been moved or cast meanwhile
+        weight = model.get_submodule(name).weight  # the model may have been moved or cast meanwhile
         model.set_submodule(name, layer.to(weight.device, weight.dtype).train(model.training))
     model.dora_nb_merged = None
     return model

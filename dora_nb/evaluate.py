@@ -43,6 +43,19 @@ def _summary(right: list[bool], seconds: float) -> dict:
     return dict(acc=share, stderr=standard_error(share, n), acc_low=low, acc_high=high, n=n, seconds=seconds)
 
 
+def _record(item: dict, sums: list[float]) -> dict:
+    "What the model made of an item's choices."
+    if not all(map(math.isfinite, sums)) or len(sums) != len(item["continuations"]):
+        raise FloatingPointError(
+            f"item {item['doc_index']}: a log-likelihood is not a number; the model's weights or its adapter are broken"
+        )
+    normed = [s / len(c.removeprefix(" ")) for s, c in zip(sums, item["continuations"])]
+    best = lambda scores: scores.index(max(scores))
+    return dict(
+        doc_index=item["doc_index"], loglikelihood=sums, gold=item["gold"], pred=best(sums), pred_norm=best(normed)
+    )
+
+# %% ../nbs/07_evaluate.ipynb #4d0bc3cd
 @torch.no_grad()
 def rank_choices(
     model: nn.Module,  # a causal language model; put into eval mode
@@ -63,15 +76,12 @@ def rank_choices(
             for i, sums in zip(group, choice_logprobs(model, batch.to(model.device)).tolist()):
                 scores[i] = [s for s in sums if s > -math.inf]
             bar.update(len(group))
-    records = []
-    for item, sums in zip(items, scores):
-        if not all(map(math.isfinite, sums)) or len(sums) != len(item["continuations"]):
-            raise FloatingPointError(f"item {item['doc_index']}: a log-likelihood is not a number; the model's weights or its adapter are broken")
-        per_character = [s / len(c.removeprefix(" ")) for s, c in zip(sums, item["continuations"])]
-        records.append(dict(doc_index=item["doc_index"], loglikelihood=sums, gold=item["gold"],
-                            pred=sums.index(max(sums)), pred_norm=per_character.index(max(per_character))))
+    records = [_record(item, sums) for item, sums in zip(items, scores)]
     summary = _summary([r["pred"] == r["gold"] for r in records], time.perf_counter() - start)
-    return summary | dict(acc_norm=sum(r["pred_norm"] == r["gold"] for r in records) / len(records), truncated=sum(c > 0 for _, c in encoded)), records
+    return summary | dict(
+        acc_norm=sum(r["pred_norm"] == r["gold"] for r in records) / len(records),
+        truncated=sum(c > 0 for _, c in encoded),
+    ), records
 
 # %% ../nbs/07_evaluate.ipynb #5c52cd0b
 def match_answer(
@@ -83,6 +93,13 @@ def match_answer(
     return answers.index(found[0]) if found else None
 
 
+def _padded(prompts: list[list[int]], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    "Prompts as a batch, padded on the left, so that each ends where generation begins."
+    width = max(map(len, prompts))
+    fill = lambda pad, row: torch.tensor([[pad] * (width - len(p)) + row(p) for p in prompts], device=device)
+    return dict(input_ids=fill(pad_id, list), attention_mask=fill(0, lambda p: [1] * len(p)))
+
+# %% ../nbs/07_evaluate.ipynb #797115a3
 @torch.no_grad()
 def generate_answers(
     model: nn.Module,  # a causal language model; put into eval mode
@@ -94,10 +111,11 @@ def generate_answers(
     progress: bool = True,  # show a bar on stderr
     max_new_tokens: int = 32,  # tokens to generate
     num_beams: int = 4,  # beams
-) -> tuple[dict, list[dict]]:  # acc, stderr, acc_low, acc_high, n, seconds, unparsed (a share), truncated; and a record per item
+) -> tuple[
+    dict, list[dict]
+]:  # acc, stderr, acc_low, acc_high, n, seconds, unparsed (a share), truncated; and a record per item
     "Let the model write an answer, and match it, as the authors do."
     start = time.perf_counter()
-    names = [[c.rsplit(" ", 1)[-1] for c in item["continuations"]] for item in items]
     encoded = [encode_text(tokenizer, item["contexts"][0]) for item in items]
     prompts, outputs = [ids[-max_tokens:] for ids in encoded], [""] * len(items)
     order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
@@ -106,15 +124,28 @@ def generate_answers(
             width = len(prompts[order[0]])
             size = max(1, batch_tokens // (num_beams * (width + max_new_tokens)))
             group, order = order[:size], order[size:]
-            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in group], device=model.device)
-            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group], device=model.device)
-            written = model.eval().generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+            batch = _padded([prompts[i] for i in group], tokenizer.pad_token_id, model.device)
+            written = model.eval().generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
             for i, text in zip(group, tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)):
                 outputs[i] = text
             bar.update(len(group))
-    records = [dict(doc_index=item["doc_index"], output=text, gold=item["gold"], pred=match_answer(text, answers)) for item, text, answers in zip(items, outputs, names)]
+    records = []
+    for item, text in zip(items, outputs):
+        answers = [c.rsplit(" ", 1)[-1] for c in item["continuations"]]  # the last word of "the correct answer is …"
+        records.append(
+            dict(doc_index=item["doc_index"], output=text, gold=item["gold"], pred=match_answer(text, answers))
+        )
     summary = _summary([r["pred"] == r["gold"] for r in records], time.perf_counter() - start)
-    return summary | dict(unparsed=sum(r["pred"] is None for r in records) / len(records), truncated=sum(len(e) > max_tokens for e in encoded)), records
+    return summary | dict(
+        unparsed=sum(r["pred"] is None for r in records) / len(records),
+        truncated=sum(len(e) > max_tokens for e in encoded),
+    ), records
 
 # %% ../nbs/07_evaluate.ipynb #f6145ac7
 PROTOCOLS = {"loglikelihood": rank_choices, "generate": generate_answers}

@@ -55,7 +55,9 @@ class LoRALinear(nn.Module):
     ):
         super().__init__()
         if base_layer.weight.is_meta:
-            raise ValueError("the layer to adapt has no values yet (it is on the meta device); load the weights before adapting")
+            raise ValueError(
+                "the layer to adapt has no values yet (it is on the meta device); load the weights before adapting"
+            )
         out_features, in_features = base_layer.weight.shape
         dtype = torch.promote_types(base_layer.weight.dtype, torch.float32)
         new = lambda *shape: nn.Parameter(torch.empty(shape, dtype=dtype, device=base_layer.weight.device))
@@ -78,7 +80,7 @@ class LoRALinear(nn.Module):
         W0 = self.base_layer.weight.detach()
         return (W0 + self.scaling * (self.lora_B @ self.lora_A).detach()).to(W0.dtype)
 
-    weight = property(lambda self: self.base_layer.weight)   # some models look at these of their layers
+    weight = property(lambda self: self.base_layer.weight)  # some models look at these of their layers
     bias = property(lambda self: self.base_layer.bias)
     in_features = property(lambda self: self.base_layer.in_features)
     out_features = property(lambda self: self.base_layer.out_features)

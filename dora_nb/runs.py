@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUN_METHODS', 'IGNORED', 'HERE', 'SCHEMA', 'RESULT', 'HISTORY', 'PREDICTIONS', 'RunConfig', 'config_from',
            'effective', 'checksums', 'run_id', 'run_name', 'write_json', 'run', 'read_result', 'load', 'Grid',
-           'load_grid', 'notebook', 'need', 'Incomplete', 'run_grid']
+           'load_grid', 'notebook', 'need', 'say', 'Incomplete', 'run_grid']
 
 # %% ../nbs/11_runs.ipynb #1bcc8cd3
 import dataclasses
@@ -81,8 +81,16 @@ class RunConfig:
     eval_precision: str = "float32"  # of evaluation: float32, bfloat16 (autocast), or auto
 
     def __post_init__(self):
-        choices = {"task": assets.TASK_NAMES, "method": RUN_METHODS, "source": assets.SOURCES, "format": FORMATS, "precision": PRECISIONS,
-                   "eval_split": SPLITS[1:], "protocol": tuple(PROTOCOLS), "eval_precision": PRECISIONS}
+        choices = {
+            "task": assets.TASK_NAMES,
+            "method": RUN_METHODS,
+            "source": assets.SOURCES,
+            "format": FORMATS,
+            "precision": PRECISIONS,
+            "eval_split": SPLITS[1:],
+            "protocol": tuple(PROTOCOLS),
+            "eval_precision": PRECISIONS,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} does not exist; choose one of {', '.join(allowed)}")
@@ -93,14 +101,20 @@ class RunConfig:
 
     def adapter(self) -> AdapterConfig | None:
         "How the model is adapted; None for the base model."
-        targets = self.target_modules if self.target_modules == "all-linear" else tuple(t.strip() for t in self.target_modules.split(","))
-        return None if self.method == "base" else AdapterConfig(**_some(self, AdapterConfig) | {"target_modules": targets})
+        targets = (
+            self.target_modules
+            if self.target_modules == "all-linear"
+            else tuple(t.strip() for t in self.target_modules.split(","))
+        )
+        return (
+            None if self.method == "base" else AdapterConfig(**_some(self, AdapterConfig) | {"target_modules": targets})
+        )
 
     def training(self) -> TrainConfig:
         "How it is trained."
         return TrainConfig(**_some(self, TrainConfig), end=self.format == "instruction")
 
-
+# %% ../nbs/11_runs.ipynb #88cf6c28
 def _some(config: RunConfig, target: type) -> dict:
     "The fields of a run that `target` has too."
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(target) if hasattr(config, f.name)}
@@ -121,7 +135,10 @@ def config_from(
     for name, value in params.items():
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-            raise ValueError(f"{where}: there is no parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(fields)}"))
+            raise ValueError(
+                f"{where}: there is no parameter {name!r}"
+                + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(fields)}")
+            )
         if not _fits(value, fields[name]):
             kind = getattr(fields[name], "__name__", str(fields[name]))
             raise ValueError(f"{where}: {name}={value!r} is of type {type(value).__name__}; it must be {kind}")
@@ -132,8 +149,12 @@ def config_from(
 
 # %% ../nbs/11_runs.ipynb #e5be314f
 _ADAPTER, _TRAIN = ({f.name for f in dataclasses.fields(t)} for t in (AdapterConfig, TrainConfig))
-IGNORED = {"base": (_ADAPTER | _TRAIN | {"format", "train_items"}) - {"method", "max_tokens", "batch_tokens"},
-           "full": _ADAPTER - {"method"}, "lora": {"detach_norm", "dropout_form"}, "dora": set()}
+IGNORED = {
+    "base": (_ADAPTER | _TRAIN | {"format", "train_items"}) - {"method", "max_tokens", "batch_tokens"},
+    "full": _ADAPTER - {"method"},
+    "lora": {"detach_norm", "dropout_form"},
+    "dora": set(),
+}
 
 
 def effective(
@@ -157,10 +178,14 @@ def checksums(
     if config.model in assets.HUB_MODELS and config.source == "package":
         model = origin(config.model)
     else:
-        model = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in path.iterdir()) if path.is_dir() else assets.model_path(config.model, config.source)
+        model = (
+            sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in path.iterdir())
+            if path.is_dir()
+            else assets.model_path(config.model, config.source)
+        )
     return {"model": _digest(model), "data": _digest([config.task, origin("tasks")])}
 
-
+# %% ../nbs/11_runs.ipynb #6e6d10ea
 def run_id(
     config: RunConfig,  # the run
 ) -> str:  # ten hexadecimal digits
@@ -172,7 +197,13 @@ def run_name(
     config: RunConfig,  # the run
 ) -> str:  # for instance winogrande-dora-r16-s0-0f3a9c81d2
     "A folder name that a person can read and that belongs to one run only."
-    middle = "" if config.method == "base" else f"-r{config.rank}-s{config.seed}" if config.method != "full" else f"-s{config.seed}"
+    middle = (
+        ""
+        if config.method == "base"
+        else f"-r{config.rank}-s{config.seed}"
+        if config.method != "full"
+        else f"-s{config.seed}"
+    )
     return f"{config.task}-{config.method}{middle}-{run_id(config)}"
 
 # %% ../nbs/11_runs.ipynb #82809bf0
@@ -185,7 +216,14 @@ def _machine(device: torch.device) -> dict:
     "What the run ran on, without names of hosts or users."
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), cpu)
+        cpu = next(
+            (
+                line.split(":", 1)[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            cpu,
+        )
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return dict(system=platform.system(), cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu)
 
@@ -200,8 +238,13 @@ def _revision() -> str | None:
     if not (HERE.parent / ".git").exists():
         return None
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True).stdout.strip() or None
-    except OSError:   # no git
+        return (
+            subprocess.run(
+                ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
+            ).stdout.strip()
+            or None
+        )
+    except OSError:  # no git
         return None
 
 
@@ -219,7 +262,7 @@ def write_json(
     "Write JSON, whole or not at all."
     write_whole(path, lambda p: p.write_text(json.dumps(thing, indent=2)))
 
-
+# %% ../nbs/11_runs.ipynb #57db114e
 def run(
     config: RunConfig,  # what to do
     run_dir: str | Path,  # where its files go
@@ -228,14 +271,25 @@ def run(
     "Train and evaluate; leaves result.json, history.jsonl, predictions.parquet and the adapter in `run_dir`."
     config, run_dir, start = effective(config), Path(run_dir), time.perf_counter()
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in (RESULT, HISTORY, PREDICTIONS):   # of an earlier try
+    for name in (RESULT, HISTORY, PREDICTIONS):  # of an earlier try
         (run_dir / name).unlink(missing_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    result = dict(schema=SCHEMA, run=run_name(config), id=run_id(config), params=asdict(config), checksums=checksums(config), revision=_revision(), versions=_versions(),
-                  machine=_machine(device), precision={k: resolve_precision(getattr(config, k), device) for k in ("precision", "eval_precision")})
-    eval_items = load_task(config.task, config.eval_split, format_of(config.protocol), config.eval_items, source=config.source)
+    result = dict(
+        schema=SCHEMA,
+        run=run_name(config),
+        id=run_id(config),
+        params=asdict(config),
+        checksums=checksums(config),
+        revision=_revision(),
+        versions=_versions(),
+        machine=_machine(device),
+        precision={k: resolve_precision(getattr(config, k), device) for k in ("precision", "eval_precision")},
+    )
+    eval_items = load_task(
+        config.task, config.eval_split, format_of(config.protocol), config.eval_items, source=config.source
+    )
     model, tokenizer = load_model(config.model, config.source, device=device)
     transformers.set_seed(config.seed)
     training = None
@@ -245,14 +299,38 @@ def run(
         trainable, total = count_parameters(model)
         records = train(model, tokenizer, train_items, config.training(), run_dir / HISTORY, progress=progress)
         seconds, tokens = records[-1]["seconds"], sum(r["tokens"] for r in records)
-        training = dict(items=len(train_items), steps=len(records), tokens=tokens, seconds=seconds, tokens_per_second=tokens / seconds,
-                        trainable=trainable, total=total, last_loss=sum(r["loss"] for r in records[-5:]) / len(records[-5:]))
+        training = dict(
+            items=len(train_items),
+            steps=len(records),
+            tokens=tokens,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            trainable=trainable,
+            total=total,
+            last_loss=sum(r["loss"] for r in records[-5:]) / len(records[-5:]),
+        )
         save_adapter(model, run_dir / "adapter")
         merge(model, keep_base=False)
-    metrics, predictions = evaluate(model, tokenizer, eval_items, config.protocol, batch_tokens=config.batch_tokens, max_tokens=config.max_tokens, precision=config.eval_precision, progress=progress)
-    write_whole(run_dir / PREDICTIONS, lambda p: pq.write_table(pa.Table.from_pylist(predictions), p, compression="zstd"))
-    result |= dict(metrics=metrics, training=training, seconds=time.perf_counter() - start, peak_memory_bytes=_peak_memory(device),
-                   finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    metrics, predictions = evaluate(
+        model,
+        tokenizer,
+        eval_items,
+        config.protocol,
+        batch_tokens=config.batch_tokens,
+        max_tokens=config.max_tokens,
+        precision=config.eval_precision,
+        progress=progress,
+    )
+    write_whole(
+        run_dir / PREDICTIONS, lambda p: pq.write_table(pa.Table.from_pylist(predictions), p, compression="zstd")
+    )
+    result |= dict(
+        metrics=metrics,
+        training=training,
+        seconds=time.perf_counter() - start,
+        peak_memory_bytes=_peak_memory(device),
+        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
     write_json(run_dir / RESULT, result)
     return result
 
@@ -268,7 +346,11 @@ def read_result(
         raise ValueError(f"{run_dir.name}: not finished, there is no {RESULT}") from None
     except ValueError as e:
         raise ValueError(f"{run_dir.name}: {RESULT} is damaged ({e}); delete it to run again") from None
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA or not {"run", "params", "metrics"} <= result.keys():
+    if (
+        not isinstance(result, dict)
+        or result.get("schema") != SCHEMA
+        or not {"run", "params", "metrics"} <= result.keys()
+    ):
         raise ValueError(f"{run_dir.name}: {RESULT} is not a run's, or not of schema {SCHEMA}")
     if name is not None and result["run"] != name:
         raise ValueError(f"{run_dir.name}: {RESULT} belongs to {result['run']}")
@@ -283,7 +365,11 @@ def load(
 ) -> tuple[list[dict], list[str]]:  # results, sorted by folder; and what is missing or broken, in words
     "The runs in a folder."
     results, problems, folder = [], [], Path(folder)
-    names = [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")] if configs is None else map(run_name, configs)
+    names = (
+        [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+        if configs is None
+        else map(run_name, configs)
+    )
     for name in sorted(names):
         try:
             results.append(read_result(folder / name, None if configs is None else name) | {"folder": name})
@@ -303,18 +389,22 @@ class Grid:
 def _matches(cell: dict, condition: dict) -> bool:
     return all((asdict(RunConfig()) | cell).get(k) == v for k, v in condition.items())
 
-
+# %% ../nbs/11_runs.ipynb #8b00a6a3
 def _check_rules(spec: dict, where: str):
     "Overrides and exclusions are tables of parameters, and nothing else."
     for rule in spec.get("override", []):
-        if not isinstance(rule, dict) or set(rule) != {"when", "set"} or not all(isinstance(v, dict) for v in rule.values()):
+        if (
+            not isinstance(rule, dict)
+            or set(rule) != {"when", "set"}
+            or not all(isinstance(v, dict) for v in rule.values())
+        ):
             raise ValueError(f"{where}: an override has exactly the keys 'when' and 'set', both tables, not {rule!r}")
     for condition in [r["when"] for r in spec.get("override", [])] + spec.get("exclude", []):
         if not isinstance(condition, dict):
             raise ValueError(f"{where}: an exclude is a table of parameters, not {condition!r}")
         config_from(condition, f"{where}: condition")
 
-
+# %% ../nbs/11_runs.ipynb #f058bd87
 def load_grid(
     path: str | Path,  # a TOML file
 ) -> Grid:
@@ -330,16 +420,23 @@ def load_grid(
     for key, value in spec.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"))
+            raise ValueError(
+                f"{path}: unknown key {key!r}"
+                + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}")
+            )
         if not isinstance(value, known[key]):
             raise ValueError(f"{path}: {key} must be of type {known[key].__name__}")
     if not re.fullmatch(r"\w[\w.-]*", spec.get("name", "")):
-        raise ValueError(f"{path}: name is missing or has other characters than letters, digits, '_', '-' and '.'; it names the folder of the runs")
+        raise ValueError(
+            f"{path}: name is missing or has other characters than letters, digits, '_', '-' and '.'; it names the folder of the runs"
+        )
     _check_rules(spec, str(path))
     fixed, axes = spec.get("fixed", {}), spec.get("axes", {})
     for key, values in axes.items():
         if not isinstance(values, list) or not values or key in fixed:
-            raise ValueError(f"{path}: axes.{key} must be a list of values, not empty, and {key!r} must not be fixed too")
+            raise ValueError(
+                f"{path}: axes.{key} must be a list of values, not empty, and {key!r} must not be fixed too"
+            )
     configs = {}
     for values in itertools.product(*axes.values()):
         cell = fixed | dict(zip(axes, values))
@@ -362,35 +459,61 @@ def notebook(
             return folder / f"{name}.ipynb"
     raise FileNotFoundError(f"the papermill notebook {name}.ipynb is missing; install dora_nb again")
 
-
+# %% ../nbs/11_runs.ipynb #de8af442
 def need(
     *modules: str,  # what is to be imported
 ):
     "Refuse early, and say what to install, if an optional package is missing."
     if missing := [m for m in modules if not importlib.util.find_spec(m)]:
-        raise RuntimeError(f"{', '.join(missing)} is needed for this and not installed; run: pip install 'dora_nb[runs]'")
+        raise RuntimeError(
+            f"{', '.join(missing)} is needed for this and not installed; run: pip install 'dora_nb[runs]'"
+        )
 
-
+# %% ../nbs/11_runs.ipynb #3eb894b1
 def _papermill(config: RunConfig, run_dir: Path) -> subprocess.Popen:
     "Start one run; everything it says goes to run.log."
     run_dir.mkdir(parents=True, exist_ok=True)
     params = run_dir / "params.json"
-    for stale in (RESULT, HISTORY):   # of an earlier try
+    for stale in (RESULT, HISTORY):  # of an earlier try
         (run_dir / stale).unlink(missing_ok=True)
     write_json(params, asdict(config) | {"run_dir": str(run_dir.resolve())})
-    command = [sys.executable, "-m", "papermill", str(notebook("finetune")), str(run_dir / "finetune.ipynb"), "-f", str(params),
-               "--kernel", "python3", "--log-output", "--no-progress-bar"]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(notebook("finetune")),
+        str(run_dir / "finetune.ipynb"),
+        "-f",
+        str(params),
+        "--kernel",
+        "python3",
+        "--log-output",
+        "--no-progress-bar",
+    ]
     with open(run_dir / "run.log", "w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONWARNINGS": "ignore"})
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONWARNINGS": "ignore"}
+        )
 
 
+def say(
+    text: str,  # a line
+):
+    "Tell the user, on stderr."
+    print(text, file=sys.stderr, flush=True)
+
+# %% ../nbs/11_runs.ipynb #09b54fbd
 def _state(run_dir: Path) -> str:
     "The last step of a run, in a few words."
     try:
         steps = [json.loads(line) for line in (run_dir / HISTORY).read_text().splitlines()]
         last, rate = steps[-1], sum(s["tokens"] for s in steps) / steps[-1]["seconds"]
         left = last["seconds"] / last["step"] * (last["steps"] - last["step"])
-        return f"step {last['step']}/{last['steps']}, loss {last['loss']:.3f}, {rate:.0f} tokens/s, {left:.0f} s of training left" if left else "evaluating"
+        return (
+            f"step {last['step']}/{last['steps']}, loss {last['loss']:.3f}, {rate:.0f} tokens/s, {left:.0f} s of training left"
+            if left
+            else "evaluating"
+        )
     except (OSError, ValueError, IndexError, ZeroDivisionError):
         return "starting"
 
@@ -401,7 +524,12 @@ def _wait(process: subprocess.Popen, run_dir: Path, head: str):
     try:
         while process.poll() is None:
             if sys.stderr.isatty():
-                print(f"\r\033[K{head}: {_state(run_dir)}, {time.perf_counter() - start:.0f} s", end="", file=sys.stderr, flush=True)
+                print(
+                    f"\r\033[K{head}: {_state(run_dir)}, {time.perf_counter() - start:.0f} s",
+                    end="",
+                    file=sys.stderr,
+                    flush=True,
+                )
             time.sleep(0.5)
     except KeyboardInterrupt:
         process.terminate()
@@ -411,11 +539,31 @@ def _wait(process: subprocess.Popen, run_dir: Path, head: str):
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr)
 
-# %% ../nbs/11_runs.ipynb #de8af442
+# %% ../nbs/11_runs.ipynb #5f293ba1
 class Incomplete(RuntimeError):
     "Some runs of a grid failed."
 
 
+def _do(config: RunConfig, run_dir: Path, head: str) -> bool:
+    "Make one run, say how it went, and whether it is done."
+    say(f"{head}: running")
+    start = time.perf_counter()
+    try:
+        _wait(_papermill(config, run_dir), run_dir, head)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped in {run_dir.name}; finished runs are kept, the same command goes on with the rest"
+        ) from None
+    try:
+        result = read_result(run_dir, run_dir.name)
+        say(f"{head}: done in {time.perf_counter() - start:.0f} s, accuracy {result['metrics']['acc']:.3f}")
+        return True
+    except ValueError:
+        tail = "\n".join((run_dir / "run.log").read_text().splitlines()[-5:])
+        say(f"{head}: FAILED, see {run_dir / 'run.log'}; it ends:\n{tail}")
+        return False
+
+# %% ../nbs/11_runs.ipynb #a3a65e44
 def run_grid(
     path: str | Path,  # a grid file
     out: str | Path = "runs",  # the grid's folder is made in here
@@ -424,7 +572,6 @@ def run_grid(
     "Make the runs of a grid that are not made yet; Incomplete, at the end, if any failed."
     grid = load_grid(path)
     need("papermill", "ipykernel", "matplotlib", "pandas")
-    say = lambda text: print(text, file=sys.stderr, flush=True)
     folder, failed = Path(out) / grid.name, []
     for i, config in enumerate(grid.configs, 1):
         name = run_name(config)
@@ -437,18 +584,10 @@ def run_grid(
             if dry_run:
                 say(f"{head}: to do")
                 continue
-        say(f"{head}: running")
-        start = time.perf_counter()
-        try:
-            _wait(_papermill(config, run_dir), run_dir, head)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped in {name}; finished runs are kept, the same command goes on with the rest") from None
-        try:
-            result = read_result(run_dir, name)
-            say(f"{head}: done in {time.perf_counter() - start:.0f} s, accuracy {result['metrics']['acc']:.3f}")
-        except ValueError:
+        if not _do(config, run_dir, head):
             failed.append(name)
-            say(f"{head}: FAILED, see {run_dir / 'run.log'}; it ends:\n" + "\n".join((run_dir / "run.log").read_text().splitlines()[-5:]))
     if failed:
-        raise Incomplete(f"{len(failed)} of {len(grid.configs)} runs failed: {', '.join(failed)}. The same command tries them again")
+        raise Incomplete(
+            f"{len(failed)} of {len(grid.configs)} runs failed: {', '.join(failed)}. The same command tries them again"
+        )
     return folder

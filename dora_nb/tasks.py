@@ -48,17 +48,41 @@ def _numbered(word: str, choices: list[str]) -> str:
     return " ".join(f"{word}{i}: {c}" for i, c in enumerate(choices, 1))
 
 
-TASKS = {t.name: t for t in (
-    Task("boolq", {"train": 9_427, "validation": 3_270}, ("false", "true"), _boolq,
-         lambda r: f"Please answer the following question with true or false, question: {r['question']}?\n\nAnswer format: true/false"),
-    Task("hellaswag", {"train": 39_905, "validation": 10_042}, ("ending1", "ending2", "ending3", "ending4"), _hellaswag,
-         lambda r: f"Please choose the correct ending to complete the given sentence: {r['query']}\n\n{_numbered('Ending', r['choices'])}\n\nAnswer format: ending1/ending2/ending3/ending4"),
-    Task("winogrande", {"train": 40_398, "validation": 1_267}, ("option1", "option2"), _winogrande,
-         lambda r: f"Please choose the correct answer to fill in the blank to complete the given sentence: {r['sentence']}\n\n{_numbered('Option', [r['option1'], r['option2']])} Answer format: option1/option2"),
-)}
+TASKS = {
+    t.name: t
+    for t in (
+        Task(
+            "boolq",
+            {"train": 9_427, "validation": 3_270},
+            ("false", "true"),
+            _boolq,
+            lambda r: (
+                f"Please answer the following question with true or false, question: {r['question']}?\n\nAnswer format: true/false"
+            ),
+        ),
+        Task(
+            "hellaswag",
+            {"train": 39_905, "validation": 10_042},
+            ("ending1", "ending2", "ending3", "ending4"),
+            _hellaswag,
+            lambda r: (
+                f"Please choose the correct ending to complete the given sentence: {r['query']}\n\n{_numbered('Ending', r['choices'])}\n\nAnswer format: ending1/ending2/ending3/ending4"
+            ),
+        ),
+        Task(
+            "winogrande",
+            {"train": 40_398, "validation": 1_267},
+            ("option1", "option2"),
+            _winogrande,
+            lambda r: (
+                f"Please choose the correct answer to fill in the blank to complete the given sentence: {r['sentence']}\n\n{_numbered('Option', [r['option1'], r['option2']])} Answer format: option1/option2"
+            ),
+        ),
+    )
+}
 PROMPT = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n{}\n\n### Response:\n"
 
-
+# %% ../nbs/05_tasks.ipynb #f65f5560
 def format_item(
     task: Task,  # one of `TASKS`
     row: dict,  # an item as `load_items` gives it
@@ -98,7 +122,9 @@ def load_task(
     task, official = TASKS[name], "validation" if split == "validation" else "train"
     rows = load_items(name, official, source)
     if len(rows) != task.counts[official]:
-        raise ValueError(f"{name} {official} has {len(rows):,} items where the official split has {task.counts[official]:,}; run `dora-nb fetch --force tasks`")
+        raise ValueError(
+            f"{name} {official} has {len(rows):,} items where the official split has {task.counts[official]:,}; run `dora-nb fetch --force tasks`"
+        )
     index = list(range(len(rows)))
     if official == "train":
         dev = _dev_items(len(rows))
@@ -125,8 +151,8 @@ def encode_pair(
 ) -> tuple[list[int], list[int]]:  # token ids of the context and of the continuation
     "Encode as lm-evaluation-harness does."
     stripped = context.rstrip()
-    continuation, context = context[len(stripped):] + continuation, stripped
-    if not context:   # something must be given before the first token can be scored
+    continuation, context = context[len(stripped) :] + continuation, stripped
+    if not context:  # something must be given before the first token can be scored
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return [start], tokenizer(continuation, add_special_tokens=False).input_ids
     whole, n = encode_text(tokenizer, context + continuation), len(encode_text(tokenizer, context))
@@ -154,7 +180,7 @@ def pack(
     shared = next((i for i, column in enumerate(zip(*inputs)) if len(set(column)) > 1), min(map(len, inputs)))
     row = Row(inputs[0][:shared], list(range(shared)), [0] * shared)
     for branch, (k, tokens) in enumerate(whole.items(), 1):
-        offset = len(row.ids) - shared   # token i ≥ shared of this choice stands at i + offset in the row
+        offset = len(row.ids) - shared  # token i ≥ shared of this choice stands at i + offset in the row
         start = len(pairs[k][0])
         row.ids += tokens[shared:-1]
         row.positions += range(shared, len(tokens) - 1)
@@ -180,7 +206,9 @@ def encode_item(
         context, continuation = encode_pair(tokenizer, item["contexts"][k], item["continuations"][k])
         continuation = continuation + [tokenizer.eos_token_id] * end
         if len(continuation) >= max_tokens:
-            raise ValueError(f"item {item.get('doc_index', '')}: a continuation of {len(continuation)} tokens does not fit in max_tokens={max_tokens}; continuations are never cut")
+            raise ValueError(
+                f"item {item.get('doc_index', '')}: a continuation of {len(continuation)} tokens does not fit in max_tokens={max_tokens}; continuations are never cut"
+            )
         over = max(0, len(context) + len(continuation) - max_tokens)
         context, cut = context[over:], cut + over
         pairs[k] = (context[:1], context[1:] + continuation) if whole else (context, continuation)
@@ -220,7 +248,14 @@ def collate(
     if (branch > 0).any():
         same, prefix = branch[:, None, :] == branch[:, :, None], (branch[:, None, :] == 0) & (branch[:, :, None] > 0)
         mask = ((same | prefix) & torch.ones(t, t, dtype=torch.bool).tril())[:, None]
-    return Batch(pad("ids", pad_id), pad("positions", 0), mask,
-                 source=flat(lambda b, i, r: [b * t + s for s in r.source]), target=flat(lambda b, i, r: r.target),
-                 owner=flat(lambda b, i, r: [i * choices + c for c in r.choice]),
-                 items=len(items), choices=choices, tokens=sum(len(r.ids) for _, r in rows))
+    return Batch(
+        pad("ids", pad_id),
+        pad("positions", 0),
+        mask,
+        source=flat(lambda b, i, r: [b * t + s for s in r.source]),
+        target=flat(lambda b, i, r: r.target),
+        owner=flat(lambda b, i, r: [i * choices + c for c in r.choice]),
+        items=len(items),
+        choices=choices,
+        tokens=sum(len(r.ids) for _, r in rows),
+    )

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OVER_CHOICES', 'OBJECTIVES', 'PRECISIONS', 'scored_only', 'token_logprobs', 'choice_logprobs', 'shares_prompts',
            'encode_for', 'summed_loss', 'terms', 'epoch_batches', 'micro_batches', 'has_bfloat16', 'resolve_precision',
-           'autocast', 'warmup_and_decay', 'progress_bar', 'TrainConfig', 'Diverged', 'train_step', 'train']
+           'autocast', 'warmup_and_decay', 'progress_bar', 'TrainConfig', 'all_batches', 'Diverged', 'train_step',
+           'train']
 
 # %% ../nbs/06_train.ipynb #2c6de6b3
 import contextlib
@@ -51,17 +52,23 @@ def scored_only(
         else:
             del head.forward
 
-
+# %% ../nbs/06_train.ipynb #6521c1ee
 def token_logprobs(
     model: nn.Module,  # a causal language model of transformers
     batch: Batch,  # on the model's device
 ) -> Tensor:  # (n,), float32
     "Log-probability of every scored token."
     mask = batch.attention_mask
-    if mask.dtype == torch.bool and model.config._attn_implementation != "sdpa":   # the others add the mask
-        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, torch.finfo(model.dtype).min)
+    if mask.dtype == torch.bool and model.config._attn_implementation != "sdpa":  # the others add the mask
+        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
+            ~mask, torch.finfo(model.dtype).min
+        )
     with scored_only(model.get_output_embeddings(), batch.source):
-        logits = model(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False).logits[0].float()
+        logits = (
+            model(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
+            .logits[0]
+            .float()
+        )
     return logits.gather(1, batch.target[:, None])[:, 0] - logits.logsumexp(1)
 
 
@@ -70,7 +77,9 @@ def choice_logprobs(
     batch: Batch,  # on the model's device
 ) -> Tensor:  # (items, choices), float32; −inf where an item has fewer choices
     "Summed log-probability of every choice of every item."
-    sums = torch.zeros(batch.items * batch.choices, device=batch.owner.device).index_add(0, batch.owner, token_logprobs(model, batch))
+    sums = torch.zeros(batch.items * batch.choices, device=batch.owner.device).index_add(
+        0, batch.owner, token_logprobs(model, batch)
+    )
     absent = torch.ones_like(sums, dtype=torch.bool).index_fill(0, batch.owner, False)
     return sums.masked_fill(absent, -math.inf).view(batch.items, batch.choices)
 
@@ -141,8 +150,8 @@ def epoch_batches(
     "The batches of an epoch, random but with items of similar length together."
     order, stretch, batches = rng.sample(range(len(lengths)), len(lengths)), 32 * batch_size, []
     for start in range(0, len(order), stretch):
-        near = sorted(order[start:start + stretch], key=lambda i: lengths[i])
-        batches += [near[j:j + batch_size] for j in range(0, len(near), batch_size)]
+        near = sorted(order[start : start + stretch], key=lambda i: lengths[i])
+        batches += [near[j : j + batch_size] for j in range(0, len(near), batch_size)]
     return rng.sample(batches, len(batches))
 
 
@@ -243,6 +252,15 @@ class TrainConfig:
             raise ValueError(f"warmup_ratio={self.warmup_ratio!r} must be at least 0 and below 1")
 
 # %% ../nbs/06_train.ipynb #8255baee
+def all_batches(
+    rows: Sequence[Sequence[Row]],  # of every item
+    config: TrainConfig,  # epochs, batch size and seed
+) -> list[list[int]]:  # items of each optimiser step
+    "The batches of a whole training."
+    lengths, rng = [max(len(r.ids) for r in item) for item in rows], random.Random(config.seed)
+    return [batch for _ in range(config.epochs) for batch in epoch_batches(lengths, config.batch_size, rng)]
+
+
 class Diverged(FloatingPointError):
     "The loss or the gradient is no longer a number."
 
@@ -273,17 +291,13 @@ def train(
     progress: bool = True,  # show loss, tokens/s and the time left on stderr
 ) -> list[dict]:  # a record per step: step, steps, loss, learning_rate, grad_norm, items, tokens, padding, seconds
     "Train `model`; Diverged names step and items if the loss stops being a number."
-    accelerator = Accelerator(mixed_precision="no", device_placement=False)   # the model is where its owner put it
+    accelerator = Accelerator(mixed_precision="no", device_placement=False)  # the model is where its owner put it
     if accelerator.num_processes > 1:
         raise RuntimeError("training in several processes is not supported yet; start a single one")
     transformers.set_seed(config.seed)
-    share = shares_prompts(model)
-    encoded = [encode_for(config.objective, tokenizer, item, config.max_tokens, share, config.end) for item in items]
-    rows, gold, docs = [r for r, _ in encoded], items["gold"], items["doc_index"]
-    lengths = [max(len(r.ids) for r in rs) for rs in rows]
-    rng = random.Random(config.seed)
-    batches = [b for _ in range(config.epochs) for b in epoch_batches(lengths, config.batch_size, rng)]
-
+    share, gold, docs = shares_prompts(model), items["gold"], items["doc_index"]
+    rows = [encode_for(config.objective, tokenizer, item, config.max_tokens, share, config.end)[0] for item in items]
+    batches = all_batches(rows, config)
     params = list(trainable_parameters(model).values())
     optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_decay(len(batches), config.warmup_ratio))
@@ -292,19 +306,33 @@ def train(
     records, seen, start = [], 0, time.perf_counter()
     with open(history or os.devnull, "w") as log, progress_bar(batches, "train", "step", progress) as bar:
         for step, batch in enumerate(bar, 1):
-            groups = [(collate([rows[i] for i in g], tokenizer.pad_token_id), torch.tensor([gold[i] for i in g])) for g in micro_batches(batch, rows, config.batch_tokens)]
+            groups = [
+                (collate([rows[i] for i in group], tokenizer.pad_token_id), torch.tensor([gold[i] for i in group]))
+                for group in micro_batches(batch, rows, config.batch_tokens)
+            ]
             rate = schedule.get_last_lr()[0]
             loss = train_step(model, accelerator, groups, config)
             norm = accelerator.clip_grad_norm_(params, config.max_grad_norm).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise Diverged(f"step {step} of {len(batches)}: loss {loss}, gradient norm {norm}, learning rate {rate:g}; the batch held items {sorted(docs[i] for i in batch)}. Lower the learning rate, or look at these items")
+                raise Diverged(
+                    f"step {step} of {len(batches)}: loss {loss}, gradient norm {norm}, learning rate {rate:g}; the batch held items {sorted(docs[i] for i in batch)}. Lower the learning rate, or look at these items"
+                )
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             tokens, padded = (sum(f(b) for b, _ in groups) for f in (lambda b: b.tokens, lambda b: b.input_ids.numel()))
             seen += tokens
-            record = dict(step=step, steps=len(batches), loss=loss, learning_rate=rate, grad_norm=norm, items=len(batch), tokens=tokens,
-                          padding=1 - tokens / padded, seconds=time.perf_counter() - start)
+            record = dict(
+                step=step,
+                steps=len(batches),
+                loss=loss,
+                learning_rate=rate,
+                grad_norm=norm,
+                items=len(batch),
+                tokens=tokens,
+                padding=1 - tokens / padded,
+                seconds=time.perf_counter() - start,
+            )
             record |= (after_step(record) if after_step else None) or {}
             records.append(record)
             log.write(json.dumps(record) + "\n")

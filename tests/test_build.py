@@ -1,4 +1,5 @@
 "What pip gets: a wheel and an sdist that hold what they should, and work outside the source tree."
+
 import os
 import subprocess
 import sys
@@ -26,11 +27,20 @@ def test_wheel(dist, tmp_path):
     assert not [n for n in names if n.startswith(("tests", "nbs", "reports"))]
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
     needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
-    assert needed and not [line for line in needed if any(dev in line for dev in ("nbdev", "jupyter", "pytest", "peft", "papermill"))]
+    assert needed and not [
+        line for line in needed if any(dev in line for dev in ("nbdev", "jupyter", "pytest", "peft", "papermill"))
+    ]
 
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path, wheel], check=True)
     code = "import dora_nb, dora_nb.adapt; from dora_nb.runs import notebook; print(dora_nb.__file__, notebook('finetune'))"
-    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True, capture_output=True, text=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
     assert said.count(str(tmp_path)) == 2, "the package outside the source tree, and its own notebooks"
 
 
@@ -41,5 +51,9 @@ def test_sdist_builds_again(dist, tmp_path):
         t.extractall(tmp_path, filter="data")
     assert {"settings.ini", "setup.py", "LICENSE", "README.md", "constraints.txt", "nbs/00_decompose.ipynb"} <= names
     (folder,) = tmp_path.iterdir()
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "again", folder], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "again", folder],
+        check=True,
+        capture_output=True,
+    )
     assert len(list((tmp_path / "again").glob("dora_nb-*.whl"))) == 1

@@ -1,4 +1,5 @@
 "The command as a user meets it: in a process of its own."
+
 import json
 import subprocess
 import sys
@@ -25,10 +26,14 @@ def test_every_option_says_what_it_is():
 
 
 def test_names_that_the_parser_repeats_to_spare_an_import():
-    (sub,) = [a for a in parser()._actions if hasattr(a, "choices") and a.choices]
-    choices = {a.dest: tuple(a.choices) for a in sub.choices["evaluate"]._actions if a.choices}
-    assert {k: set(v) for k, v in choices.items()} == dict(task=set(TASK_NAMES), split=set(SPLITS), protocol=set(PROTOCOLS), precision=set(PRECISIONS), source=set(SOURCES))
-    assert all(name in sub.choices["fetch"].format_help() for name in ASSETS)
+    def sub(name):
+        return next(a for a in parser(name)._actions if a.choices).choices[name]
+
+    choices = {a.dest: tuple(a.choices) for a in sub("evaluate")._actions if a.choices}
+    assert {k: set(v) for k, v in choices.items()} == dict(
+        task=set(TASK_NAMES), split=set(SPLITS), protocol=set(PROTOCOLS), precision=set(PRECISIONS), source=set(SOURCES)
+    )
+    assert all(name in sub("fetch").format_help() for name in ASSETS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -50,27 +55,93 @@ def test_the_installed_command():
 
 def test_train_then_evaluate_the_adapter(tiny_model_dir, tmp_path, capsys):
     options = ["--task", "winogrande", "--model", str(tiny_model_dir)]
-    assert main(["train", *options, "--rank", "2", "--train-items", "8", "--batch-size", "4", "--eval-items", "10", "--learning-rate", "0.05", "--detach-norm", "false", "--out", str(tmp_path / "run")]) == 0
+    assert (
+        main(
+            [
+                "train",
+                *options,
+                "--rank",
+                "2",
+                "--train-items",
+                "8",
+                "--batch-size",
+                "4",
+                "--eval-items",
+                "10",
+                "--learning-rate",
+                "0.05",
+                "--detach-norm",
+                "false",
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 0
+    )
     trained = json.loads(capsys.readouterr().out)
     assert trained["training"]["steps"] == 2
-    assert main(["evaluate", *options, "--adapter", str(tmp_path / "run" / "adapter"), "--limit", "10", "--out", str(tmp_path / "new" / "items.jsonl")]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                *options,
+                "--adapter",
+                str(tmp_path / "run" / "adapter"),
+                "--limit",
+                "10",
+                "--out",
+                str(tmp_path / "new" / "items.jsonl"),
+            ]
+        )
+        == 0
+    )
     summary = json.loads(capsys.readouterr().out)
-    assert {"acc", "acc_norm", "stderr", "n", "seconds"} <= summary.keys() and summary["acc"] == trained["metrics"]["acc"]
+    assert {"acc", "acc_norm", "stderr", "n", "seconds"} <= summary.keys() and summary["acc"] == trained["metrics"][
+        "acc"
+    ]
     lines = [json.loads(line) for line in (tmp_path / "new" / "items.jsonl").read_text().splitlines()]
-    assert len(lines) == 10 and all(len(r["loglikelihood"]) == 2 and {"doc_index", "gold", "pred", "pred_norm"} <= r.keys() for r in lines)
+    assert len(lines) == 10 and all(
+        len(r["loglikelihood"]) == 2 and {"doc_index", "gold", "pred", "pred_norm"} <= r.keys() for r in lines
+    )
 
 
 def test_generate(tiny_model_dir, tmp_path, capsys):
-    assert main(["evaluate", "--task", "boolq", "--model", str(tiny_model_dir), "--limit", "3", "--first", "--protocol", "generate", "--out", str(tmp_path / "o.jsonl")]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                "--task",
+                "boolq",
+                "--model",
+                str(tiny_model_dir),
+                "--limit",
+                "3",
+                "--first",
+                "--protocol",
+                "generate",
+                "--out",
+                str(tmp_path / "o.jsonl"),
+            ]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["unparsed"] == 1
     assert [json.loads(line)["doc_index"] for line in (tmp_path / "o.jsonl").read_text().splitlines()] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("argv,status,said", [
-    (["train", "--rank", "0"], 1, "rank=0"), (["train", "--task", "boolqq"], 1, "boolq, hellaswag"), (["run", "nowhere.toml"], 1, "no such grid file"), (["report", "nowhere"], 1, "no folder of runs"),
-    (["evaluate", "--task", "boolq", "--limit", "0"], 1, "limit=0"), (["evaluate", "--task", "boolq", "--limit", "2", "--adapter", "nowhere"], 1, "holds no adapter_config.json"),
-    (["evaluate", "--task", "boolq", "--limit", "2", "--model", "no/model"], 1, "none of ours"), (["fetch", "everything"], 1, "smollm2-135m-instruct, tasks"),
-])
+@pytest.mark.parametrize(
+    "argv,status,said",
+    [
+        (["train", "--rank", "0"], 1, "rank=0"),
+        (["train", "--task", "boolqq"], 1, "boolq, hellaswag"),
+        (["run", "nowhere.toml"], 1, "no such grid file"),
+        (["report", "nowhere"], 1, "no folder of runs"),
+        (["evaluate", "--task", "boolq", "--limit", "0"], 1, "limit=0"),
+        (["evaluate", "--task", "boolq", "--limit", "2", "--adapter", "nowhere"], 1, "holds no adapter_config.json"),
+        (["evaluate", "--task", "boolq", "--limit", "2", "--model", "no/model"], 1, "none of ours"),
+        (["fetch", "everything"], 1, "smollm2-135m-instruct, tasks"),
+    ],
+)
 def test_mistakes_are_answered_in_a_line(argv, status, said, capsys):
     assert main(argv) == status
     err = capsys.readouterr().err

@@ -1,4 +1,5 @@
 "Intervals against published values, matching, batches that change nothing."
+
 import pytest
 import torch
 
@@ -7,7 +8,10 @@ from dora_nb.evaluate import evaluate, format_of, generate_answers, match_answer
 from dora_nb.tasks import load_task
 
 
-@pytest.mark.parametrize("right,n,low,high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
+@pytest.mark.parametrize(
+    "right,n,low,high",
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
 def test_wilson_as_newcombe_prints_it(right, n, low, high):
     "Newcombe (1998), Statistics in Medicine 17, table I, method 3."
     assert wilson(right, n) == pytest.approx((low, high), abs=6e-5)
@@ -17,7 +21,10 @@ def test_standard_error():
     assert standard_error(0.5, 101) == pytest.approx(0.05) and standard_error(1.0, 1) is None
 
 
-@pytest.mark.parametrize("text,pred", [("the correct answer is ending2", 1), ("Ending1? No: ending4, ending1", 3), ("", None), ("ending", None)])
+@pytest.mark.parametrize(
+    "text,pred",
+    [("the correct answer is ending2", 1), ("Ending1? No: ending4, ending1", 3), ("", None), ("ending", None)],
+)
 def test_matching(text, pred):
     assert match_answer(text, ["ending1", "ending2", "ending3", "ending4"]) == pred
 
@@ -42,8 +49,15 @@ def test_generation_does_not_depend_on_padding(smollm):
 
 
 def test_unparsed_answers_are_wrong_and_counted(tiny_model_dir):
-    model, tokenizer = load_model(str(tiny_model_dir))   # speaks gibberish
-    summary, records = evaluate(model, tokenizer, load_task("boolq", "validation", format_of("generate"), limit=4), "generate", progress=False, max_new_tokens=4)
+    model, tokenizer = load_model(str(tiny_model_dir))  # speaks gibberish
+    summary, records = evaluate(
+        model,
+        tokenizer,
+        load_task("boolq", "validation", format_of("generate"), limit=4),
+        "generate",
+        progress=False,
+        max_new_tokens=4,
+    )
     assert summary["unparsed"] == 1 and summary["acc"] == 0 and all(r["pred"] is None for r in records)
 
 

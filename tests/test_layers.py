@@ -1,4 +1,5 @@
 "The layers over grids of dtypes, shapes and options, against the dense formula and finite differences."
+
 import itertools
 
 import pytest
@@ -37,7 +38,10 @@ def test_forward_and_merge_are_the_dense_formula(cls, shape, bias):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_exact_gradients_pass_finite_differences(shape):
-    layer, x = make(DoRALinear, shape, detach_norm=False), torch.randn(3, shape[1], dtype=torch.float64, requires_grad=True)
+    layer, x = (
+        make(DoRALinear, shape, detach_norm=False),
+        torch.randn(3, shape[1], dtype=torch.float64, requires_grad=True),
+    )
 
     def f(x, m, A, B):
         return torch.func.functional_call(layer, {"magnitude": m, "lora_A": A, "lora_B": B}, (x,))
@@ -79,14 +83,16 @@ def test_starts_as_the_layer_it_adapts(cls):
 def test_adapter_stays_float32_and_learns_small_steps(dtype):
     layer = make(DoRALinear, dtype=torch.float32).to(dtype)
     assert layer.base_layer.weight.dtype == dtype
-    assert {p.dtype for p in (layer.magnitude, layer.lora_A, layer.lora_B)} == {torch.float32} and layer.scale().dtype == torch.float32
+    assert {p.dtype for p in (layer.magnitude, layer.lora_A, layer.lora_B)} == {
+        torch.float32
+    } and layer.scale().dtype == torch.float32
     x = torch.randn(4, 8, dtype=dtype)
     y = layer(x)
     assert y.dtype == dtype
     y.float().sum().backward()
     assert layer.magnitude.grad.dtype == layer.lora_B.grad.dtype == torch.float32
     before = layer.magnitude.detach().clone()
-    torch.optim.AdamW([layer.magnitude], lr=1e-5, weight_decay=0).step()   # far below bfloat16's resolution
+    torch.optim.AdamW([layer.magnitude], lr=1e-5, weight_decay=0).step()  # far below bfloat16's resolution
     assert (layer.magnitude != before).all()
 
 
@@ -107,13 +113,15 @@ def test_autocast_leaves_the_scale_in_float32():
     torch.testing.assert_close(y.float(), layer(x), atol=0.1, rtol=0.05)
 
 
-@pytest.mark.parametrize("detach,dropout,form", list(itertools.product((True, False), (0.0, 0.5), ("delta", "lowrank"))))
+@pytest.mark.parametrize(
+    "detach,dropout,form", list(itertools.product((True, False), (0.0, 0.5), ("delta", "lowrank")))
+)
 def test_zero_rows_stay_finite(detach, dropout, form):
     base = nn.Linear(8, 12)
     base.weight.data[[0, 5]] = 0
     layer = DoRALinear(base, rank=2, detach_norm=detach, dropout=dropout, dropout_form=form)
     x = torch.randn(4, 8, requires_grad=True)
-    for _ in range(2):   # at B = 0, and after B has moved
+    for _ in range(2):  # at B = 0, and after B has moved
         y = layer(x)
         y.square().sum().backward()
         assert y.isfinite().all() and x.grad.isfinite().all()

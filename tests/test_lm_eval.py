@@ -2,6 +2,7 @@
 
 Its task files name data sets on the Hub, so they are pointed at the original validation rows on disk instead.
 """
+
 import json
 from pathlib import Path
 
@@ -15,7 +16,11 @@ from dora_nb.assets import load_items
 from dora_nb.cli import main
 
 FOLDER = Path(lm_eval.__file__).parent / "tasks"
-FILES = {"boolq": "super_glue/boolq/default.yaml", "hellaswag": "hellaswag/hellaswag.yaml", "winogrande": "winogrande/default.yaml"}
+FILES = {
+    "boolq": "super_glue/boolq/default.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+}
 N, SUM, MARGIN = 12, 2e-3, 4e-3
 
 
@@ -27,9 +32,14 @@ def harness_task(name, tmp_path):
     file = tmp_path / "validation.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     config = load_yaml(FOLDER / FILES[name])
-    config |= dict(dataset_path="json", dataset_name=None, dataset_kwargs={"data_files": {"validation": str(file)}}, training_split=None)
+    config |= dict(
+        dataset_path="json",
+        dataset_name=None,
+        dataset_kwargs={"data_files": {"validation": str(file)}},
+        training_split=None,
+    )
     config.pop("tag", None)
-    if name == "hellaswag":   # rows are cleaned already (test_tasks checks by lm-eval's own function)
+    if name == "hellaswag":  # rows are cleaned already (test_tasks checks by lm-eval's own function)
         config.pop("process_docs")
         config |= dict(doc_to_target="label")
     return ConfigurableTask(config=config)
@@ -47,9 +57,16 @@ def test_log_likelihoods_are_the_harness_s(name, tmp_path, smollm, monkeypatch):
     ours = [json.loads(line) for line in (tmp_path / "ours.jsonl").read_text().splitlines()]
     assert len(ours) == N
 
-    task, harness = harness_task(name, tmp_path), HFLM(pretrained=smollm[0], tokenizer=smollm[1], device="cpu", batch_size=4)
+    task, harness = (
+        harness_task(name, tmp_path),
+        HFLM(pretrained=smollm[0], tokenizer=smollm[1], device="cpu", batch_size=4),
+    )
     docs = [task.eval_docs[r["doc_index"]] for r in ours]
-    requests = [(r, k, q) for r, (i, doc) in zip(ours, enumerate(docs)) for k, q in enumerate(task.construct_requests(doc, task.fewshot_context(doc, 0), doc_id=i))]
+    requests = [
+        (r, k, q)
+        for r, (i, doc) in zip(ours, enumerate(docs))
+        for k, q in enumerate(task.construct_requests(doc, task.fewshot_context(doc, 0), doc_id=i))
+    ]
     theirs = harness.loglikelihood([q for _, _, q in requests], disable_tqdm=True)
     by_item = {}
     for (record, k, _), (score, _) in zip(requests, theirs):
@@ -59,5 +76,8 @@ def test_log_likelihoods_are_the_harness_s(name, tmp_path, smollm, monkeypatch):
         metrics = task.process_results(doc, [(s, False) for s in by_item[record["doc_index"]]])
         if margin(by_item[record["doc_index"]]) >= MARGIN:
             assert metrics["acc"] == (record["pred"] == record["gold"])
-        if name == "hellaswag" and margin([s / len(c) for s, c in zip(by_item[record["doc_index"]], doc["choices"])]) >= MARGIN:
+        if (
+            name == "hellaswag"
+            and margin([s / len(c) for s, c in zip(by_item[record["doc_index"]], doc["choices"])]) >= MARGIN
+        ):
             assert metrics["acc_norm"] == (record["pred_norm"] == record["gold"])

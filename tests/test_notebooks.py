@@ -1,4 +1,5 @@
 "Every chapter runs from top to bottom, with all its assertions."
+
 import os
 import subprocess
 import sys
@@ -12,5 +13,7 @@ BOOK = sorted((Path(__file__).parent.parent / "nbs").glob("*.ipynb"))
 @pytest.mark.parametrize("path", BOOK, ids=lambda p: p.stem)
 def test_chapter(path):
     command = [Path(sys.executable).parent / "nbdev_test", "--path", path, "--n_workers", "0", "--do_print"]
-    done = subprocess.run(command, cwd=path.parent.parent, capture_output=True, text=True, env=os.environ | {"MPLBACKEND": "Agg"})
+    done = subprocess.run(
+        command, cwd=path.parent.parent, capture_output=True, text=True, env=os.environ | {"MPLBACKEND": "Agg"}
+    )
     assert done.returncode == 0, done.stderr[-4000:]

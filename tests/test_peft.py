@@ -1,17 +1,28 @@
 "Against PEFT, an independent implementation: files both ways, logits, gradients."
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from dora_nb.adapt import AdapterConfig, adapt, load_adapter, save_adapter
 
-SETTINGS = [dict(), dict(use_rslora=True), dict(r=3, lora_alpha=1, target_modules=["q_proj", "o_proj", "gate_proj", "down_proj"]), dict(target_modules="all-linear")]
+SETTINGS = [
+    dict(),
+    dict(use_rslora=True),
+    dict(r=3, lora_alpha=1, target_modules=["q_proj", "o_proj", "gate_proj", "down_proj"]),
+    dict(target_modules="all-linear"),
+]
 
 
 def shaken_peft(model, use_dora, settings):
     "A PEFT model with a random, non-zero adapter."
     torch.manual_seed(2)
-    model = get_peft_model(model, LoraConfig(**dict(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj"], use_dora=use_dora) | settings))
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            **dict(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj"], use_dora=use_dora) | settings
+        ),
+    )
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
@@ -31,7 +42,10 @@ def test_we_load_pefts(llama, ids, tmp_path, use_dora, settings):
 
 
 @pytest.mark.parametrize("method", ("lora", "dora"))
-@pytest.mark.parametrize("settings", [dict(), dict(rslora=True), dict(target_modules="all-linear"), dict(target_modules=r".*\.layers\.0\..*_proj")])
+@pytest.mark.parametrize(
+    "settings",
+    [dict(), dict(rslora=True), dict(target_modules="all-linear"), dict(target_modules=r".*\.layers\.0\..*_proj")],
+)
 def test_peft_loads_ours(llama, shake, ids, tmp_path, method, settings):
     ours = shake(adapt(llama(), AdapterConfig(method, rank=5, alpha=7, **settings)))
     save_adapter(ours, tmp_path)
@@ -42,6 +56,7 @@ def test_peft_loads_ours(llama, shake, ids, tmp_path, method, settings):
 
 def test_there_and_back_keeps_every_tensor(llama, shake, tmp_path):
     from safetensors.torch import load_file
+
     save_adapter(shake(adapt(llama(), AdapterConfig("dora"))), tmp_path / "ours")
     PeftModel.from_pretrained(llama(), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     ours, theirs = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
@@ -56,9 +71,15 @@ def test_gradients_are_pefts(llama, ids, tmp_path, use_dora):
     ours = load_adapter(llama(), tmp_path)
     for model in (ours, theirs):
         model(ids, labels=ids).loss.backward()
-    theirs_by_name = {n.replace("base_model.model.", "").replace(".default", "").replace(".weight", "").replace("lora_magnitude_vector", "magnitude"): p.grad
-                      for n, p in theirs.named_parameters() if p.grad is not None}
-    if not theirs_by_name:   # loading freezes nothing here; a silent pass would prove nothing
+    theirs_by_name = {
+        n.replace("base_model.model.", "")
+        .replace(".default", "")
+        .replace(".weight", "")
+        .replace("lora_magnitude_vector", "magnitude"): p.grad
+        for n, p in theirs.named_parameters()
+        if p.grad is not None
+    }
+    if not theirs_by_name:  # loading freezes nothing here; a silent pass would prove nothing
         pytest.fail("PEFT computed no gradients")
     for name, p in ours.named_parameters():
         if p.requires_grad:

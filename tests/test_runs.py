@@ -1,4 +1,5 @@
 "Parameters, identities and grids; papermill end to end on a model that runs in no time."
+
 import json
 import os
 import subprocess
@@ -7,15 +8,44 @@ from pathlib import Path
 
 import pytest
 
-from dora_nb.runs import HISTORY, PREDICTIONS, RESULT, Incomplete, RunConfig, config_from, load, load_grid, notebook, read_result, run_grid, run_id, run_name
+from dora_nb.runs import (
+    HISTORY,
+    PREDICTIONS,
+    RESULT,
+    Incomplete,
+    RunConfig,
+    config_from,
+    load,
+    load_grid,
+    notebook,
+    read_result,
+    run_grid,
+    run_id,
+    run_name,
+)
 
 
-@pytest.mark.parametrize("params,named", [
-    ({"lerning_rate": 1e-3}, "did you mean 'learning_rate'"), ({"zzz": 1}, "there are task, method"), ({"rank": "16"}, "rank='16' is of type str; it must be int"),
-    ({"rank": 16.0}, "of type float"), ({"rslora": 1}, "must be bool"), ({"seed": True}, "of type bool"), ({"train_items": "all"}, "train_items"), ({"learning_rate": "1e-3"}, "must be float"),
-    ({"task": "boolqq"}, "boolq, hellaswag"), ({"method": "ia3"}, "base, lora, dora, full"), ({"rank": 0}, "rank=0"), ({"learning_rate": -1.0}, "learning_rate=-1.0"),
-    ({"train_items": 0}, "train_items=0"), ({"objective": "x"}, "answer, prompt, choices"), ({"dropout": 1.5}, "dropout=1.5"), ({"eval_split": "train"}, "validation"),
-])
+@pytest.mark.parametrize(
+    "params,named",
+    [
+        ({"lerning_rate": 1e-3}, "did you mean 'learning_rate'"),
+        ({"zzz": 1}, "there are task, method"),
+        ({"rank": "16"}, "rank='16' is of type str; it must be int"),
+        ({"rank": 16.0}, "of type float"),
+        ({"rslora": 1}, "must be bool"),
+        ({"seed": True}, "of type bool"),
+        ({"train_items": "all"}, "train_items"),
+        ({"learning_rate": "1e-3"}, "must be float"),
+        ({"task": "boolqq"}, "boolq, hellaswag"),
+        ({"method": "ia3"}, "base, lora, dora, full"),
+        ({"rank": 0}, "rank=0"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+        ({"train_items": 0}, "train_items=0"),
+        ({"objective": "x"}, "answer, prompt, choices"),
+        ({"dropout": 1.5}, "dropout=1.5"),
+        ({"eval_split": "train"}, "validation"),
+    ],
+)
 def test_wrong_parameters(params, named):
     with pytest.raises(ValueError, match=named) as e:
         config_from(params, "grid.toml")
@@ -28,7 +58,11 @@ def test_whole_numbers_pass_for_floats():
 
 def test_identity():
     same = RunConfig(method="base", rank=4, objective="answer")
-    assert run_id(same) == run_id(RunConfig(method="base", learning_rate=5.0)) != run_id(RunConfig(method="base", eval_items=5))
+    assert (
+        run_id(same)
+        == run_id(RunConfig(method="base", learning_rate=5.0))
+        != run_id(RunConfig(method="base", eval_items=5))
+    )
     assert run_id(RunConfig(seed=1)) != run_id(RunConfig(seed=2))
     assert run_id(RunConfig(method="full", rank=4)) == run_id(RunConfig(method="full", rank=8))
     assert run_id(RunConfig(method="lora", detach_norm=False)) == run_id(RunConfig(method="lora"))
@@ -78,13 +112,24 @@ def test_grid(grid):
     assert runs == [("boolq", "base", 1e-3), ("boolq", "dora", 2e-3), ("winogrande", "dora", 2e-3)]
 
 
-@pytest.mark.parametrize("old,new,named", [
-    ("[axes]", "[axis]", "unknown key 'axis'; did you mean 'axes'"), ('name = "tiny"', "", "name is missing"), ("rank = 2", "rnk = 2", "did you mean 'rank'"),
-    ("rank = 2", "rank = -2", "rank=-2"), ('["boolq", "winogrande"]', '"boolq"', "axes.task must be a list"), ("learning_rate = 2e-3", "learning_rat = 2e-3", "did you mean 'learning_rate'"),
-    ('when = { method = "dora" }', 'when = { methd = "dora" }', "did you mean 'method'"), ('when = ', 'wenn = ', "exactly the keys"), ("[fixed]", "[fixed", "not TOML"),
-    ('method = "base"\n[[over', 'method = "none"\n[[over', "method='none'"), ('name = "tiny"', 'name = "../tiny"', "name is missing or has other"),
-    ('{ method = "dora" }', '"dora"', "both tables"), ("eval_items = 6", "weight_decay = -1.0", "at least 0"),
-])
+@pytest.mark.parametrize(
+    "old,new,named",
+    [
+        ("[axes]", "[axis]", "unknown key 'axis'; did you mean 'axes'"),
+        ('name = "tiny"', "", "name is missing"),
+        ("rank = 2", "rnk = 2", "did you mean 'rank'"),
+        ("rank = 2", "rank = -2", "rank=-2"),
+        ('["boolq", "winogrande"]', '"boolq"', "axes.task must be a list"),
+        ("learning_rate = 2e-3", "learning_rat = 2e-3", "did you mean 'learning_rate'"),
+        ('when = { method = "dora" }', 'when = { methd = "dora" }', "did you mean 'method'"),
+        ("when = ", "wenn = ", "exactly the keys"),
+        ("[fixed]", "[fixed", "not TOML"),
+        ('method = "base"\n[[over', 'method = "none"\n[[over', "method='none'"),
+        ('name = "tiny"', 'name = "../tiny"', "name is missing or has other"),
+        ('{ method = "dora" }', '"dora"', "both tables"),
+        ("eval_items = 6", "weight_decay = -1.0", "at least 0"),
+    ],
+)
 def test_wrong_grids(grid, old, new, named):
     text = grid.read_text()
     assert old in text
@@ -97,6 +142,7 @@ def test_wrong_grids(grid, old, new, named):
 def test_a_grid_from_start_to_report(grid, tmp_path, capsys, monkeypatch):
     "Runs what is missing, skips what is done, reports what fails, mends what is damaged."
     from dora_nb.report import collect, render
+
     folder = run_grid(grid, tmp_path / "runs")
     results, problems = load(folder)
     assert len(results) == 3 and not problems
@@ -107,7 +153,7 @@ def test_a_grid_from_start_to_report(grid, tmp_path, capsys, monkeypatch):
         assert r["metrics"]["n"] == 6 and r["id"] in r["run"] and len(r["checksums"]["data"]) == 64
     written = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
-    run_grid(grid, tmp_path / "runs")   # nothing to do
+    run_grid(grid, tmp_path / "runs")  # nothing to do
     assert written == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
     capsys.readouterr()
 
@@ -127,15 +173,34 @@ def test_a_grid_from_start_to_report(grid, tmp_path, capsys, monkeypatch):
     assert len(load(folder)[1]) == 1 and not load(folder, load_grid(grid).configs)[1]
     collect(folder, tmp_path / "report", grid)
     page = render(tmp_path / "report", "Tiny").read_text()
-    assert "BoolQ (n = 6)" in page and "small experiment" in page and (tmp_path / "report" / "learning-curves.png").exists()
+    assert (
+        "BoolQ (n = 6)" in page
+        and "small experiment" in page
+        and (tmp_path / "report" / "learning-curves.png").exists()
+    )
 
-    command = [sys.executable, "-m", "papermill", str(notebook("report")), str(tmp_path / "report.ipynb"), "-p", "runs_dir", str(folder), "-p", "out", str(tmp_path / "again"), "-p", "grid", str(grid)]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(notebook("report")),
+        str(tmp_path / "report.ipynb"),
+        "-p",
+        "runs_dir",
+        str(folder),
+        "-p",
+        "out",
+        str(tmp_path / "again"),
+        "-p",
+        "grid",
+        str(grid),
+    ]
     subprocess.run([*command, "--no-progress-bar"], check=True, capture_output=True)
     assert (tmp_path / "again" / "report.md").read_text().splitlines()[2:] == page.splitlines()[2:]
 
 
 def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
-    text = grid.read_text().replace('set = { learning_rate = 2e-3 }', 'set = { target_modules = "no_such_layer" }')
+    text = grid.read_text().replace("set = { learning_rate = 2e-3 }", 'set = { target_modules = "no_such_layer" }')
     grid.write_text(text)
     with pytest.raises(Incomplete, match="2 of 3 runs failed.*boolq-dora"):
         run_grid(grid, tmp_path / "runs")
@@ -146,7 +211,20 @@ def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
 
 
 def test_papermill_by_hand_refuses_what_it_does_not_know(tmp_path):
-    command = [sys.executable, "-m", "papermill", str(notebook("finetune")), str(tmp_path / "out.ipynb"), "-p", "run_dir", str(tmp_path / "run"), "-p", "lerning_rate", "1", "--no-progress-bar"]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(notebook("finetune")),
+        str(tmp_path / "out.ipynb"),
+        "-p",
+        "run_dir",
+        str(tmp_path / "run"),
+        "-p",
+        "lerning_rate",
+        "1",
+        "--no-progress-bar",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"})
     assert done.returncode != 0 and "did you mean 'learning_rate'" in done.stderr and not (tmp_path / "run").exists()
 

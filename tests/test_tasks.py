@@ -1,4 +1,5 @@
 "Prompts against lm-evaluation-harness' own functions; rows and masks against scoring each choice alone."
+
 import random
 
 import pytest
@@ -18,7 +19,10 @@ def test_splits(name):
     assert not set(train["doc_index"]) & set(dev["doc_index"])
     assert validation["doc_index"] == list(range(len(validation)))
     few = load_task(name, "validation", limit=50)
-    assert few["doc_index"] == sorted(few["doc_index"]) and few["doc_index"] == load_task(name, "validation", limit=50)["doc_index"]
+    assert (
+        few["doc_index"] == sorted(few["doc_index"])
+        and few["doc_index"] == load_task(name, "validation", limit=50)["doc_index"]
+    )
     assert load_task(name, "validation", limit=50, seed=None)["doc_index"] == list(range(50))
     assert few[7] == validation[few["doc_index"][7]]
 
@@ -30,7 +34,15 @@ def test_dev_is_cut_the_same_for_ever():
 DEV_WINOGRANDE = [66, 137, 155, 181, 264]
 
 
-@pytest.mark.parametrize("wrong,named", [(dict(name="boolqq"), "boolq, hellaswag"), (dict(split="test"), "train, dev, validation"), (dict(format="chat"), "cloze, instruction"), (dict(limit=0), "limit=0")])
+@pytest.mark.parametrize(
+    "wrong,named",
+    [
+        (dict(name="boolqq"), "boolq, hellaswag"),
+        (dict(split="test"), "train, dev, validation"),
+        (dict(format="chat"), "cloze, instruction"),
+        (dict(limit=0), "limit=0"),
+    ],
+)
 def test_names_that_do_not_exist(wrong, named):
     with pytest.raises(ValueError, match=named):
         load_task(**dict(name="boolq") | wrong)
@@ -39,7 +51,13 @@ def test_names_that_do_not_exist(wrong, named):
 def test_hellaswag_is_cleaned_as_lm_eval_does():
     for text in (" [header] A [title] B  c [substeps] d ", "[step] Go.", "no markup", "a [b] [c] d"):
         assert clean_hellaswag(text) == preprocess(text)
-    row = {"activity_label": "Roof", "ctx_a": "A man sits. [title] How", "ctx_b": "he STANDS", "endings": ["[step] up.", " b ", "c  d", "e"], "label": "2"}
+    row = {
+        "activity_label": "Roof",
+        "ctx_a": "A man sits. [title] How",
+        "ctx_b": "he STANDS",
+        "endings": ["[step] up.", " b ", "c  d", "e"],
+        "label": "2",
+    }
     (theirs,), ours = process_docs(Dataset.from_list([row])).to_list(), _hellaswag(row)
     assert (ours["query"], ours["choices"], ours["label"]) == (theirs["query"], theirs["choices"], theirs["gold"])
 
@@ -54,15 +72,22 @@ def test_formats(name, format):
 
 
 def test_boolq_yes_is_one():
-    row = load_items("boolq", "validation")[0]   # "does ethanol take more energy make that produces": no
+    row = load_items("boolq", "validation")[0]  # "does ethanol take more energy make that produces": no
     item = format_item(TASKS["boolq"], row, "cloze")
     assert item["continuations"][item["gold"]] == " no" and TASKS["boolq"].answers[item["gold"]] == "false"
 
 
 def test_pairs_split_as_lm_eval_does(smollm):
     from lm_eval.models.huggingface import HFLM
+
     harness = HFLM(pretrained=smollm[0], tokenizer=smollm[1], device="cpu")
-    for context, continuation in [("The cat", " sat down"), ("ends in spaces  ", "word"), ("a\n", " b"), ("Question: x?\nAnswer:", " yes"), ("2024 was", "  two spaces")]:
+    for context, continuation in [
+        ("The cat", " sat down"),
+        ("ends in spaces  ", "word"),
+        ("a\n", " b"),
+        ("Question: x?\nAnswer:", " yes"),
+        ("2024 was", "  two spaces"),
+    ]:
         assert encode_pair(smollm[1], context, continuation) == tuple(harness._encode_pair(context, continuation))
 
 
@@ -70,9 +95,12 @@ def test_a_beginning_of_sequence_token_is_put_where_lm_eval_puts_it(smollm, tiny
     from lm_eval.models.huggingface import HFLM
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     bos = tokenizer.bos_token
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_token_id)])
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
     harness = HFLM(pretrained=smollm[0], tokenizer=tokenizer, device="cpu")
     for context in ("The cat", f"{bos}The cat"):
         ours = encode_pair(tokenizer, context, " sat")
@@ -84,12 +112,15 @@ def random_items(n, rng, vocab=128):
     draw = lambda k: [rng.randrange(vocab) for _ in range(k)]
     for _ in range(n):
         context, own = draw(rng.randint(1, 12)), rng.random() < 0.5
-        yield {k: (context + (draw(rng.randint(0, 3)) if own else []), draw(rng.randint(1, 6))) for k in range(rng.randint(1, 4))}
+        yield {
+            k: (context + (draw(rng.randint(0, 3)) if own else []), draw(rng.randint(1, 6)))
+            for k in range(rng.randint(1, 4))
+        }
 
 
 @torch.no_grad()
 def alone(model, context, continuation):
-    logits = model(torch.tensor([context + continuation])).logits[0, len(context) - 1:-1]
+    logits = model(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None]).sum()
 
 

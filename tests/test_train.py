@@ -1,4 +1,5 @@
 "What the loop promises: sizes of micro-batches do not matter, seeds fix everything, numbers that are none stop it."
+
 import json
 import math
 import random
@@ -10,7 +11,20 @@ from accelerate import Accelerator
 from dora_nb.adapt import AdapterConfig, adapt, trainable_parameters
 from dora_nb.assets import load_model
 from dora_nb.tasks import collate, load_task
-from dora_nb.train import Diverged, TrainConfig, autocast, encode_for, epoch_batches, micro_batches, summed_loss, terms, token_logprobs, train, train_step, warmup_and_decay
+from dora_nb.train import (
+    Diverged,
+    TrainConfig,
+    autocast,
+    encode_for,
+    epoch_batches,
+    micro_batches,
+    summed_loss,
+    terms,
+    token_logprobs,
+    train,
+    train_step,
+    warmup_and_decay,
+)
 
 
 def items(name="winogrande", n=24, **kwargs):
@@ -38,7 +52,10 @@ def test_micro_batches_do_not_change_the_gradient(tiny, objective):
     rows, gold = [encode_for(objective, tokenizer, i)[0] for i in data], data["gold"]
     config, accelerator, grads = TrainConfig(objective=objective, precision="float32"), Accelerator(cpu=True), []
     for batch_tokens in (1, 600, 10**6):
-        groups = [(collate([rows[i] for i in g], 2), torch.tensor([gold[i] for i in g])) for g in micro_batches(range(8), rows, batch_tokens)]
+        groups = [
+            (collate([rows[i] for i in g], 2), torch.tensor([gold[i] for i in g]))
+            for g in micro_batches(range(8), rows, batch_tokens)
+        ]
         loss = train_step(model, accelerator, groups, config)
         grads.append((loss, {n: p.grad.clone() for n, p in trainable_parameters(model).items()}))
         model.zero_grad()
@@ -60,7 +77,7 @@ def test_language_modelling_losses_are_transformers(tiny, objective):
     ids = tokenizer(item["contexts"][item["gold"]] + item["continuations"][item["gold"]], return_tensors="pt").input_ids
     labels = ids.clone()
     if objective == "answer":
-        labels[:, :len(tokenizer(item["contexts"][item["gold"]]).input_ids)] = -100
+        labels[:, : len(tokenizer(item["contexts"][item["gold"]]).input_ids)] = -100
     torch.testing.assert_close(loss, model(ids, labels=labels).loss)
 
 
@@ -74,7 +91,7 @@ def test_ranking_losses_by_hand(tiny, objective):
     for context, continuation in zip(item["contexts"], item["continuations"]):
         ids = tokenizer(context + continuation, return_tensors="pt").input_ids
         n = len(tokenizer(context).input_ids)
-        logp = model(ids).logits[0, n - 1:-1].log_softmax(-1).gather(1, ids[0, n:, None])
+        logp = model(ids).logits[0, n - 1 : -1].log_softmax(-1).gather(1, ids[0, n:, None])
         scores.append(logp.sum() if objective == "choices" else logp.mean())
     torch.testing.assert_close(loss, -torch.stack(scores).log_softmax(0)[item["gold"]], atol=1e-4, rtol=1e-4)
 
@@ -102,9 +119,18 @@ def test_a_seed_fixes_a_run_to_the_bit(tiny, tmp_path):
     runs = []
     for seed in (0, 0, 1):
         model, tokenizer = tiny(dropout=0.1)
-        records = train(model, tokenizer, items(), TrainConfig(batch_size=4, epochs=2, seed=seed), tmp_path / "h.jsonl", progress=False)
+        records = train(
+            model,
+            tokenizer,
+            items(),
+            TrainConfig(batch_size=4, epochs=2, seed=seed),
+            tmp_path / "h.jsonl",
+            progress=False,
+        )
         runs.append((params(model), [r["loss"] for r in records]))
-        assert [json.loads(line)["loss"] for line in (tmp_path / "h.jsonl").read_text().splitlines()] == runs[-1][1] and len(records) == 12
+        assert [json.loads(line)["loss"] for line in (tmp_path / "h.jsonl").read_text().splitlines()] == runs[-1][
+            1
+        ] and len(records) == 12
     assert runs[0][1] == runs[1][1] and all(torch.equal(runs[0][0][n], runs[1][0][n]) for n in runs[0][0])
     assert runs[0][1] != runs[2][1]
 
@@ -113,7 +139,13 @@ def test_a_seed_fixes_a_run_to_the_bit(tiny, tmp_path):
 def test_it_learns(tiny, method):
     "Sixteen items, seen many times, are learnt by heart."
     model, tokenizer = tiny(method)
-    records = train(model, tokenizer, items(n=16), TrainConfig(learning_rate=2e-2 if method != "full" else 5e-3, batch_size=16, epochs=60, precision="float32"), progress=False)
+    records = train(
+        model,
+        tokenizer,
+        items(n=16),
+        TrainConfig(learning_rate=2e-2 if method != "full" else 5e-3, batch_size=16, epochs=60, precision="float32"),
+        progress=False,
+    )
     assert records[-1]["loss"] < 0.3 * records[0]["loss"]
 
 
@@ -141,7 +173,14 @@ def test_nan_names_step_and_items(tiny):
 
 def test_more_can_be_recorded(tiny):
     model, tokenizer = tiny()
-    records = train(model, tokenizer, items(n=8), TrainConfig(batch_size=4), after_step=lambda r: {"twice": 2 * r["step"]}, progress=False)
+    records = train(
+        model,
+        tokenizer,
+        items(n=8),
+        TrainConfig(batch_size=4),
+        after_step=lambda r: {"twice": 2 * r["step"]},
+        progress=False,
+    )
     assert [r["twice"] for r in records] == [2, 4]
 
 
@@ -157,11 +196,28 @@ def test_every_item_once_an_epoch_and_neighbours_of_like_length():
 
 def test_schedule():
     rate = warmup_and_decay(100, 0.1)
-    assert rate(0) == pytest.approx(0.1) and rate(9) == 1 and rate(55) == pytest.approx(0.5) and rate(99) == pytest.approx(1 / 90) and rate(100) == 0
+    assert (
+        rate(0) == pytest.approx(0.1)
+        and rate(9) == 1
+        and rate(55) == pytest.approx(0.5)
+        and rate(99) == pytest.approx(1 / 90)
+        and rate(100) == 0
+    )
     assert all(math.isfinite(warmup_and_decay(n, w)(s)) for n in (1, 2, 3) for w in (0, 0.5, 0.9) for s in range(n + 1))
 
 
-@pytest.mark.parametrize("wrong", (dict(objective="x"), dict(learning_rate=0), dict(learning_rate=math.inf), dict(weight_decay=-1), dict(seed=-1), dict(batch_size=0), dict(warmup_ratio=1)))
+@pytest.mark.parametrize(
+    "wrong",
+    (
+        dict(objective="x"),
+        dict(learning_rate=0),
+        dict(learning_rate=math.inf),
+        dict(weight_decay=-1),
+        dict(seed=-1),
+        dict(batch_size=0),
+        dict(warmup_ratio=1),
+    ),
+)
 def test_impossible_values(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TrainConfig(**wrong)
