@@ -263,6 +263,45 @@ def write_json(
     write_whole(path, lambda p: p.write_text(json.dumps(thing, indent=2)))
 
 # %% ../nbs/11_runs.ipynb #57db114e
+def _identity(config: RunConfig, device: torch.device) -> dict:
+    "The part of a result that is known before anything is done."
+    precision = {k: resolve_precision(getattr(config, k), device) for k in ("precision", "eval_precision")}
+    return dict(
+        schema=SCHEMA,
+        run=run_name(config),
+        id=run_id(config),
+        params=asdict(config),
+        checksums=checksums(config),
+        revision=_revision(),
+        versions=_versions(),
+        machine=_machine(device),
+        precision=precision,
+    )
+
+
+def _fit(config: RunConfig, model, tokenizer, run_dir: Path, progress: bool) -> dict:
+    "Adapt and train a model, save what was learnt, and leave the model merged; returns what it took."
+    items = load_task(config.task, "train", config.format, config.train_items, config.seed, config.source)
+    adapt(model, config.adapter())
+    trainable, total = count_parameters(model)
+    records = train(model, tokenizer, items, config.training(), run_dir / HISTORY, progress=progress)
+    save_adapter(model, run_dir / "adapter")
+    if config.method == "full":  # a whole model, which is to be loaded as one
+        tokenizer.save_pretrained(run_dir / "adapter")
+    merge(model, keep_base=False)
+    tokens, seconds, last = sum(r["tokens"] for r in records), records[-1]["seconds"], records[-5:]
+    return dict(
+        items=len(items),
+        steps=len(records),
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        trainable=trainable,
+        total=total,
+        last_loss=sum(r["loss"] for r in last) / len(last),
+    )
+
+# %% ../nbs/11_runs.ipynb #a24fbd6a
 def run(
     config: RunConfig,  # what to do
     run_dir: str | Path,  # where its files go
@@ -276,57 +315,18 @@ def run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    result = dict(
-        schema=SCHEMA,
-        run=run_name(config),
-        id=run_id(config),
-        params=asdict(config),
-        checksums=checksums(config),
-        revision=_revision(),
-        versions=_versions(),
-        machine=_machine(device),
-        precision={k: resolve_precision(getattr(config, k), device) for k in ("precision", "eval_precision")},
-    )
-    eval_items = load_task(
+    result = _identity(config, device)
+    items = load_task(
         config.task, config.eval_split, format_of(config.protocol), config.eval_items, source=config.source
     )
     model, tokenizer = load_model(config.model, config.source, device=device)
     transformers.set_seed(config.seed)
-    training = None
-    if config.method != "base":
-        train_items = load_task(config.task, "train", config.format, config.train_items, config.seed, config.source)
-        adapt(model, config.adapter())
-        trainable, total = count_parameters(model)
-        records = train(model, tokenizer, train_items, config.training(), run_dir / HISTORY, progress=progress)
-        seconds, tokens = records[-1]["seconds"], sum(r["tokens"] for r in records)
-        training = dict(
-            items=len(train_items),
-            steps=len(records),
-            tokens=tokens,
-            seconds=seconds,
-            tokens_per_second=tokens / seconds,
-            trainable=trainable,
-            total=total,
-            last_loss=sum(r["loss"] for r in records[-5:]) / len(records[-5:]),
-        )
-        save_adapter(model, run_dir / "adapter")
-        merge(model, keep_base=False)
-    metrics, predictions = evaluate(
-        model,
-        tokenizer,
-        eval_items,
-        config.protocol,
-        batch_tokens=config.batch_tokens,
-        max_tokens=config.max_tokens,
-        precision=config.eval_precision,
-        progress=progress,
-    )
-    write_whole(
-        run_dir / PREDICTIONS, lambda p: pq.write_table(pa.Table.from_pylist(predictions), p, compression="zstd")
-    )
+    result["training"] = None if config.method == "base" else _fit(config, model, tokenizer, run_dir, progress)
+    options = dict(batch_tokens=config.batch_tokens, max_tokens=config.max_tokens, precision=config.eval_precision)
+    result["metrics"], answers = evaluate(model, tokenizer, items, config.protocol, **options, progress=progress)
+    table = pa.Table.from_pylist(answers)
+    write_whole(run_dir / PREDICTIONS, lambda p: pq.write_table(table, p, compression="zstd"))
     result |= dict(
-        metrics=metrics,
-        training=training,
         seconds=time.perf_counter() - start,
         peak_memory_bytes=_peak_memory(device),
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

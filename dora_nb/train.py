@@ -16,6 +16,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,7 +297,13 @@ def train(
         raise RuntimeError("training in several processes is not supported yet; start a single one")
     transformers.set_seed(config.seed)
     share, gold, docs = shares_prompts(model), items["gold"], items["doc_index"]
-    rows = [encode_for(config.objective, tokenizer, item, config.max_tokens, share, config.end)[0] for item in items]
+    encoded = [encode_for(config.objective, tokenizer, i, config.max_tokens, share, config.end) for i in items]
+    rows, cut = [r for r, _ in encoded], sum(c > 0 for _, c in encoded)
+    if cut:
+        warnings.warn(
+            f"{cut} of {len(rows)} items were longer than max_tokens={config.max_tokens} and lost their beginning",
+            stacklevel=2,
+        )
     batches = all_batches(rows, config)
     params = list(trainable_parameters(model).values())
     optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay)
