@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -289,6 +290,7 @@ def plot_accuracy(
         ax.text(-0.45, 100 * constant[task], "most frequent answer", fontsize=7, color="0.5", va="bottom")
         ax.set_xticks(range(len(rows)), [r["label"].replace(", ", "\n") for r in rows], fontsize=8)
         ax.set(title=f"{TASK_LABELS[task]} (n = {rows[0]['n']})", xlim=(-0.5, len(rows) - 0.5))
+        ax.margins(y=0.12)
     axes[0, 0].set_ylabel("accuracy (%), 95 % interval")
     fig.tight_layout()
     return fig
@@ -308,10 +310,12 @@ def plot_learning_curves(
                 r for r in trained if r["params"]["task"] == task and r["params"]["method"] == method
             ):
                 curve = history[history.run == r["run"]]
-                ax.plot(curve.step, curve.loss, color=COLORS[method], lw=1.2, label=None if i else LABELS[method])
+                style = dict(lw=4, alpha=0.35) if method == "lora" else dict(lw=1.2)  # both show where they agree
+                ax.plot(curve.step, curve.loss, color=COLORS[method], label=None if i else LABELS[method], **style)
         ax.set(title=TASK_LABELS[task], xlabel="optimiser step")
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes[0, 0].set_ylabel("training loss (nats)")
-    axes[0, -1].legend(frameon=False, fontsize=8)
+    axes[0, 0].legend(frameon=False, fontsize=8)
     fig.tight_layout()
     return fig
 
@@ -328,6 +332,8 @@ def _settings(results: list[dict]) -> str:
         "all" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in each(key)
     )
     used = lambda key: ", ".join(sorted({r["precision"][key] for r in results}))
+    items = sorted({(p["task"], p["train_items"]) for p in params if p["method"] != "base"}, key=str)
+    items = ", ".join(f"{TASK_LABELS[t]} {'all' if n is None else n}" for t, n in items)
     rates = sorted({(p["method"], p["learning_rate"]) for p in params if p["method"] != "base"})
     machines = sorted(
         {f"{r['machine']['gpu'] or r['machine']['cpu']} ({r['machine']['threads']} threads)" for r in results}
@@ -340,7 +346,7 @@ def _settings(results: list[dict]) -> str:
     )
     return f"""\
 - Model: {words("model")}, from: {words("source")}.{weights}
-- Training: objective {words("objective")}, {words("train_items")} items, {words("epochs")} epoch(s), batches of {words("batch_size")}, dropout {words("dropout")}, α {words("alpha")}, init {words("init")}, targets {words("target_modules")}, warm-up {words("warmup_ratio")} of the steps, precision {used("precision")}; learning rate {", ".join(f"{LABELS[m]} {lr:g}" for m, lr in rates)}; seeds {words("seed")}.
+- Training: objective {words("objective")}, items: {items}, {words("epochs")} epoch(s), batches of {words("batch_size")}, dropout {words("dropout")}, α {words("alpha")}, init {words("init")}, targets {words("target_modules")}, warm-up {words("warmup_ratio")} of the steps, precision {used("precision")}; learning rate {", ".join(f"{LABELS[m]} {lr:g}" for m, lr in rates)}; seeds {words("seed")}.
 - Evaluation: split {words("eval_split")}, protocol {words("protocol")}, precision {used("eval_precision")}; items drawn by seed, the same for every run.
 - Machine: {"; ".join(machines)}. Versions: {", ".join(versions)}."""
 
