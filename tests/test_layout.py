@@ -79,7 +79,7 @@ def test_a_chapter_s_form(path):
     long = [
         source(c).count("\n") + 1
         for c in cells(path, "code")
-        if "#| export" in source(c) and source(c).count("\n") >= 72
+        if "#| export" in source(c) and source(c).count("\n") >= 68
     ]
     assert not long, f"exported cells of {long} lines"
 
