@@ -139,7 +139,7 @@ def adapt(
     model.dora_nb_config = config
     return model
 
-
+# %% ../nbs/03_adapt.ipynb #249b5255
 def remove_adapter(
     model: nn.Module,  # changed in place
 ) -> nn.Module:  # the same model
@@ -348,20 +348,18 @@ def merge(
     model: nn.Module,  # adapted; changed in place
     keep_base: bool = True,  # keep W₀ aside for `unmerge`; False frees its memory, for good
 ) -> nn.Module:  # the same model, with plain linear layers
-    "Fold the adapter into the weights. A model without an adapter, or merged already, is left as it is."
-    if getattr(model, "dora_nb_merged", None):
-        return model
+    "Fold the adapter into the weights. What is merged already is not merged again, but may still let go of its W₀."
     layers = adapter_layers(model)
-    plain = {name: _plain(name, layer, model) for name, layer in layers.items()}
+    merged = bool(getattr(model, "dora_nb_merged", None))
+    plain = {} if merged else {name: _plain(name, layer, model) for name, layer in layers.items()}
     for name, linear in plain.items():
         model.set_submodule(name, linear.train(model.training))
-    if keep_base:
-        model.dora_nb_merged = layers
-    else:
+    model.dora_nb_merged = layers if keep_base else None
+    if not keep_base:
         model.dora_nb_config = None
     return model
 
-
+# %% ../nbs/03_adapt.ipynb #352b1045
 def unmerge(
     model: nn.Module,  # merged with `keep_base`; changed in place
 ) -> nn.Module:  # the same model, adapted again

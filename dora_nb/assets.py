@@ -102,7 +102,7 @@ def download(
         )
     return files[0]
 
-
+# %% ../nbs/04_assets.ipynb #b78203ed
 def _advice(pin: str, log: str) -> str:
     tail = "\n".join([line for line in log.splitlines() if "WARNING" not in line][-6:])
     if "No module named pip" in log:

@@ -179,7 +179,7 @@ def run_command(args: argparse.Namespace):
 
     print(run_grid(args.grid, args.out, args.dry_run))
 
-
+# %% ../nbs/13_cli.ipynb #0947b1de
 def report_options(p: argparse.ArgumentParser):
     "Options of `dora-nb report`."
     p.add_argument("runs", metavar="DIR", help="a folder of runs, or a report's folder")

@@ -57,7 +57,7 @@ def collect(
     write_json(out / RESULTS, {"results": results, "problems": problems})
     return results
 
-
+# %% ../nbs/12_report.ipynb #c4403844
 def read_report(
     out: str | Path,  # a folder that `collect` filled
 ) -> tuple[list[dict], list[str], pd.DataFrame, pd.DataFrame]:  # results, problems, predictions, histories

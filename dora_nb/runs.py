@@ -232,7 +232,7 @@ def _versions() -> dict:
     modules = dict(torch=torch, transformers=transformers, datasets=datasets, accelerate=accelerate, dora_nb=dora_nb)
     return {"python": platform.python_version()} | {name: m.__version__ for name, m in modules.items()}
 
-
+# %% ../nbs/11_runs.ipynb #c46516ef
 def _revision() -> str | None:
     "The git revision of the source tree, if the package runs from one."
     if not (HERE.parent / ".git").exists():
@@ -358,7 +358,7 @@ def read_result(
         raise ValueError(f"{run_dir.name}: {PREDICTIONS} is missing; delete {RESULT} to run again")
     return result
 
-
+# %% ../nbs/11_runs.ipynb #533b1295
 def load(
     folder: str | Path,  # holds a folder per run
     configs: Sequence[RunConfig] | None = None,  # the runs to read; all that are there if None

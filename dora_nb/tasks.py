@@ -233,7 +233,7 @@ class Batch:
         "The same batch on another device."
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
 
-
+# %% ../nbs/05_tasks.ipynb #4d5200f5
 def collate(
     items: Sequence[Sequence[Row]],  # rows of each item, as `encode_item` makes them
     pad_id: int,  # fills up short rows; never attended to

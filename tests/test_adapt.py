@@ -124,6 +124,14 @@ def test_merge_and_unmerge(llama, shake, ids, method, dtype):
     assert torch.equal(remove_adapter(model)(ids).logits, plain)
 
 
+def test_what_is_merged_may_still_be_merged_for_good(llama, shake, ids):
+    model = merge(shake(adapt(llama(), AdapterConfig("dora"))))
+    merged = model(ids).logits
+    assert torch.equal(merge(model, keep_base=False)(ids).logits, merged) and not adapter_layers(model)
+    with pytest.raises(RuntimeError, match="keep_base=False"):
+        unmerge(model)
+
+
 def test_merge_for_good(llama, shake, ids):
     model = shake(adapt(llama(), AdapterConfig("dora")))
     adapted = model(ids).logits

@@ -97,7 +97,7 @@ def test_ranking_losses_by_hand(tiny, objective):
 
 
 def test_bfloat16_does_not_round_the_logits(smollm):
-    "Logits in bfloat16 come in steps of an eighth at this size, and half of BoolQ's margins would be multiples of it."
+    "Logits in bfloat16 come in steps of an eighth at this size, and so would the margins between two choices."
     model, tokenizer = smollm
     data = items("boolq", 6)
     batch = collate([encode_for("choices", tokenizer, i)[0] for i in data], 2)
