@@ -34,9 +34,7 @@ def _write_parquet(path: Path, frames: list[pd.DataFrame]):
 def collect(
     runs: str | Path,  # holds a folder per run
     out: str | Path,  # the report's folder
-    grid: str
-    | Path
-    | None = None,  # a grid file: gather its runs, and name those that are missing; whatever is there if None
+    grid: str | Path | None = None,  # a grid file: its runs, and which of them are missing; all runs if None
 ) -> list[dict]:  # the results
     "Gather results, predictions and histories of finished runs; what is missing or broken is gathered too, in words."
     runs, out = Path(runs), Path(out)

@@ -491,9 +491,7 @@ def _papermill(config: RunConfig, run_dir: Path) -> subprocess.Popen:
         "--no-progress-bar",
     ]
     with open(run_dir / "run.log", "w") as log:
-        return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONWARNINGS": "ignore"}
-        )
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
 def say(
