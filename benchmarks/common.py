@@ -1,0 +1,125 @@
+"What the benchmarks share: models to compare, rounds that interleave them, ratios, and the machine they ran on."
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers import LlamaConfig, LlamaModel
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+SMALL = dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)  # SmolLM2-135M's
+LARGE = dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32)  # LLaMA-7B's
+DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16)
+
+
+def blocks(shape, layers, dtype):
+    "A Llama without its head, frozen, random, always the same."
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=128, num_hidden_layers=layers, attn_implementation="sdpa", **shape)
+    return LlamaModel(config).to(DEVICE, dtype).requires_grad_(False).train()
+
+
+def ours(model, method, rank, **options):
+    "Our adapter on `model`, away from its start."
+    from dora_nb.adapt import AdapterConfig, adapt
+
+    return shaken(adapt(model, AdapterConfig(method, rank=rank, alpha=2 * rank, target_modules=TARGETS, **options)))
+
+
+def peft(model, method, rank, dropout=0.0):
+    "PEFT's adapter on `model`, away from its start."
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=TARGETS, use_dora=method == "dora"
+    )
+    return shaken(get_peft_model(model, config))
+
+
+def shaken(model):
+    "Give every B a value: products with zeros might be cheaper."
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=1e-3)
+    return model.train()
+
+
+def seconds(f):
+    "How long a call takes."
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    f()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleave(candidates, rounds, warm_up=1):
+    "Times of every candidate, a list each; one call of each per round, so that all see the same weather."
+    for _ in range(warm_up):
+        for f in candidates.values():
+            f()
+    times = {name: [] for name in candidates}
+    for i in range(rounds):
+        order = list(candidates)
+        for name in order[i % len(order) :] + order[: i % len(order)]:
+            times[name].append(seconds(candidates[name]))
+    return times
+
+
+def ratio(times, name, base):
+    "Median over the rounds of one candidate's time over another's, and the quartiles of these."
+    ratios = [a / b for a, b in zip(times[name], times[base])]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return statistics.median(ratios), low, high
+
+
+def machine():
+    "Where this ran, in words and numbers."
+    if DEVICE.type == "cuda":
+        name, count = torch.cuda.get_device_name(), torch.cuda.device_count()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
+        count = torch.get_num_threads()
+    packages = ("torch", "transformers", "peft", "accelerate", "lm_eval")
+    return dict(device=name, count=count, unit="GPU" if DEVICE.type == "cuda" else "threads") | {
+        p: version(p) for p in packages
+    }
+
+
+def table(rows, columns):
+    "Rows as a markdown table."
+    cells = [[str(r.get(c, "")) for c in columns] for r in rows]
+    lines = [columns, ["---"] * len(columns), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def arguments(doc, **defaults):
+    "Options of a benchmark: --rounds and the like, and --out, a JSON file for the report."
+    parser = argparse.ArgumentParser(description=doc)
+    for name, value in defaults.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value, help=f"default {value}")
+    parser.add_argument("--out", type=Path, help="also write the rows here, for benchmarks/report.py")
+    return parser.parse_args()
+
+
+def finish(name, rows, columns, out, **more):
+    "Print the table and, if asked, write it down."
+    where = machine()
+    print(f"\n{name}, {where['count']} {where['unit']} of {where['device']}, torch {where['torch']}\n")
+    print(table(rows, columns))
+    if out:
+        part = out.with_name("." + out.name)
+        part.write_text(json.dumps(dict(name=name, machine=where, columns=columns, rows=rows) | more, indent=1))
+        part.replace(out)
