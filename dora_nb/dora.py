@@ -55,7 +55,7 @@ class Kept:
     "A value made from tensors, and how to tell that they have not changed since."
 
     def __init__(self):
-        self.stamp = self.look = self.value = None
+        self.stamp = self.seen = self.value = None
 
     def __reduce__(self):  # a copy of a layer has other tensors
         return Kept, ()
@@ -63,19 +63,25 @@ class Kept:
     def get(
         self,
         tensors: tuple[Tensor, ...],  # what the value is made from
-        look,  # () → Tensor, a fingerprint of their contents
+        contents,  # () → Tensor, a fingerprint of what they hold
         make,  # () → the value
+        look: bool,  # at contents too, where that costs little
         steps: int = 0,  # of optimisers that may have changed them
     ):  # the value
         "The value, made anew if need be."
-        trackable = not any(t.is_inference() for t in tensors)
-        stamp = trackable and (steps, *[(id(t), t.data_ptr(), t._version) for t in tensors])
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-            seen = look() if tensors[0].device.type == "cpu" else None
-            same = trackable and stamp == self.stamp and all(r() is t for r, t in zip(self.refs, tensors))
-            if not same or (seen is not None and not torch.equal(seen, self.look)):
+        try:
+            stamp = (steps, *[(t.data_ptr(), t._version) for t in tensors])
+        except RuntimeError:  # made in inference mode, where PyTorch does not count changes
+            return make()
+        same = stamp == self.stamp and all(r() is t for r, t in zip(self.refs, tensors))
+        if same and not (look and tensors[0].is_cpu):
+            return self.value
+        device = tensors[0].device.type
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            seen = contents() if device == "cpu" else None
+            if not same or not torch.equal(seen, self.seen):
                 self.stamp, self.refs = stamp, [weakref.ref(t) for t in tensors]
-                self.look = None if seen is None else seen.clone()  # it may be a view of what is to be watched
+                self.seen = None if seen is None else seen.clone()  # it may be a view of what is to be watched
                 self.value = make()
         return self.value
 
@@ -109,26 +115,27 @@ class DoRALinear(LoRALinear):
         "Work the scale out anew at the next call; needed only after a change that nobody could notice (see above)."
         self._rows, self._scale = Kept(), Kept()
 
-    def _fixed(self) -> tuple[Tensor, Tensor]:
-        "n and g = m/n, (out,) each, without a graph."
+    def _fixed(self, look: bool = True) -> tuple[Tensor, Tensor]:
+        "n and g = m/n, (out,) each, without a graph; `look` at contents too, and not only at counts."
         W0, A, B, m = self.base_layer.weight, self.lora_A, self.lora_B, self.magnitude
         spread = lambda: (W0.reshape(-1)[:: W0.shape[1] + 1] if W0.is_contiguous() else W0.diagonal()).to(m.dtype)
         update = lambda: B @ (A @ _probe(A.shape[1], A.dtype))
 
         def make():
-            squared = self._rows.get((W0,), spread, lambda: row_norm(W0.to(m.dtype)) ** 2)
+            squared = self._rows.get((W0,), spread, lambda: row_norm(W0.to(m.dtype)) ** 2, look=True)
             n = factored_norm(W0, A, B, self.scaling, squared)
             return n, torch.where(m == 0, 1e-18, m / n)  # the gradient of m divides by it
 
-        return self._scale.get((A, B, m, W0), lambda: torch.cat([update(), m, spread()]), make, _steps)
+        contents = lambda: torch.cat([update(), m, spread()])
+        return self._scale.get((A, B, m, W0), contents, make, look, _steps)
 
     def norm(self) -> Tensor:
         "n, (out,), float32 or better, whatever autocast says; with a graph only for the exact gradient."
-        if self.fast() and (self.detach_norm or not torch.is_grad_enabled()):
+        exact = torch.is_grad_enabled() and not self.detach_norm
+        if self.fast() and not exact:
             return self._fixed()[0]
-        with torch.autocast(self.magnitude.device.type, enabled=False):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
-                return factored_norm(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
+        with torch.autocast(self.magnitude.device.type, enabled=False), torch.set_grad_enabled(exact):
+            return factored_norm(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
 
     def scale(self) -> Tensor:
         "g = m/n, (out,), float32 or better."
@@ -150,9 +157,12 @@ class DoRALinear(LoRALinear):
         "Whether the product may be used now, and not the plain formula."
         return super().fast() and not (self.dropout_form == "delta" and self.drops())
 
-    def term(self) -> Term:
-        "This layer as the product sees it."
-        return super().term()._replace(magnitude=self.magnitude, norm=self.norm(), scale=self._fixed()[1])
+    def term(self, x: Tensor) -> Term:
+        "This layer as the product sees it, for an input of (…, in)."
+        decoding = x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled()
+        n, g = self._fixed(look=not decoding)
+        n = self.norm() if torch.is_grad_enabled() and not self.detach_norm else n
+        return super().term(x)._replace(magnitude=self.magnitude, norm=n, scale=g)
 
     def merged_weight(self) -> Tensor:
         "diag(m/n)(W₀ + s·BA) as a new (out, in) tensor, computed in float32 and returned in the dtype of W₀."

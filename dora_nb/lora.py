@@ -7,6 +7,7 @@ __all__ = ['INITS', 'PLANS', 'PASS', 'init_update', 'scaling', 'choose_plan', 'T
            'LoRALinear']
 
 # %% ../nbs/01_lora.ipynb #de79f609
+import contextlib
 import math
 import threading
 from collections.abc import Sequence
@@ -88,21 +89,27 @@ def _dense(t: Term, dtype: torch.dtype) -> Tensor:
 # %% ../nbs/01_lora.ipynb #24ab7523
 def _stacked(terms: Sequence[Term], dtype: torch.dtype) -> Tensor:
     "The As of all terms, (Σ rank, in)."
-    return torch.cat([t.A for t in terms]).to(dtype)
+    return (terms[0].A if len(terms) == 1 else torch.cat([t.A for t in terms])).to(dtype)
+
+
+def _low(seen: Tensor, terms: Sequence[Term]) -> Tensor:
+    "Ax for all terms, (tokens, Σ rank)."
+    A = _stacked(terms, seen.dtype).T
+    return seen @ (A.contiguous() if len(seen) > len(A) else A)  # for many tokens, a fifth faster with the copy
 
 
 def _parts(h: Tensor, terms: Sequence[Term]) -> Sequence[Tensor]:
     "What belongs to each term, of something with a column per row of the stacked As."
-    return h.split([len(t.A) for t in terms], 1)
+    return (h,) if len(terms) == 1 else h.split([len(t.A) for t in terms], 1)
 
 
 def _products(x: Tensor, seen: Tensor, terms: Sequence[Term], plan: str) -> tuple[list[Tensor], Tensor | None]:
     "Every term's output, (tokens, out), where its update sees `seen`; and Ax for all, (tokens, Σ rank), if it was needed."
     if plan == "dense":
         return [x @ _dense(t, x.dtype).T for t in terms], None
-    h, outputs = seen @ _stacked(terms, x.dtype).T.contiguous(), []  # contiguous: a fifth faster
+    h, outputs = _low(seen, terms), []
     for t, part in zip(terms, _parts(h, terms)):
-        y = torch.mm(part, (t.s * t.B).to(x.dtype).T).addmm_(x, t.W0.to(x.dtype).T)
+        y = torch.mm(part * t.s, t.B.to(x.dtype).T).addmm_(x, t.W0.to(x.dtype).T)
         outputs.append(_scaled(y, t.scale, out=y))
     return outputs, h
 
@@ -194,7 +201,7 @@ class _Product(torch.autograd.Function):
             ) from e
         outputs, terms = rest[: len(dys)], _unflatten(rest[len(dys) :], ctx.factors)
         with torch.autocast(seen.device.type, enabled=False):
-            h = seen @ _stacked(terms, seen.dtype).T.contiguous() if h is None else h
+            h = _low(seen, terms) if h is None else h
             each = [_gradients(*of) for of in zip(_parts(h, terms), terms, outputs, dys)]
             dh = torch.cat([e[3] for e in each], 1)
             dAs = _parts((seen.T @ dh).to(terms[0].A.dtype), terms)
@@ -257,11 +264,11 @@ def product(
     layers: Sequence["LoRALinear"],  # that share it
 ) -> list[Tensor]:  # (…, out) each, with bias
     "What adapted layers give for one input."
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.is_floating_point() else x.dtype
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    p = layers[0].drops()
-    terms = [layer.term() for layer in layers]
+    device, p = x.device.type, layers[0].drops()
+    casts = torch.is_autocast_enabled(device)
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows.to(torch.get_autocast_dtype(device)) if casts else rows
+    terms = [layer.term(x) for layer in layers]
     backward = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for t in terms for p in t[1:3]))
     plan = (
         "factored" if p else layers[0].plan_for(rows, terms, backward)
@@ -270,10 +277,10 @@ def product(
     if backward or p:
         outputs = _Product.apply(rows, dropped, plan, tuple(t.s / (1 - p) for t in terms), *_flatten(terms))
     else:
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False) if casts else contextlib.nullcontext():
             outputs = _products(rows, rows, terms, plan)[0]
     outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
-    return [y if m.bias is None else y + m.bias.to(dtype) for y, m in zip(outputs, layers)]
+    return [y if m.bias is None else y + m.bias.to(y.dtype) for y, m in zip(outputs, layers)]
 
 # %% ../nbs/01_lora.ipynb #f76d5cde
 class LoRALinear(nn.Module):
@@ -337,8 +344,8 @@ class LoRALinear(nn.Module):
         "The probability with which an input is dropped now."
         return self.dropout.p if self.training else 0.0
 
-    def term(self) -> Term:
-        "This layer as the product sees it."
+    def term(self, x: Tensor) -> Term:
+        "This layer as the product sees it, for an input of (…, in)."
         return Term(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
 
     def plan_for(self, rows: Tensor, terms: Sequence[Term], backward: bool) -> str:

@@ -97,8 +97,8 @@ def test_low_precision_keeps_float32_gradients(plan, base_dtype):
 def test_the_dense_way_is_not_taken_below_float32(base_dtype):
     "Added to weights that sit on bfloat16's grid, a small update would be rounded away."
     layer = make(dtype=base_dtype)
-    assert layer.plan_for(torch.empty(10**6, 8, dtype=torch.bfloat16), [layer.term()], True) == "factored"
-    assert layer.plan_for(torch.empty(10**6, 8), [layer.term()], True) == "dense"
+    assert layer.plan_for(torch.empty(10**6, 8, dtype=torch.bfloat16), [layer.term(torch.empty(1, 8))], True) == "factored"
+    assert layer.plan_for(torch.empty(10**6, 8), [layer.term(torch.empty(1, 8))], True) == "dense"
 
 
 def test_the_count_of_costs():
@@ -107,7 +107,7 @@ def test_the_count_of_costs():
     crossing = [next(t for t in range(1, 9999) if choose_plan(t, [s], True) == "dense") for s in (q, up)]
     assert all(500 < t < 1500 for t in crossing)
     layer = make(plan="dense")
-    assert layer.plan_for(torch.randn(1, 8), [layer.term()], True) == "dense"
+    assert layer.plan_for(torch.randn(1, 8), [layer.term(torch.empty(1, 8))], True) == "dense"
     with pytest.raises(ValueError, match="plan='fast'.*factored"):
         make(plan="fast")
 
@@ -239,7 +239,7 @@ def test_the_norm_is_worked_out_once_a_step(llama, ids, norms):
 def test_the_kept_scale_has_no_graph_and_little_memory():
     layer = make()
     layer(torch.randn(4, 8, dtype=torch.float64)).sum().backward()
-    kept = [*layer._scale.value, layer._scale.look, layer._rows.value, layer._rows.look]
+    kept = [*layer._scale.value, layer._scale.seen, layer._rows.value, layer._rows.seen]
     assert not any(t.requires_grad for t in kept)
     assert sum(t.numel() for t in kept) <= 7 * layer.out_features
     layer(torch.randn(4, 8, dtype=torch.float64)).sum().backward()  # a second time
