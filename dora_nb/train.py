@@ -6,7 +6,7 @@
 __all__ = ['OVER_CHOICES', 'OBJECTIVES', 'PRECISIONS', 'scored_only', 'token_logprobs', 'choice_logprobs', 'shares_prompts',
            'encode_for', 'summed_loss', 'terms', 'epoch_batches', 'micro_batches', 'has_bfloat16', 'resolve_precision',
            'autocast', 'warmup_and_decay', 'progress_bar', 'TrainConfig', 'all_batches', 'Diverged', 'train_step',
-           'train']
+           'training_mode', 'kept_bytes', 'memory_plan', 'describe', 'counts', 'fitting_step', 'encode_items', 'train']
 
 # %% ../nbs/06_train.ipynb #2c6de6b3
 import contextlib
@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -233,6 +233,7 @@ class TrainConfig:
     epochs: int = 1  # passes over the items
     batch_size: int = 16  # items an optimiser step
     batch_tokens: int = 2048  # most inputs a micro-batch: speed and memory, not the result
+    gradient_checkpointing: bool = False  # keep one tensor a block and work the rest out again: less memory, more time
     warmup_ratio: float = 0.1  # share of the steps in which the rate rises
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
@@ -249,6 +250,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be above 0, and finite")
         if not 0 <= self.weight_decay < math.inf or self.seed < 0:
             raise ValueError(f"weight_decay={self.weight_decay!r} and seed={self.seed!r} must be at least 0")
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise ValueError(f"gradient_checkpointing={self.gradient_checkpointing!r} must be True or False")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio={self.warmup_ratio!r} must be at least 0 and below 1")
 
@@ -281,7 +284,129 @@ def train_step(
         total += loss.item()
     return total
 
-# %% ../nbs/06_train.ipynb #fa499322
+# %% ../nbs/06_train.ipynb #5f5b0bf7
+@contextlib.contextmanager
+def training_mode(
+    model: nn.Module,  # a model of transformers
+    checkpointing: bool,  # keep one tensor a block, and work the rest out again in the backward pass
+):
+    "Training mode, with gradient checkpointing if asked for; eval mode afterwards."
+    was = getattr(model, "is_activation_checkpointing", False)
+    if checkpointing and not was:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield model.train()
+    finally:
+        model.eval()
+        if checkpointing and not was:
+            model.gradient_checkpointing_disable()
+
+# %% ../nbs/06_train.ipynb #bcc6acad
+def kept_bytes(
+    model: nn.Module,  # in training mode
+    batch: Batch,  # items
+    gold: Tensor,  # (items,) int64, the right choices
+    config: TrainConfig,  # objective and precision
+) -> int:  # bytes
+    "What a forward pass keeps for the backward pass, parameters and buffers aside."
+    device, kept = next(model.parameters()).device, {}
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+    def note(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), autocast(config.precision, device):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            summed_loss(model, batch.to(device), gold.to(device), config.objective)
+    return sum(kept.values())
+
+
+def memory_plan(
+    model: nn.Module,  # adapted, in training mode
+    rows: Sequence[Sequence[Row]],  # of every item
+    gold: Sequence[int],  # the right choice of every item
+    config: TrainConfig,  # how it will be trained
+) -> dict[str, int]:  # bytes by purpose
+    "What a training will need: weights, gradients, optimiser, activations."
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+    trained = size(trainable_parameters(model).values())
+    short = sorted(range(len(rows)), key=lambda i: max(len(r.ids) for r in rows[i]))[:2]
+    inputs, kept = [], []
+    for n in (1, len(short)):
+        batch = collate([rows[i] for i in short[:n]], 0)
+        inputs.append(batch.input_ids.numel())
+        kept.append(kept_bytes(model, batch, torch.tensor([gold[i] for i in short[:n]]), config))
+    each = (kept[-1] - kept[0]) / max(1, inputs[-1] - inputs[0])
+    width = lambda group: max(len(r.ids) for i in group for r in rows[i]) * sum(len(rows[i]) for i in group)
+    most = max(map(width, micro_batches(range(len(rows)), rows, config.batch_tokens)))
+    return dict(
+        weights=size([*model.parameters(), *model.buffers()]),
+        gradients=trained,
+        optimiser=2 * trained,
+        activations=round(kept[0] + each * max(0, most - inputs[0])),
+    )
+
+# %% ../nbs/06_train.ipynb #7956486f
+def describe(
+    plan: dict[str, int],  # as `memory_plan` gives it
+) -> str:
+    "A memory plan in a line."
+    return f"memory: {', '.join(f'{k} {v / 2**20:,.0f} MiB' for k, v in plan.items())}; {sum(plan.values()) / 2**30:.1f} GiB in all"
+
+
+def counts(
+    groups: Sequence[tuple[Batch, Tensor]],  # micro-batches and their right choices
+) -> dict:  # items, tokens, padding (a share of all inputs)
+    "What a step was made of."
+    tokens, inputs = sum(b.tokens for b, _ in groups), sum(b.input_ids.numel() for b, _ in groups)
+    return dict(items=sum(len(gold) for _, gold in groups), tokens=tokens, padding=1 - tokens / inputs)
+
+# %% ../nbs/06_train.ipynb #40f3e797
+def fitting_step(
+    model: nn.Module,  # being trained
+    accelerator: Accelerator,  # runs the backward pass
+    batch: Sequence[int],  # items of the step
+    make: Callable[[list[int]], tuple[Batch, Tensor]],  # items → a micro-batch and its right choices
+    rows: Sequence[Sequence[Row]],  # of every item
+    config: TrainConfig,  # objective, precision, batch_tokens
+) -> tuple[float, list[tuple[Batch, Tensor]], TrainConfig]:  # mean loss, the micro-batches, and what fitted
+    "Leave the gradient of a step in the parameters, in micro-batches that fit into memory."
+    while True:
+        groups = [make(group) for group in micro_batches(batch, rows, config.batch_tokens)]
+        try:
+            return train_step(model, accelerator, groups, config), groups, config
+        except torch.OutOfMemoryError as e:
+            largest = max(b.input_ids.numel() for b, _ in groups)
+            if len(groups) == len(batch):
+                raise torch.OutOfMemoryError(
+                    f"not even single items of up to {largest} inputs fit into memory; set gradient_checkpointing=true, or lower max_tokens ({e})"
+                ) from None
+        model.zero_grad()  # of the micro-batches that did fit
+        torch.cuda.empty_cache()
+        config = replace(config, batch_tokens=largest // 2)
+        warnings.warn(f"out of memory: going on with batch_tokens={config.batch_tokens}", stacklevel=2)
+
+# %% ../nbs/06_train.ipynb #b7440e3e
+def encode_items(
+    tokenizer,  # a transformers tokenizer
+    items: datasets.Dataset,  # as `load_task` gives them
+    config: TrainConfig,  # objective and longest choice
+    share: bool,  # rows with a common prefix
+) -> list[list[Row]]:  # rows of every item
+    "The items of a training; warns of those that were cut."
+    encoded = [encode_for(config.objective, tokenizer, i, config.max_tokens, share, config.end) for i in items]
+    if cut := sum(c > 0 for _, c in encoded):
+        warnings.warn(
+            f"{cut} of {len(encoded)} items were longer than max_tokens={config.max_tokens} and lost their beginning",
+            stacklevel=3,
+        )
+    return [r for r, _ in encoded]
+
+# %% ../nbs/06_train.ipynb #fc65d6cb
 def train(
     model: nn.Module,  # adapted, or with all weights trainable; changed in place
     tokenizer,  # its tokenizer
@@ -289,61 +414,49 @@ def train(
     config: TrainConfig,  # how
     history: str | Path | None = None,  # a JSONL file to write, one line a step
     after_step: Callable[[dict], dict | None] | None = None,  # sees each step's record, and may return more to record
-    progress: bool = True,  # show loss, tokens/s and the time left on stderr
-) -> list[dict]:  # a record per step: step, steps, loss, learning_rate, grad_norm, items, tokens, padding, seconds
+    progress: bool = True,  # say what memory it takes; show loss, tokens/s and the time left
+) -> list[
+    dict
+]:  # a record per step: step, steps, loss, learning_rate, grad_norm, items, tokens, padding, batch_tokens, seconds
     "Train `model`; Diverged names step and items if the loss stops being a number."
     accelerator = Accelerator(mixed_precision="no", device_placement=False)  # the model is where its owner put it
     if accelerator.num_processes > 1:
         raise RuntimeError("training in several processes is not supported yet; start a single one")
     transformers.set_seed(config.seed)
-    share, gold, docs = shares_prompts(model), items["gold"], items["doc_index"]
-    encoded = [encode_for(config.objective, tokenizer, i, config.max_tokens, share, config.end) for i in items]
-    rows, cut = [r for r, _ in encoded], sum(c > 0 for _, c in encoded)
-    if cut:
-        warnings.warn(
-            f"{cut} of {len(rows)} items were longer than max_tokens={config.max_tokens} and lost their beginning",
-            stacklevel=2,
-        )
+    gold, docs = items["gold"], items["doc_index"]
+    rows = encode_items(tokenizer, items, config, shares_prompts(model))
+    make = lambda group: (
+        collate([rows[i] for i in group], tokenizer.pad_token_id),
+        torch.tensor([gold[i] for i in group]),
+    )
     batches = all_batches(rows, config)
     params = list(trainable_parameters(model).values())
     optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_decay(len(batches), config.warmup_ratio))
     model, optimizer = accelerator.prepare(model, optimizer)
-    model.train()
-    records, seen, start = [], 0, time.perf_counter()
-    with open(history or os.devnull, "w") as log, progress_bar(batches, "train", "step", progress) as bar:
-        for step, batch in enumerate(bar, 1):
-            groups = [
-                (collate([rows[i] for i in group], tokenizer.pad_token_id), torch.tensor([gold[i] for i in group]))
-                for group in micro_batches(batch, rows, config.batch_tokens)
-            ]
-            rate = schedule.get_last_lr()[0]
-            loss = train_step(model, accelerator, groups, config)
-            norm = accelerator.clip_grad_norm_(params, config.max_grad_norm).item()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise Diverged(
-                    f"step {step} of {len(batches)}: loss {loss}, gradient norm {norm}, learning rate {rate:g}; the batch held items {sorted(docs[i] for i in batch)}. Lower the learning rate, or look at these items"
-                )
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            tokens, padded = (sum(f(b) for b, _ in groups) for f in (lambda b: b.tokens, lambda b: b.input_ids.numel()))
-            seen += tokens
-            record = dict(
-                step=step,
-                steps=len(batches),
-                loss=loss,
-                learning_rate=rate,
-                grad_norm=norm,
-                items=len(batch),
-                tokens=tokens,
-                padding=1 - tokens / padded,
-                seconds=time.perf_counter() - start,
-            )
-            record |= (after_step(record) if after_step else None) or {}
-            records.append(record)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            bar.set_postfix_str(f"loss {loss:.3f}, {seen / record['seconds']:.0f} tokens/s", refresh=False)
-    model.eval()
+    records, seen = [], 0
+    with training_mode(model, config.gradient_checkpointing), open(history or os.devnull, "w") as log:
+        if progress:
+            print(describe(memory_plan(model, rows, gold, config)), file=sys.stderr)
+        start = time.perf_counter()
+        with progress_bar(batches, "train", "step", progress) as bar:
+            for step, batch in enumerate(bar, 1):
+                rate = schedule.get_last_lr()[0]
+                loss, groups, config = fitting_step(model, accelerator, batch, make, rows, config)
+                norm = accelerator.clip_grad_norm_(params, config.max_grad_norm).item()
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    raise Diverged(
+                        f"step {step} of {len(batches)}: loss {loss}, gradient norm {norm}, learning rate {rate:g}; the batch held items {sorted(docs[i] for i in batch)}. Lower the learning rate, or look at these items"
+                    )
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                record = dict(step=step, steps=len(batches), loss=loss, learning_rate=rate, grad_norm=norm)
+                record |= counts(groups) | dict(batch_tokens=config.batch_tokens, seconds=time.perf_counter() - start)
+                record |= (after_step(record) if after_step else None) or {}
+                records.append(record)
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                seen += record["tokens"]
+                bar.set_postfix_str(f"loss {loss:.3f}, {seen / record['seconds']:.0f} tokens/s", refresh=False)
     return records

@@ -97,7 +97,9 @@ def test_low_precision_keeps_float32_gradients(plan, base_dtype):
 def test_the_dense_way_is_not_taken_below_float32(base_dtype):
     "Added to weights that sit on bfloat16's grid, a small update would be rounded away."
     layer = make(dtype=base_dtype)
-    assert layer.plan_for(torch.empty(10**6, 8, dtype=torch.bfloat16), [layer.term(torch.empty(1, 8))], True) == "factored"
+    assert (
+        layer.plan_for(torch.empty(10**6, 8, dtype=torch.bfloat16), [layer.term(torch.empty(1, 8))], True) == "factored"
+    )
     assert layer.plan_for(torch.empty(10**6, 8), [layer.term(torch.empty(1, 8))], True) == "dense"
 
 

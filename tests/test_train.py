@@ -3,11 +3,13 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+import dora_nb.train
 from dora_nb.adapt import AdapterConfig, adapt, trainable_parameters
 from dora_nb.assets import load_model
 from dora_nb.tasks import collate, load_task
@@ -17,6 +19,7 @@ from dora_nb.train import (
     autocast,
     encode_for,
     epoch_batches,
+    memory_plan,
     micro_batches,
     summed_loss,
     terms,
@@ -221,3 +224,59 @@ def test_schedule():
 def test_impossible_values(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TrainConfig(**wrong)
+
+
+def test_out_of_memory_halves_the_micro_batches_and_changes_nothing(tiny, monkeypatch, tmp_path):
+    "Injected where a GPU would raise it: in the forward pass of a large micro-batch, after a small one went through."
+    config = TrainConfig(batch_size=8, batch_tokens=2000, precision="float32")
+    model, tokenizer = tiny()
+    plenty = train(model, tokenizer, items(), config, progress=False)
+    want, forward, refused = params(model), dora_nb.train.summed_loss, []
+
+    def small_gpu(model, batch, gold, objective):
+        if batch.input_ids.numel() > 130:
+            refused.append(batch.input_ids.numel())
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(model, batch, gold, objective)
+
+    monkeypatch.setattr(dora_nb.train, "summed_loss", small_gpu)
+    model, _ = tiny()
+    with pytest.warns(UserWarning, match="batch_tokens="):
+        records = train(model, tokenizer, items(), config, progress=False)
+    assert refused and records[-1]["batch_tokens"] <= 130 < plenty[-1]["batch_tokens"] == 2000
+    assert [r["items"] for r in records] == [r["items"] for r in plenty]
+    torch.testing.assert_close(params(model), want, atol=1e-5, rtol=1e-3)
+
+    monkeypatch.setattr(dora_nb.train, "summed_loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(torch.OutOfMemoryError, match="single items.*gradient_checkpointing=true"),
+    ):
+        train(tiny()[0], tokenizer, items(), config, progress=False)
+
+
+@pytest.mark.parametrize("method", ("lora", "dora", "full"))
+def test_gradient_checkpointing_changes_memory_only(tiny, method):
+    config, results = TrainConfig(batch_size=8, precision="float32"), []
+    for checkpointing in (False, True):
+        model, tokenizer = tiny(method)
+        train(model, tokenizer, items(), replace(config, gradient_checkpointing=checkpointing), progress=False)
+        assert not model.is_activation_checkpointing and not model.training
+        results.append(params(model))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
+
+
+def test_the_memory_plan_counts_what_there_is(tiny, capsys):
+    model, tokenizer = tiny()
+    train(model, tokenizer, items(n=4), TrainConfig(batch_size=4))
+    assert "memory: weights" in capsys.readouterr().err
+    data = items(n=4)
+    rows = [encode_for("choices", tokenizer, i)[0] for i in data]
+    before, state = params(model), torch.get_rng_state()
+    plan = memory_plan(model.train(), rows, data["gold"], TrainConfig())
+    assert torch.equal(torch.get_rng_state(), state) and all(
+        torch.equal(v, params(model)[n]) for n, v in before.items()
+    )
+    trained = sum(p.numel() for p in trainable_parameters(model).values())
+    assert plan["gradients"] == 4 * trained and plan["optimiser"] == 8 * trained
+    assert plan["weights"] >= 4 * sum(p.numel() for p in model.parameters()) and plan["activations"] > 0
