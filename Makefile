@@ -26,7 +26,7 @@ test: $(READY) ## everything that CI runs
 	$(BIN)/python -m pytest tests
 
 notebooks: $(READY) ## format, export and clean: run after editing a notebook
-	$(BIN)/ruff format -q nbs tests setup.py
+	$(BIN)/ruff format -q nbs tests benchmarks setup.py
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 

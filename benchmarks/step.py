@@ -29,7 +29,7 @@ def candidates(shape, layers, dtype, rank, dropout, checkpointing, tokens, lengt
 
     for model in models.values():
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
     return {name: lambda m=model: step(m) for name, model in models.items()}
 
 

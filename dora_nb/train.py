@@ -291,15 +291,16 @@ def training_mode(
     checkpointing: bool,  # keep one tensor a block, and work the rest out again in the backward pass
 ):
     "Training mode, with gradient checkpointing if asked for; eval mode afterwards."
-    was = getattr(model, "is_activation_checkpointing", False)
+    of = lambda end: getattr(model, f"activation_checkpointing_{end}", None) or getattr(model, f"gradient_checkpointing_{end}")
+    was = getattr(model, "is_activation_checkpointing", False)  # older versions say gradient checkpointing
     if checkpointing and not was:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        of("enable")({"use_reentrant": False})
     try:
         yield model.train()
     finally:
         model.eval()
         if checkpointing and not was:
-            model.gradient_checkpointing_disable()
+            of("disable")()
 
 # %% ../nbs/06_train.ipynb #bcc6acad
 def kept_bytes(

@@ -224,7 +224,7 @@ def test_the_norm_is_worked_out_once_a_step(llama, ids, norms):
     model = adapted(llama()).train()
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-3)
     norms.update(norm=0, rows=0)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     for step in range(1, 4):
         for micro_batch in ids:  # accumulation, and recomputation in the backward pass
             model(micro_batch[None]).logits.square().mean().backward()
@@ -279,7 +279,7 @@ def test_siblings_and_checkpointing_change_nothing(llama, shake, ids, products, 
         for layer in adapter_layers(model).values():
             layer.plan = "auto"
     if reentrant is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()  # reentrant checkpointing needs it
         torch.manual_seed(5)
         torch.testing.assert_close(gradients(model, ids), want)

@@ -1,0 +1,97 @@
+"What adapted layers keep for the backward pass, and the peak of a whole step."
+
+import itertools
+import json
+import resource
+import subprocess
+import sys
+
+import torch
+from common import DEVICE, DTYPES, LARGE, SMALL, TARGETS, arguments, blocks, finish, ours, peft
+
+MODELS = {
+    "frozen": lambda model, rank: model,
+    "PEFT LoRA": lambda model, rank: peft(model, "lora", rank),
+    "PEFT DoRA": lambda model, rank: peft(model, "dora", rank),
+    "our LoRA": lambda model, rank: ours(model, "lora", rank),
+    "our DoRA": lambda model, rank: ours(model, "dora", rank),
+}
+
+
+def inputs(shape, tokens, dtype):
+    "Something for a model to read, with a backward pass all the way."
+    return torch.randn(tokens // 128, 128, shape["hidden_size"], device=DEVICE, dtype=dtype).requires_grad_()
+
+
+def kept(model, x):
+    "Bytes of distinct storages that autograd keeps over a forward pass, parameters and the input aside."
+    seen = {}
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+
+    def note(t):
+        if t.untyped_storage().data_ptr() not in own:
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = model(inputs_embeds=x, use_cache=False).last_hidden_state
+    return sum(seen.values()) + 0 * len(y)
+
+
+def peak(name, dtype, rank, tokens, layers):
+    "Bytes at the peak of three steps: of the GPU's allocator, or of this process beyond what it had before."
+    shape = LARGE if DEVICE.type == "cuda" else SMALL
+    model = MODELS[name](blocks(shape, layers, DTYPES[dtype]), rank)
+    x = inputs(shape, tokens, DTYPES[dtype])
+    used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = used()
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        used = torch.cuda.max_memory_allocated
+    for _ in range(3):
+        model(inputs_embeds=x, use_cache=False).last_hidden_state.sum().backward()
+        model.zero_grad()
+        x.grad = None
+    return used() - before
+
+
+def alone(*args):
+    "`peak` in a process of its own, since a process does not forget its peak."
+    done = subprocess.run([sys.executable, __file__, "--one", json.dumps(args)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    options = arguments(__doc__, rounds=3, layers=4, ranks="16,64", dtypes="float32,bfloat16", tokens=2048, one="")
+    if options.one:
+        print(peak(*json.loads(options.one)))
+        return
+    shape, rows = LARGE if DEVICE.type == "cuda" else SMALL, []
+    for dtype, rank in itertools.product(options.dtypes.split(","), map(int, options.ranks.split(","))):
+        row = {"dtype": dtype, "rank": rank, "tokens": options.tokens}
+        for name in MODELS:
+            model = MODELS[name](blocks(shape, options.layers, DTYPES[dtype]), rank)
+            each = kept(model, inputs(shape, options.tokens, DTYPES[dtype])) / (options.layers * len(TARGETS))
+            row[f"{name}, kept"] = each
+        peaks = {
+            n: min(alone(n, dtype, rank, options.tokens, options.layers) for _ in range(options.rounds)) for n in MODELS
+        }
+        base, lora = row.pop("frozen, kept"), row["our LoRA, kept"]
+        for name in list(MODELS)[1:]:
+            row[f"{name}, kept"] = f"{(row[f'{name}, kept'] - base) / 2**20:.2f} MiB"
+            row[f"{name}, peak / PEFT LoRA's"] = f"{peaks[name] / peaks['PEFT LoRA']:.3f}"
+        row["our DoRA − our LoRA, kept"] = (
+            f"{(float(row['our DoRA, kept'].split()[0]) - (lora - base) / 2**20):.2f} MiB"
+        )
+        rows.append(row)
+        print(row, flush=True)
+    columns = [c for c in rows[0] if "kept" not in c and "peak" not in c]
+    columns += [c for c in rows[0] if "kept" in c] + [c for c in rows[0] if "peak" in c]
+    finish("memory.py", rows, columns, options.out, options=vars(options) | {"out": None})
+
+
+if __name__ == "__main__":
+    main()
