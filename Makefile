@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help reproduce test notebooks readme clean
+.PHONY: help reproduce test speed notebooks readme clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -24,6 +24,11 @@ reproduce: $(READY) ## LoRA against DoRA on three tasks, from nothing to reports
 
 test: $(READY) ## everything that CI runs
 	$(BIN)/python -m pytest tests
+
+speed: $(READY) ## every benchmark, an hour on two cores, and reports/speed/report.md
+	for name in step where memory train evaluate inference growth; do \
+	  $(BIN)/python -W ignore benchmarks/$$name.py --out reports/speed/$$name.json || exit 1; done
+	$(BIN)/python benchmarks/report.py
 
 notebooks: $(READY) ## format, export and clean: run after editing a notebook
 	$(BIN)/ruff format -q nbs tests benchmarks setup.py

@@ -38,12 +38,8 @@ def extra_bytes(model, x):
     from dora_nb.adapt import adapter_layers
 
     call(model, x, None)
-    kept = [
-        t
-        for m in adapter_layers(model).values()
-        if hasattr(m, "_scale")
-        for t in (*m._scale.value, m._scale.seen, m._rows.value, m._rows.seen)
-    ]
+    layers = [m for m in adapter_layers(model).values() if hasattr(m, "_scale")]
+    kept = [t for m in layers for t in (*m._scale.held[3], m._scale.held[2], *m._rows.held[2:])]
     weights = sum(m.weight.numel() * m.weight.element_size() for m in adapter_layers(model).values())
     return sum(t.numel() * t.element_size() for t in kept if t is not None) / weights
 

@@ -55,7 +55,7 @@ class Kept:
     "A value made from tensors, and how to tell that they have not changed since."
 
     def __init__(self):
-        self.stamp = self.seen = self.value = None
+        self.held = None  # stamp, references, fingerprint and value: one tuple, as several threads may use a layer
 
     def __reduce__(self):  # a copy of a layer has other tensors
         return Kept, ()
@@ -73,17 +73,16 @@ class Kept:
             stamp = (steps, *[(t.data_ptr(), t._version) for t in tensors])
         except RuntimeError:  # made in inference mode, where PyTorch does not count changes
             return make()
-        same = stamp == self.stamp and all(r() is t for r, t in zip(self.refs, tensors))
+        held = self.held
+        same = held is not None and stamp == held[0] and all(r() is t for r, t in zip(held[1], tensors))
         if same and not (look and tensors[0].is_cpu):
-            return self.value
+            return held[3]
         device = tensors[0].device.type
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            seen = contents() if device == "cpu" else None
-            if not same or not torch.equal(seen, self.seen):
-                self.stamp, self.refs = stamp, [weakref.ref(t) for t in tensors]
-                self.seen = None if seen is None else seen.clone()  # it may be a view of what is to be watched
-                self.value = make()
-        return self.value
+            seen = contents().clone() if device == "cpu" else None  # it may be a view of what is to be watched
+            if not same or not torch.equal(seen, held[2]):
+                held = self.held = stamp, [weakref.ref(t) for t in tensors], seen, make()
+        return held[3]
 
 # %% ../nbs/02_dora.ipynb #ebe8a380
 DROPOUT_FORMS = ("lowrank", "delta")

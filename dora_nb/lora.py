@@ -265,7 +265,7 @@ def product(
 ) -> list[Tensor]:  # (…, out) each, with bias
     "What adapted layers give for one input."
     device, p = x.device.type, layers[0].drops()
-    casts = torch.is_autocast_enabled(device)
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which autocast leaves alone
     rows = x.reshape(-1, x.shape[-1])
     rows = rows.to(torch.get_autocast_dtype(device)) if casts else rows
     terms = [layer.term(x) for layer in layers]

@@ -291,7 +291,9 @@ def training_mode(
     checkpointing: bool,  # keep one tensor a block, and work the rest out again in the backward pass
 ):
     "Training mode, with gradient checkpointing if asked for; eval mode afterwards."
-    of = lambda end: getattr(model, f"activation_checkpointing_{end}", None) or getattr(model, f"gradient_checkpointing_{end}")
+    of = lambda end: (
+        getattr(model, f"activation_checkpointing_{end}", None) or getattr(model, f"gradient_checkpointing_{end}")
+    )
     was = getattr(model, "is_activation_checkpointing", False)  # older versions say gradient checkpointing
     if checkpointing and not was:
         of("enable")({"use_reentrant": False})

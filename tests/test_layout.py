@@ -121,7 +121,10 @@ def test_public_things_say_what_they_are():
 
 def test_lint():
     done = subprocess.run(
-        [BIN / "ruff", "check", "--no-cache", "nbs", "tests", "benchmarks", "setup.py"], cwd=ROOT, capture_output=True, text=True
+        [BIN / "ruff", "check", "--no-cache", "nbs", "tests", "benchmarks", "setup.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert not done.returncode, done.stdout
     done = subprocess.run(

@@ -1,0 +1,163 @@
+"Writes reports/speed/report.md and its figure from what the benchmarks left beside it (--out reports/speed/NAME.json)."
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from common import table
+
+HERE = Path(__file__).parent.parent / "reports" / "speed"
+TITLES = {
+    "step": "Forward and backward of a Llama-shaped model",
+    "where": "Where the time of a step goes",
+    "memory": "What is kept for the backward pass, and the peak",
+    "train": "Training on real items",
+    "evaluate": "Evaluation on real items",
+    "inference": "Unmerged inference",
+    "growth": "How the cost of one layer grows",
+}
+
+
+def first(cell):
+    "The number that a cell starts with."
+    return float(str(cell).split()[0])
+
+
+def worst(rows, column, most=max, **where):
+    "The worst value of a column among the rows that match, or None."
+    values = [first(r[column]) for r in rows if column in r and all(r[k] == v for k, v in where.items())]
+    return most(values) if values else None
+
+
+def targets(data):
+    "What was aimed for, what was measured, and whether that is enough."
+    step, train = data["step"]["rows"], data["train"]["rows"]
+    evaluate, inference = data["evaluate"]["rows"], data["inference"]["rows"]
+    kept = [first(r["our DoRA − our LoRA, kept"]) for r in data["memory"]["rows"]]
+    still = dict(dropout=0.0, checkpointing="no")
+    aims = []
+    for dtype, most in (("float32", 1.10), ("bfloat16", 1.15)):
+        for rank in sorted({r["rank"] for r in step}):
+            where = still | dict(dtype=dtype, rank=rank)
+            aims.append(
+                (
+                    f"step: our DoRA / frozen, {dtype}, rank {rank}, no dropout",
+                    "≤",
+                    most,
+                    worst(step, "our DoRA / frozen", **where),
+                )
+            )
+    aims += [
+        ("step: our DoRA / frozen, all rows (dropout, checkpointing)", "≤", 1.15, worst(step, "our DoRA / frozen")),
+        ("step: our DoRA / PEFT LoRA, worst row", "≤", 1.00, worst(step, "our DoRA / PEFT LoRA")),
+        ("step: PEFT DoRA / our DoRA, worst row", "≥", 1.20, worst(step, "PEFT DoRA / ours", min)),
+        ("memory: our DoRA keeps more than our LoRA by, MiB a layer", "≤", 0.1, max(kept)),
+    ]
+    for objective in ("answer", "choices"):
+        aims.append(
+            (
+                f"train: Trainer + PEFT DoRA / ours, objective {objective}, worst row",
+                "≥",
+                1.8,
+                worst(train, "Trainer+PEFT DoRA / ours", min, objective=objective),
+            )
+        )
+    for task, least in (("hellaswag", 1.9), ("winogrande", 2.0), ("boolq", 1.25)):
+        aims.append(
+            (
+                f"evaluate: lm-eval / ours, {task}, float32",
+                "≥",
+                least,
+                worst(evaluate, "lm-eval / ours", min, task=task, dtype="float32"),
+            )
+        )
+    for work in dict.fromkeys(r["work"] for r in inference):
+        aims.append(
+            (
+                f"inference: our DoRA / base, {work}, worst row",
+                "≤",
+                1.10,
+                worst(inference, "our DoRA / base", work=work),
+            )
+        )
+        aims.append(
+            (
+                f"inference: our DoRA / our LoRA, {work}, worst row",
+                "≤",
+                1.03,
+                worst(inference, "our DoRA / our LoRA", work=work),
+            )
+        )
+    met = lambda sign, aim, got: (
+        "not measured" if got is None else "yes" if (got <= aim if sign == "≤" else got >= aim) else "**no**"
+    )
+    return [
+        {
+            "what": what,
+            "target": f"{sign} {aim:.2f}",
+            "measured": "" if got is None else f"{got:.2f}",
+            "met": met(sign, aim, got),
+        }
+        for what, sign, aim, got in aims
+    ]
+
+
+def figure(rows, path):
+    "Cost over the frozen layer's against tokens, rank and width."
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.2), dpi=110, sharey=True)
+    names = ["PEFT LoRA", "PEFT DoRA", "our DoRA"]
+    for ax, varies in zip(axes, ("tokens", "rank", "width")):
+        for dtype, style in (("float32", "-"), ("bfloat16", ":")):
+            points = [r for r in rows if r["varies"] == varies and r["dtype"] == dtype]
+            for name, color in zip(names, ("C7", "C3", "C0")):
+                ax.plot(
+                    [r[varies] for r in points],
+                    [float(r[f"{name} / frozen"]) for r in points],
+                    style,
+                    color=color,
+                    label=f"{name}, {dtype}",
+                )
+        fixed = {k: points[0][k] for k in ("tokens", "rank", "width") if k != varies}
+        ax.set(xscale="log", yscale="log", xlabel=f"{varies}  ({', '.join(f'{k} {v:,}' for k, v in fixed.items())})")
+        ax.set_xticks([r[varies] for r in points], [f"{r[varies]:,}" for r in points], fontsize=7)
+        ax.set_yticks([1, 1.5, 2, 3, 4, 6], ["1", "1.5", "2", "3", "4", "6"])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("time over the frozen layer's")
+    axes[-1].legend(frameon=False, fontsize=7)
+    fig.tight_layout()
+    fig.savefig(path)
+
+
+def main():
+    data = {name: json.loads((HERE / f"{name}.json").read_text()) for name in TITLES}
+    where = data["step"]["machine"]
+    packages = ", ".join(f"{p} {where[p]}" for p in ("torch", "transformers", "peft", "accelerate", "lm_eval"))
+    figure(data["growth"]["rows"], HERE / "growth.png")
+    parts = [
+        "# Speed",
+        f"Measured on {where['count']} {where['unit']} of {where['device']} with {packages}. No GPU was at hand: everything that the project wants of one is **not measured**, the fused kernel included.",
+        "Every table compares candidates that took turns, round by round, in one process, and gives the median over the rounds of their ratio in time (in brackets its quartiles). Timings here are noisy: two runs of one table differ by some 3 %.",
+        "## Targets",
+        table(targets(data), ["what", "target", "measured", "met"]),
+        (HERE / "notes.md").read_text().strip(),
+    ]
+    for name, title in TITLES.items():
+        options = " ".join(
+            f"--{k.replace('_', '-')} {v}" for k, v in data[name]["options"].items() if v not in (None, "")
+        )
+        parts += [
+            f"## {title}",
+            f"`python benchmarks/{name}.py {options}`",
+            table(data[name]["rows"], data[name]["columns"]),
+        ]
+        if name == "growth":
+            parts.append("![Cost of one layer against tokens, rank and width](growth.png)")
+    (HERE / "report.md").write_text("\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"Where the time of a step goes: operators of the frozen model, of our LoRA and DoRA, and of PEFT's."
+
+from collections import defaultdict
+
+import torch
+from common import DTYPES, SMALL, arguments, blocks, finish, ours, peft
+from torch.profiler import ProfilerActivity, profile
+
+KINDS = {
+    "products with W₀": lambda op, narrow: op in ("mm", "addmm_", "addmm") and not narrow,
+    "products with A and B": lambda op, narrow: op in ("mm", "addmm_", "addmm") and narrow,
+    "attention": lambda op, narrow: "attention" in op,
+    "passes over memory": lambda op, narrow: (
+        op
+        in (
+            "mul",
+            "mul_",
+            "add",
+            "add_",
+            "addcmul",
+            "sub",
+            "sum",
+            "copy_",
+            "cat",
+            "div",
+            "pow",
+            "silu",
+            "silu_backward",
+        )
+    ),
+    "the rest": lambda op, narrow: True,
+}
+
+NAMES = (("lora", "LoRA"), ("dora", "DoRA"))
+
+
+def kinds(model, x, dy, rank, steps):
+    "Milliseconds of a step by kind of operator."
+
+    def step():
+        inputs = x.clone().requires_grad_()
+        model(inputs_embeds=inputs, use_cache=False).last_hidden_state.backward(dy)
+        model.zero_grad()
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as p:
+        for _ in range(steps):
+            step()
+    total = defaultdict(float)
+    for e in p.key_averages(group_by_input_shape=True):
+        op = e.key.removeprefix("aten::")
+        sides = [side for shape in e.input_shapes if len(shape) == 2 for side in shape]
+        # the factored norm and the dense build have a side of the rank too, and count as products with A and B
+        narrow = bool(sides) and min(sides) <= 3 * rank
+        total[next(k for k, belongs in KINDS.items() if belongs(op, narrow))] += e.self_cpu_time_total / steps / 1e3
+    return total
+
+
+def main():
+    options = arguments(__doc__, rounds=5, layers=4, rank=16, dtypes="float32,bfloat16", tokens=2048)
+    rows = []
+    for dtype in options.dtypes.split(","):
+        new = lambda: blocks(SMALL, options.layers, DTYPES[dtype])
+        models = {"frozen": new()}
+        models |= {f"PEFT {n}": peft(new(), m, options.rank) for m, n in NAMES}
+        models |= {f"our {n}": ours(new(), m, options.rank) for m, n in NAMES}
+        x = torch.randn(options.tokens // 128, 128, SMALL["hidden_size"], dtype=DTYPES[dtype])
+        each = {n: kinds(m, x, torch.randn_like(x), options.rank, options.rounds) for n, m in models.items()}
+        whole = sum(each["frozen"].values())
+        for name, by_kind in each.items():
+            row = {"dtype": dtype, "model": name} | {k: f"{by_kind[k] / whole:.3f}" for k in KINDS}
+            rows.append(row | {"all": f"{sum(by_kind.values()) / whole:.3f}"})
+            print(rows[-1], flush=True)
+    finish("where.py", rows, list(rows[0]), options.out, options=vars(options) | {"out": None})
+
+
+if __name__ == "__main__":
+    main()
