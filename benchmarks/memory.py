@@ -2,9 +2,9 @@
 
 import itertools
 import json
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from common import DEVICE, DTYPES, LARGE, SMALL, TARGETS, arguments, blocks, finish, ours, peft
@@ -43,17 +43,23 @@ def peak(name, dtype, rank, tokens, layers):
     shape = LARGE if DEVICE.type == "cuda" else SMALL
     model = MODELS[name](blocks(shape, layers, DTYPES[dtype]), rank)
     x = inputs(shape, tokens, DTYPES[dtype])
-    used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    before = used()
     if DEVICE.type == "cuda":
-        before = torch.cuda.memory_allocated()
+        before, used = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
         torch.cuda.reset_peak_memory_stats()
-        used = torch.cuda.max_memory_allocated
+    else:
+        before, used = resident("VmRSS"), lambda: resident("VmHWM")
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
     for _ in range(3):
         model(inputs_embeds=x, use_cache=False).last_hidden_state.sum().backward()
         model.zero_grad()
         x.grad = None
-    return used() - before
+    return max(1, used() - before)
+
+
+def resident(line):
+    "Bytes of this process in memory: now (VmRSS) or at most (VmHWM), as Linux counts them."
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{line}:")[1].split()[0]) * 1024
 
 
 def alone(*args):
