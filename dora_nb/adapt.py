@@ -81,7 +81,10 @@ def find_targets(
         found = {
             n: m
             for n, m in modules.items()
-            if type(m) is nn.Linear and m is not head and n.rpartition(".")[2] not in ("score", "classifier")
+            if type(m) is nn.Linear
+            and m is not head
+            and n.rpartition(".")[2] not in ("score", "classifier")
+            and not isinstance(modules[n.rpartition(".")[0]], nn.TransformerEncoderLayer)
         }
         if not found:
             raise ValueError(
@@ -104,6 +107,10 @@ def find_targets(
         if type(modules[name]) is not nn.Linear:  # subclasses may do something else with their weight
             raise ValueError(
                 f"target_modules: {name!r} is of type {type(modules[name]).__name__}; only torch.nn.Linear can be adapted"
+            )
+        if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
+            raise ValueError(
+                f"target_modules: {name!r} belongs to a torch.nn.TransformerEncoderLayer, which goes around its layers in eval mode; it cannot be adapted"
             )
         if other := next((n for n in modules if n != name and modules[n] is modules[name]), None):
             raise ValueError(
@@ -164,6 +171,8 @@ def adapt(
     if getattr(model, "dora_nb_config", None) or adapter_layers(model):
         raise RuntimeError("this model is adapted already; remove_adapter(model) takes the adapter off")
     targets = {} if config.method == "full" else find_targets(model, config.target_modules)
+    if empty := next((n for n, m in targets.items() if m.weight.is_meta), None):
+        raise ValueError(f"{empty!r} has no values yet (it is on the meta device); load the weights before adapting")
     model.requires_grad_(config.method == "full")
     for name, linear in targets.items():
         model.set_submodule(name, _new_layer(linear, config).train(linear.training))

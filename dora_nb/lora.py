@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['INITS', 'PLANS', 'PASS', 'init_update', 'scaling', 'choose_plan', 'Term', 'draw_dropped', 'Siblings', 'product',
-           'LoRALinear']
+           'resolve_plan', 'seen_through', 'LoRALinear']
 
 # %% ../nbs/01_lora.ipynb #de79f609
 import contextlib
 import math
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 # %% ../nbs/01_lora.ipynb #4427280e
 INITS = ("kaiming", "gaussian")
@@ -75,10 +75,13 @@ class Term(NamedTuple):
 
 
 def _scaled(y: Tensor, g: Tensor | None, out: Tensor | None = None) -> Tensor:
-    "g ∘ y. Below float32, y + (g − 1)y: rounding then costs a share of the change and not of g."
+    "g ∘ y, with g in float32 or better whatever `y` is."
     if g is None:
         return y
-    return torch.mul(y, g, out=out) if y.dtype.itemsize >= 4 else torch.addcmul(y, y, (g - 1).to(y.dtype), out=out)
+    if y.is_cpu and y.dtype.itemsize < 4 and bool(((g - 1).abs() < 0.5).all()):
+        # on a CPU a product of two dtypes is slow; and g − 1, if small, may be rounded where g may not
+        return torch.addcmul(y, y, (g - 1).to(y.dtype), out=out)
+    return torch.mul(y, g, out=out) if out is not None else (y * g).to(y.dtype)
 
 
 def _dense(t: Term, dtype: torch.dtype) -> Tensor:
@@ -125,7 +128,9 @@ def draw_dropped(
     n = math.prod(shape)
     draws = int(n * p + 8 * math.sqrt(n * p)) + 32
     while True:  # eight standard deviations more than needed: a second round is for the textbooks
-        gaps = torch.rand(draws, dtype=torch.float64).neg_().log1p_().div_(math.log1p(-p)).floor_().add_(1)
+        gaps = (
+            torch.rand(draws, dtype=torch.float64, device=device).neg_().log1p_().div_(math.log1p(-p)).floor_().add_(1)
+        )
         positions = gaps.cumsum(0).sub_(1)
         if positions[-1] >= n:
             return positions[: int(torch.searchsorted(positions, n))].long()
@@ -180,34 +185,48 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dropped, plan, factors, *flat):
-        terms, seen = _unflatten(flat, factors), x if dropped is None else _drop_(x.clone(), dropped)
+        terms = _unflatten(flat, factors)
+        seen = x if dropped is None else _drop_(x.clone(memory_format=torch.contiguous_format), dropped)
         with torch.autocast(x.device.type, enabled=False):
             outputs, h = _products(x, seen, terms, plan)
         ctx.plan, ctx.factors = plan, factors
         kept = [y if t.scale is not None else None for t, y in zip(terms, outputs)]
         ctx.save_for_backward(seen, dropped, h, *kept, *flat)
+        ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *dys):
-        try:
-            seen, dropped, h, *rest = ctx.saved_tensors
-        except RuntimeError as e:
-            if "inplace" not in str(e):
-                raise
-            raise RuntimeError(
-                "the output of an adapted layer was changed in place, but the magnitude's gradient needs it; make that operation out of place (for instance ReLU(inplace=False)), or set plan='plain'"
-            ) from e
-        outputs, terms = rest[: len(dys)], _unflatten(rest[len(dys) :], ctx.factors)
+        if torch.is_grad_enabled():
+            raise RuntimeError("derivatives of the second order do not go through the fast product; set plan='plain'")
+        seen, dropped, h, *rest = _saved(ctx)
+        terms = _unflatten(rest[len(dys) :], ctx.factors)
+        used = [k for k, dy in enumerate(dys) if dy is not None]  # a layer may be left out of the loss
+        grads = [None] * len(rest[len(dys) :])
+        if not used:
+            return None, None, None, None, *grads
         with torch.autocast(seen.device.type, enabled=False):
-            h = _low(seen, terms) if h is None else h
-            each = [_gradients(*of) for of in zip(_parts(h, terms), terms, outputs, dys)]
-            dh = torch.cat([e[3] for e in each], 1)
+            parts = _parts(_low(seen, terms) if h is None else h, terms)
+            each = [_gradients(parts[k], terms[k], rest[k], dys[k]) for k in used]
+            terms, dys, dh = [terms[k] for k in used], [dys[k] for k in used], torch.cat([e[3] for e in each], 1)
             dAs = _parts((seen.T @ dh).to(terms[0].A.dtype), terms)
             dx = _input_gradient(terms, ctx.plan, dys, dh, dropped) if ctx.needs_input_grad[0] else None
-        of_terms = [(None, dA.T, dB, dm, dn, None) for dA, (dB, dm, dn, _) in zip(dAs, each)]
-        return dx, None, None, None, *(g for grads in of_terms for g in grads)
+        n = len(_TENSORS)
+        for k, dA, (dB, dm, dn, _) in zip(used, dAs, each):
+            grads[k * n : (k + 1) * n] = None, dA.T, dB, dm, dn, None
+        return dx, None, None, None, *grads
+
+
+def _saved(ctx) -> tuple[Tensor | None, ...]:
+    "What the forward pass kept; an error that says what to do if the output, which is among it, was changed."
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as e:
+        if "inplace" not in str(e):
+            raise
+        raise RuntimeError(
+            f"an input, a parameter or the output of an adapted layer was changed in place before its gradient was made. DoRA's magnitude needs the output: make such an operation out of place (for instance ReLU(inplace=False)), or set plan='plain'. ({e})"
+        ) from e
 
 
 _TENSORS = [i for i, name in enumerate(Term._fields) if name != "s"]
@@ -240,10 +259,10 @@ class Siblings:
         if torch.compiler.is_compiling():
             return
         self.here.layers = [m for n in self.names if isinstance(m := getattr(parent, n), LoRALinear)]
-        self.here.x, self.here.ready = None, {}
+        self.here.x, self.here.ready = lambda: None, {}
 
     def closed(self, parent: nn.Module, args, output):
-        "It has ended, or failed."
+        "It has ended, or raised."
         if torch.compiler.is_compiling():
             return
         self.here.__dict__.clear()
@@ -251,12 +270,19 @@ class Siblings:
     def __call__(self, layer: "LoRALinear", x: Tensor) -> Tensor:
         "What `layer` gives for `x`."
         here = self.here
-        if layer not in getattr(here, "layers", ()):
+        if layer not in getattr(here, "layers", ()) or x.is_inference():  # whose changes PyTorch does not count
             return product(x, [layer])[0]
-        if here.x is not x or layer not in here.ready:
+        device = x.device.type
+        given = x._version, torch.is_grad_enabled(), _autocast_dtype(device)
+        if here.x() is not x or here.given != given or layer not in here.ready:
             members = [m for m in here.layers if m is layer or (m.fast() and m.drops() == layer.drops())]
-            here.x, here.ready = x, dict(zip(members, product(x, members)))
+            here.x, here.given, here.ready = weakref.ref(x), given, dict(zip(members, product(x, members)))
         return here.ready.pop(layer)
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    "What autocast would cast to; None if it is off."
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 # %% ../nbs/01_lora.ipynb #1750b8c4
 def product(
@@ -265,22 +291,52 @@ def product(
 ) -> list[Tensor]:  # (…, out) each, with bias
     "What adapted layers give for one input."
     device, p = x.device.type, layers[0].drops()
-    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which autocast leaves alone
+    cast = None if x.dtype == torch.float64 else _autocast_dtype(device)  # which leaves float64 alone
     rows = x.reshape(-1, x.shape[-1])
-    rows = rows.to(torch.get_autocast_dtype(device)) if casts else rows
+    rows = rows if cast is None else rows.to(cast)
     terms = [layer.term(x) for layer in layers]
-    backward = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for t in terms for p in t[1:3]))
-    plan = (
-        "factored" if p else layers[0].plan_for(rows, terms, backward)
-    )  # with dropout, W' would be another for each row
+    learns = lambda t: t.A.requires_grad or t.B.requires_grad or (t.scale is not None and t.magnitude.requires_grad)
+    backward = torch.is_grad_enabled() and (x.requires_grad or any(map(learns, terms)))
+    # with dropout, W' would be another for each row
+    plan = "factored" if p else resolve_plan(layers[0].plan, rows, terms, backward)
     dropped = draw_dropped(rows.shape, p, rows.device) if p else None
     if backward or p:
         outputs = _Product.apply(rows, dropped, plan, tuple(t.s / (1 - p) for t in terms), *_flatten(terms))
     else:
-        with torch.autocast(device, enabled=False) if casts else contextlib.nullcontext():
+        with contextlib.nullcontext() if cast is None else torch.autocast(device, enabled=False):
             outputs = _products(rows, rows, terms, plan)[0]
     outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
     return [y if m.bias is None else y + m.bias.to(y.dtype) for y, m in zip(outputs, layers)]
+
+# %% ../nbs/01_lora.ipynb #2ca34a48
+def resolve_plan(
+    plan: str,  # as asked for
+    rows: Tensor,  # (tokens, in), in the dtype of the product
+    terms: Sequence[Term],  # that share it
+    backward: bool,  # whether there will be a backward pass
+) -> str:  # factored or dense
+    "What auto means here."
+    if plan != "auto":
+        return plan
+    if rows.dtype.itemsize < 4:
+        return "factored"
+    return choose_plan(len(rows), [(*t.W0.shape, len(t.A)) for t in terms], backward)
+
+
+def seen_through(
+    base: nn.Linear,  # the layer that is held
+) -> bool:
+    "Whether something wants to see the formula: hooks, a weight that learns, a compiler, a tracer, or torch.func."
+    return bool(
+        base.weight.requires_grad
+        or (base.bias is not None and base.bias.requires_grad)
+        or base._forward_pre_hooks  # of weight offloading, for instance
+        or base._forward_hooks
+        or "forward" in vars(base)
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    )
 
 # %% ../nbs/01_lora.ipynb #f76d5cde
 class LoRALinear(nn.Module):
@@ -303,6 +359,8 @@ class LoRALinear(nn.Module):
             )
         if plan not in PLANS:
             raise ValueError(f"plan={plan!r} does not exist; choose one of {', '.join(PLANS)}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout!r} is not possible; it must be at least 0 and below 1")
         out_features, in_features = base_layer.weight.shape
         dtype = torch.promote_types(base_layer.weight.dtype, torch.float32)
         new = lambda *shape: nn.Parameter(torch.empty(shape, dtype=dtype, device=base_layer.weight.device))
@@ -328,38 +386,21 @@ class LoRALinear(nn.Module):
 
     def fast(self) -> bool:
         "Whether the product may be used now, and not the plain formula."
-        base = self.base_layer
-        return not (
-            self.plan == "plain"
-            or base.weight.requires_grad
-            or (base.bias is not None and base.bias.requires_grad)
-            or base._forward_pre_hooks  # of weight offloading, for instance
-            or "forward" in vars(base)
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or torch._C._are_functorch_transforms_active()
-        )
+        return self.plan != "plain" and not seen_through(self.base_layer)
 
     def drops(self) -> float:
         "The probability with which an input is dropped now."
-        return self.dropout.p if self.training else 0.0
+        return self.dropout.p if self.dropout.training and isinstance(self.dropout, nn.Dropout) else 0.0
 
     def term(self, x: Tensor) -> Term:
         "This layer as the product sees it, for an input of (…, in)."
         return Term(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
 
-    def plan_for(self, rows: Tensor, terms: Sequence[Term], backward: bool) -> str:
-        "factored or dense, for this layer and those that share its input, (tokens, in)."
-        if self.plan != "auto":
-            return self.plan
-        if rows.dtype.itemsize < 4:
-            return "factored"
-        return choose_plan(len(rows), [(*t.W0.shape, len(t.A)) for t in terms], backward)
-
     def merged_weight(self) -> Tensor:
         "W₀ + s·BA as a new (out, in) tensor, computed in float32 and returned in the dtype of W₀."
         W0 = self.base_layer.weight.detach()
-        return (W0 + self.scaling * (self.lora_B @ self.lora_A).detach()).to(W0.dtype)
+        with torch.autocast(W0.device.type, enabled=False):
+            return (W0 + self.scaling * (self.lora_B @ self.lora_A).detach()).to(W0.dtype)
 
     weight = property(lambda self: self.base_layer.weight)  # some models look at these of their layers
     bias = property(lambda self: self.base_layer.bias)

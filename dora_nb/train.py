@@ -390,7 +390,7 @@ def fitting_step(
                 ) from None
         model.zero_grad()  # of the micro-batches that did fit
         torch.cuda.empty_cache()
-        config = replace(config, batch_tokens=largest // 2)
+        config = replace(config, batch_tokens=max(1, min(largest, config.batch_tokens) // 2))
         warnings.warn(f"out of memory: going on with batch_tokens={config.batch_tokens}", stacklevel=2)
 
 # %% ../nbs/06_train.ipynb #b7440e3e
