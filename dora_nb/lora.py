@@ -339,7 +339,26 @@ def seen_through(
     )
 
 # %% ../nbs/01_lora.ipynb #f76d5cde
-class LoRALinear(nn.Module):
+class _Holder(nn.Module):
+    "What a layer that holds a linear layer needs to pass for one; its own parameters stay float32 or better."
+
+    weight = property(lambda self: self.base_layer.weight)  # some models look at these of their layers
+    bias = property(lambda self: self.base_layer.bias)
+    in_features = property(lambda self: self.base_layer.in_features)
+    out_features = property(lambda self: self.base_layer.out_features)
+
+    def _apply(self, fn, recurse=True):
+        # Called by `.to`, `.half`, `.cuda` and the like: follow the device, but never below float32.
+        def keep_precision(t):
+            new = fn(t)
+            return t.to(new.device) if t.is_floating_point() and new.dtype.itemsize < 4 else new
+
+        for child in self.children():
+            child._apply(fn)
+        return super()._apply(keep_precision, recurse=False)
+
+# %% ../nbs/01_lora.ipynb #5e771621
+class LoRALinear(_Holder):
     "A frozen linear layer with a low-rank update: y = W₀x + b + s·BA·drop(x)."
 
     def __init__(
@@ -401,21 +420,6 @@ class LoRALinear(nn.Module):
         W0 = self.base_layer.weight.detach()
         with torch.autocast(W0.device.type, enabled=False):
             return (W0 + self.scaling * (self.lora_B @ self.lora_A).detach()).to(W0.dtype)
-
-    weight = property(lambda self: self.base_layer.weight)  # some models look at these of their layers
-    bias = property(lambda self: self.base_layer.bias)
-    in_features = property(lambda self: self.base_layer.in_features)
-    out_features = property(lambda self: self.base_layer.out_features)
-
-    def _apply(self, fn, recurse=True):
-        # Called by `.to`, `.half`, `.cuda` and the like: follow the device, but never below float32.
-        def keep_precision(t):
-            new = fn(t)
-            return t.to(new.device) if t.is_floating_point() and new.dtype.itemsize < 4 else new
-
-        for child in self.children():
-            child._apply(fn)
-        return super()._apply(keep_precision, recurse=False)
 
     def extra_repr(self) -> str:
         return f"rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"
