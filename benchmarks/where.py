@@ -1,5 +1,6 @@
 "Where the time of a step goes: operators of the frozen model, of our LoRA and DoRA, and of PEFT's."
 
+import statistics
 from collections import defaultdict
 
 import torch
@@ -34,7 +35,7 @@ KINDS = {
 NAMES = (("lora", "LoRA"), ("dora", "DoRA"))
 
 
-def kinds(model, x, dy, rank, steps):
+def kinds(model, x, dy, rank):
     "Milliseconds of a step by kind of operator."
 
     def step():
@@ -42,17 +43,17 @@ def kinds(model, x, dy, rank, steps):
         model(inputs_embeds=inputs, use_cache=False).last_hidden_state.backward(dy)
         model.zero_grad()
 
-    step()
+    for _ in range(2):  # memory that is given out for the first time is slow
+        step()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as p:
-        for _ in range(steps):
-            step()
+        step()
     total = defaultdict(float)
     for e in p.key_averages(group_by_input_shape=True):
         op = e.key.removeprefix("aten::")
         sides = [side for shape in e.input_shapes if len(shape) == 2 for side in shape]
         # the factored norm and the dense build have a side of the rank too, and count as products with A and B
         narrow = bool(sides) and min(sides) <= 3 * rank
-        total[next(k for k, belongs in KINDS.items() if belongs(op, narrow))] += e.self_cpu_time_total / steps / 1e3
+        total[next(k for k, belongs in KINDS.items() if belongs(op, narrow))] += e.self_cpu_time_total / 1e3
     return total
 
 
@@ -65,7 +66,9 @@ def main():
         models |= {f"PEFT {n}": peft(new(), m, options.rank) for m, n in NAMES}
         models |= {f"our {n}": ours(new(), m, options.rank) for m, n in NAMES}
         x = torch.randn(options.tokens // 128, 128, SMALL["hidden_size"], dtype=DTYPES[dtype])
-        each = {n: kinds(m, x, torch.randn_like(x), options.rank, options.rounds) for n, m in models.items()}
+        dy = torch.randn_like(x)
+        rounds = [{n: kinds(m, x, dy, options.rank) for n, m in models.items()} for _ in range(options.rounds)]
+        each = {n: {k: statistics.median(r[n][k] for r in rounds) for k in KINDS} for n in models}
         whole = sum(each["frozen"].values())
         for name, by_kind in each.items():
             row = {"dtype": dtype, "model": name} | {k: f"{by_kind[k] / whole:.3f}" for k in KINDS}
