@@ -32,6 +32,12 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _default(field: dataclasses.Field):
+    if field.default is None:
+        return "by device" if field.name == "batch_tokens" else "all"
+    return field.default
+
+
 def add_fields(
     parser: argparse.ArgumentParser,  # receives an option per field
     cls: type,  # a dataclass whose fields have defaults
@@ -45,7 +51,7 @@ def add_fields(
             type=kind,
             default=argparse.SUPPRESS,
             metavar=f.name.upper() if kind is not _boolean else "true|false",
-            help=f"{beside[f.name]} (default: {'all' if f.default is None else f.default})".replace("%", "%%"),
+            help=f"{beside[f.name]} (default: {_default(f)})".replace("%", "%%"),
         )
 
 # %% ../nbs/13_cli.ipynb #297a2da0
@@ -128,9 +134,8 @@ def evaluate_options(p: argparse.ArgumentParser):
     p.add_argument(
         "--batch-tokens",
         type=int,
-        default=4096,
         metavar="N",
-        help="most input tokens a batch, padding included (default: 4096)",
+        help="most input tokens a batch, padding included (default: 1024 on a CPU, 8192 on a GPU)",
     )
     p.add_argument("--source", **_SOURCE, help="where our own model and the data come from (default: package)")
     p.add_argument(
