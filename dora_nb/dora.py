@@ -99,8 +99,8 @@ class Kept:
 def kept_scale(
     layer: "DoRALinear",  # whose scale is wanted
     look: bool = True,  # at contents too, and not only at counts
-) -> tuple[Tensor, Tensor]:  # (out,) each
-    "n and g = m/n, without a graph, as they are kept."
+) -> tuple[Tensor, Tensor, Tensor | None]:  # (out,) each
+    "n, g = m/n and g − 1 (None unless it is small), without a graph, as they are kept."
     W0, A, B, m = layer.base_layer.weight, layer.lora_A, layer.lora_B, layer.magnitude
     spread = lambda: W0.gather(1, _columns(*W0.shape))[:, 0].to(m.dtype)  # one entry of every row
     update = lambda: B @ (A @ _probe(A.shape[1], A.dtype))
@@ -108,7 +108,8 @@ def kept_scale(
     def make():
         squared = layer._rows.get((W0,), spread, lambda: row_norm(W0.to(m.dtype)) ** 2, look=True)
         n = factored_norm(W0, A, B, layer.scaling, squared)
-        return n, torch.where(m == 0, 1e-18, m / n)  # the gradient of m divides by it
+        g = torch.where(m == 0, 1e-18, m / n)  # the gradient of m divides by it
+        return n, g, g - 1 if g.is_cpu and (g - 1).abs().max() < 0.5 else None  # asking a GPU would mean to wait for it
 
     contents = lambda: torch.cat([update(), m, spread()])
     return layer._scale.get((A, B, m, W0), contents, make, look, _steps)
@@ -171,9 +172,9 @@ class DoRALinear(LoRALinear):
     def term(self, x: Tensor) -> Term:
         "This layer as the product sees it, for an input of (…, in)."
         decoding = x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled()
-        n, g = kept_scale(self, look=not decoding)
+        n, g, change = kept_scale(self, look=not decoding)
         n = self.norm() if torch.is_grad_enabled() and not self.detach_norm else n
-        return super().term(x)._replace(magnitude=self.magnitude, norm=n, scale=g)
+        return super().term(x)._replace(magnitude=self.magnitude, norm=n, scale=g, change=change)
 
     def merged_weight(self) -> Tensor:
         "diag(m/n)(W₀ + s·BA) as a new (out, in) tensor, computed in float32 and returned in the dtype of W₀."

@@ -72,16 +72,16 @@ class Term(NamedTuple):
     magnitude: Tensor | None = None  # m, (out,): a factor g = m/n for every row of W₀ + s·BA
     norm: Tensor | None = None  # n, (out,); its gradient is made too, if it asks for one
     scale: Tensor | None = None  # g, (out,), without a graph; not quite 0 where m is, so that the output tells ∂L/∂m
+    change: Tensor | None = None  # g − 1, (out,), if it is small, and so may be rounded where g may not
 
 
-def _scaled(y: Tensor, g: Tensor | None, out: Tensor | None = None) -> Tensor:
+def _scaled(y: Tensor, t: Term, out: Tensor | None = None) -> Tensor:
     "g ∘ y, with g in float32 or better whatever `y` is."
-    if g is None:
+    if t.scale is None:
         return y
-    if y.is_cpu and y.dtype.itemsize < 4 and bool(((g - 1).abs() < 0.5).all()):
-        # on a CPU a product of two dtypes is slow; and g − 1, if small, may be rounded where g may not
-        return torch.addcmul(y, y, (g - 1).to(y.dtype), out=out)
-    return torch.mul(y, g, out=out) if out is not None else (y * g).to(y.dtype)
+    if y.is_cpu and y.dtype.itemsize < 4 and t.change is not None:  # there a product of two dtypes is slow
+        return torch.addcmul(y, y, t.change.to(y.dtype), out=out)
+    return torch.mul(y, t.scale, out=out) if out is not None else (y * t.scale).to(y.dtype)
 
 
 def _dense(t: Term, dtype: torch.dtype) -> Tensor:
@@ -113,7 +113,7 @@ def _products(x: Tensor, seen: Tensor, terms: Sequence[Term], plan: str) -> tupl
     h, outputs = _low(seen, terms), []
     for t, part in zip(terms, _parts(h, terms)):
         y = torch.mm(part * t.s, t.B.to(x.dtype).T).addmm_(x, t.W0.to(x.dtype).T)
-        outputs.append(_scaled(y, t.scale, out=y))
+        outputs.append(_scaled(y, t, out=y))
     return outputs, h
 
 # %% ../nbs/01_lora.ipynb #08de9114
@@ -175,7 +175,7 @@ def _input_gradient(
         dx = dx if dropped is None else _drop_(dx, dropped)
     for t, dy in zip(terms, dys):
         W = _dense(t, dy.dtype) if plan == "dense" else t.W0.to(dy.dtype)
-        dy = dy if plan == "dense" else _scaled(dy, t.scale)
+        dy = dy if plan == "dense" else _scaled(dy, t)
         dx = torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
     return dx
 
@@ -213,7 +213,7 @@ class _Product(torch.autograd.Function):
             dx = _input_gradient(terms, ctx.plan, dys, dh, dropped) if ctx.needs_input_grad[0] else None
         n = len(_TENSORS)
         for k, dA, (dB, dm, dn, _) in zip(used, dAs, each):
-            grads[k * n : (k + 1) * n] = None, dA.T, dB, dm, dn, None
+            grads[k * n : (k + 1) * n] = None, dA.T, dB, dm, dn, None, None
         return dx, None, None, None, *grads
 
 

@@ -244,8 +244,9 @@ def test_the_kept_scale_has_no_graph_and_little_memory():
     layer = make()
     layer(torch.randn(4, 8, dtype=torch.float64)).sum().backward()
     kept = [*layer._scale.held[3], *layer._scale.held[2:3], *layer._rows.held[2:]]
+    kept = [t for t in kept if t is not None]
     assert not any(t.requires_grad for t in kept)
-    assert sum(t.numel() for t in kept) <= 7 * layer.out_features
+    assert sum(t.numel() for t in kept) <= 8 * layer.out_features
     layer(torch.randn(4, 8, dtype=torch.float64)).sum().backward()  # a second time
 
 
