@@ -186,12 +186,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dropped, plan, factors, *flat):
         terms = _unflatten(flat, factors)
+        if plan == "factored":  # under autocast, keep the cast weight for the way back, as PyTorch does
+            terms = [t._replace(W0=t.W0.to(x.dtype)) for t in terms]
         seen = x if dropped is None else _drop_(x.clone(memory_format=torch.contiguous_format), dropped)
         with torch.autocast(x.device.type, enabled=False):
             outputs, h = _products(x, seen, terms, plan)
         ctx.plan, ctx.factors = plan, factors
         kept = [y if t.scale is not None else None for t, y in zip(terms, outputs)]
-        ctx.save_for_backward(seen, dropped, h, *kept, *flat)
+        ctx.save_for_backward(seen, dropped, h, *kept, *_flatten(terms))
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
