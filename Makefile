@@ -16,6 +16,9 @@ $(READY): constraints.txt settings.ini setup.py
 	  { echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) is what '$(PYTHON)' is. Try: make PYTHON=python3.12 ..."; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# an oracle of the tests; its own requirements bring a torchvision that is built for another torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps \
+	  backpack-for-pytorch curvlinops-for-pytorch einconv linear-operator unfoldnd
 	@touch $@
 
 reproduce: $(READY) ## LoRA against DoRA on three tasks, from nothing to reports/quick/report.md
@@ -26,7 +29,7 @@ test: $(READY) ## everything that CI runs
 	$(BIN)/python -m pytest tests
 
 speed: $(READY) ## every benchmark, an hour on two cores, and reports/speed/report.md
-	for name in step where memory train evaluate inference growth; do \
+	for name in step where memory train evaluate inference growth curvature; do \
 	  $(BIN)/python -W ignore benchmarks/$$name.py --out reports/speed/$$name.json || exit 1; done
 	$(BIN)/python benchmarks/report.py
 

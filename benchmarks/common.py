@@ -64,6 +64,24 @@ def seconds(f):
     return time.perf_counter() - start
 
 
+def resident(line):
+    "Bytes of this process in memory: now (VmRSS) or at most (VmHWM), as Linux counts them."
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{line}:")[1].split()[0]) * 1024
+
+
+def peak_bytes(f):
+    "Bytes at the peak of a call, beyond what was there before: of the GPU's allocator, or of this process."
+    if DEVICE.type == "cuda":
+        before, used = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        before, used = resident("VmRSS"), lambda: resident("VmHWM")
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
+    f()
+    return max(1, used() - before)
+
+
 def interleave(candidates, rounds, warm_up=1):
     "Times of every candidate, a list each; one call of each per round, so that all see the same weather."
     for _ in range(warm_up):

@@ -4,10 +4,9 @@ import itertools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
-from common import DEVICE, DTYPES, LARGE, SMALL, TARGETS, arguments, blocks, finish, ours, peft
+from common import DEVICE, DTYPES, LARGE, SMALL, TARGETS, arguments, blocks, finish, ours, peak_bytes, peft
 
 MODELS = {
     "frozen": lambda model, rank: model,
@@ -39,27 +38,18 @@ def kept(model, x):
 
 
 def peak(name, dtype, rank, tokens, layers):
-    "Bytes at the peak of three steps: of the GPU's allocator, or of this process beyond what it had before."
+    "Bytes at the peak of three steps, beyond what was there before."
     shape = LARGE if DEVICE.type == "cuda" else SMALL
     model = MODELS[name](blocks(shape, layers, DTYPES[dtype]), rank)
     x = inputs(shape, tokens, DTYPES[dtype])
-    if DEVICE.type == "cuda":
-        before, used = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        before, used = resident("VmRSS"), lambda: resident("VmHWM")
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
-    for _ in range(3):
-        model(inputs_embeds=x, use_cache=False).last_hidden_state.sum().backward()
-        model.zero_grad()
-        x.grad = None
-    return max(1, used() - before)
 
+    def steps():
+        for _ in range(3):
+            model(inputs_embeds=x, use_cache=False).last_hidden_state.sum().backward()
+            model.zero_grad()
+            x.grad = None
 
-def resident(line):
-    "Bytes of this process in memory: now (VmRSS) or at most (VmHWM), as Linux counts them."
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{line}:")[1].split()[0]) * 1024
+    return peak_bytes(steps)
 
 
 def alone(*args):

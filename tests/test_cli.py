@@ -11,11 +11,12 @@ from dora_nb import __version__
 from dora_nb.assets import ASSETS, SOURCES, TASK_NAMES
 from dora_nb.cli import comments, main, parser
 from dora_nb.evaluate import PROTOCOLS
+from dora_nb.rank import SCORES
 from dora_nb.runs import RunConfig
 from dora_nb.tasks import SPLITS
 from dora_nb.train import PRECISIONS
 
-COMMANDS = ("fetch", "train", "evaluate", "run", "report")
+COMMANDS = ("fetch", "train", "evaluate", "probe", "ranks", "run", "report")
 
 
 def test_every_option_says_what_it_is():
@@ -34,6 +35,8 @@ def test_names_that_the_parser_repeats_to_spare_an_import():
         task=set(TASK_NAMES), split=set(SPLITS), protocol=set(PROTOCOLS), precision=set(PRECISIONS), source=set(SOURCES)
     )
     assert all(name in sub("fetch").format_help() for name in ASSETS)
+    (score,) = [a.choices for a in sub("ranks")._actions if a.dest == "score"]
+    assert tuple(score) == SCORES
 
 
 @pytest.mark.parametrize("name", COMMANDS)

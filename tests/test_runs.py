@@ -9,19 +9,23 @@ from pathlib import Path
 import pytest
 
 from dora_nb.runs import (
+    CURVATURE,
     HISTORY,
     PREDICTIONS,
     RESULT,
     Incomplete,
+    ProbeConfig,
     RunConfig,
     config_from,
     load,
     load_grid,
     notebook,
     read_result,
+    run,
     run_grid,
     run_id,
     run_name,
+    run_probe,
 )
 
 
@@ -44,6 +48,8 @@ from dora_nb.runs import (
         ({"objective": "x"}, "answer, prompt, choices"),
         ({"dropout": 1.5}, "dropout=1.5"),
         ({"eval_split": "train"}, "validation"),
+        ({"probe": True, "objective": "answer"}, "probe=true needs an objective over choices"),
+        ({"probe_items": 0}, "probe_items=0"),
     ],
 )
 def test_wrong_parameters(params, named):
@@ -67,6 +73,8 @@ def test_identity():
     assert run_id(RunConfig(method="full", rank=4)) == run_id(RunConfig(method="full", rank=8))
     assert run_id(RunConfig(method="lora", detach_norm=False)) == run_id(RunConfig(method="lora"))
     assert run_id(RunConfig(detach_norm=False)) != run_id(RunConfig())
+    assert run_id(RunConfig(probe_items=4)) == run_id(RunConfig()) != run_id(RunConfig(probe=True))
+    assert run_id(RunConfig(method="base", probe=True)) == run_id(RunConfig(method="base"))
     assert run_name(RunConfig("boolq", "lora", seed=3)).startswith("boolq-lora-r16-s3-")
 
 
@@ -77,6 +85,46 @@ def test_the_notebook_has_a_run_s_parameters_and_no_others():
     exec("".join(cell["source"]), scope)
     assert scope.pop("run_dir") and scope.pop("__builtins__")
     assert RunConfig(**scope) == RunConfig()
+
+
+def test_the_probe_s_notebook_has_its_parameters_and_no_others():
+    cells = json.loads(notebook("probe").read_text())["cells"]
+    (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    scope = {}
+    exec("".join(cell["source"]), scope)
+    assert scope.pop("out") and scope.pop("__builtins__") and scope.pop("adapter") == ""
+    assert ProbeConfig("somewhere", **scope) == ProbeConfig("somewhere")
+
+
+def test_a_run_with_a_probe_and_a_probe_of_its_adapter(tiny_model_dir, tmp_path):
+    config = RunConfig(
+        model=str(tiny_model_dir),
+        rank=2,
+        dropout=0.0,
+        train_items=20,
+        batch_size=4,
+        eval_items=4,
+        precision="float32",
+        probe=True,
+        probe_items=3,
+        probe_blocks="all, m",
+        probe_products=8,
+    )
+    run(config, tmp_path / "run", progress=False)
+    found = json.loads((tmp_path / "run" / CURVATURE).read_text())
+    assert [(p["at"], p["step"]) for p in found["points"]] == [("warm-up", 1), ("middle", 3), ("end", 5)]
+    end = found["points"][-1]
+    assert end["items"] == 3 and end["seconds"] > 0 and "hessian" in end["blocks"]["m"]
+    again = run_probe(
+        ProbeConfig(str(tmp_path / "run" / "adapter"), model=str(tiny_model_dir), items=3, blocks="m", products=8),
+        tmp_path / "probes" / "curvature.json",
+    )
+    assert again["loss"] == pytest.approx(end["loss"], rel=1e-5)
+    for block in ("all", "layer 0"):
+        a, b = (p["blocks"][block]["ggn"]["eigenvalues"] for p in (again, end))
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-9)
+    with pytest.raises(ValueError, match="adapter is missing"):
+        ProbeConfig()
 
 
 GRID = """

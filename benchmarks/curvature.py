@@ -1,0 +1,199 @@
+"Curvature: what a product costs, how many are needed, and what other tools say of a case whose truth is known."
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import DEVICE, arguments, finish, interleave, peak_bytes, ratio
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import nn
+
+from dora_nb.adapt import AdapterConfig, adapt, trainable_parameters
+from dora_nb.assets import load_model
+from dora_nb.curvature import Operator, Part, ggnvp, gradients, hvp, loss_parts, probing, top_eigenpairs
+from dora_nb.dora import DoRALinear
+from dora_nb.lora import LoRALinear
+from dora_nb.tasks import encode_item, load_task
+from dora_nb.train import choice_scores, make_batch
+
+TARGETS = ("q_proj", "v_proj")
+
+
+def setup(method, items, layers=None):
+    "SmolLM2 with a moved adapter, its loss on some WinoGrande items in one part, and its parameters."
+    model, tokenizer = load_model("smollm2-135m-instruct", device=DEVICE)
+    torch.manual_seed(0)
+    targets = TARGETS if layers is None else rf"model\.layers\.({layers})\.self_attn\.[qv]_proj"
+    adapt(model, AdapterConfig(method, rank=8, alpha=16, target_modules=targets))
+    for name, p in trainable_parameters(model).items():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=1e-2)
+    data = load_task("winogrande", "train", limit=items, seed=0)
+    rows = [encode_item(tokenizer, item)[0] for item in data]
+    batch = [t.to(DEVICE) for t in make_batch(rows, data["gold"], range(items), tokenizer.pad_token_id)]
+    params = {n: p.detach() for n, p in trainable_parameters(model).items()}
+    return model, loss_parts(model, [batch], "choices"), params, batch
+
+
+def curvlinops_product(model, batch, gold):
+    "Their GGN of the same outputs and loss, as a call with a vector."
+    from curvlinops import GGNLinearOperator
+
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, _):
+            return choice_scores(self.model, batch, "choices")
+
+    learnt = list(trainable_parameters(model).values())
+    data = [(torch.zeros(len(gold), 1, device=DEVICE), gold)]
+    operator = GGNLinearOperator(Scores(), nn.CrossEntropyLoss(), learnt, data, check_deterministic=False)
+    return lambda v: operator @ v
+
+
+CALLS = {
+    "gradient": lambda parts, params: lambda v: gradients(parts, params),
+    "Hessian product": lambda parts, params: Operator(hvp, parts, params).__matmul__,
+    "Hessian product, graph kept": lambda parts, params: Operator(hvp, parts, params, keep=True).__matmul__,
+    "GGN product": lambda parts, params: Operator(ggnvp, parts, params).__matmul__,
+    "GGN product, graph kept": lambda parts, params: Operator(ggnvp, parts, params, keep=True).__matmul__,
+}
+
+
+def costs(method, rounds, items):
+    "Times and peak memory of each product, over a gradient's."
+    model, parts, params, batch = setup(method, items)
+    v = torch.randn(sum(p.numel() for p in params.values()), device=DEVICE)
+    with probing(model):
+        candidates = {name: make(parts, params) for name, make in CALLS.items()}
+        candidates["curvlinops, GGN product"] = curvlinops_product(model, *batch)
+        off = (candidates["curvlinops, GGN product"](v) - candidates["GGN product"](v)).norm() / v.norm()
+        assert off < 1e-4, f"the two GGNs differ by {off}"
+        times = interleave({name: lambda f=f: f(v) for name, f in candidates.items()}, rounds)
+    peaks = {name: peak_of(method, items, name) for name in CALLS}
+    for name in candidates:
+        row = {
+            "method": method,
+            "what": name,
+            "time / gradient": "{:.2f} [{:.2f}, {:.2f}]".format(*ratio(times, name, "gradient")),
+        }
+        row["peak memory / gradient"] = f"{peaks[name] / peaks['gradient']:.2f}" if name in peaks else ""
+        row["time / curvlinops"] = f"{ratio(times, name, 'curvlinops, GGN product')[0]:.2f}" if "GGN" in name else ""
+        yield row
+
+
+def peak_of(method, items, name):
+    "Bytes above the loaded model, in a process of its own."
+    command = [sys.executable, "-W", "ignore", __file__, "--one", json.dumps([method, items, name])]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def measure_one(method, items, name):
+    model, parts, params, _ = setup(method, items)
+    v = torch.randn(sum(p.numel() for p in params.values()), device=DEVICE)
+    with probing(model):
+        call = CALLS[name](parts, params)
+        return peak_bytes(lambda: call(v))
+
+
+def products(method, k, tol, items):
+    "How many products the top k take, ours and scipy's."
+    model, parts, params, _ = setup(method, items, "0|15|29")
+    with probing(model):
+        operator, used = Operator(hvp, parts, params, keep=True), []
+
+        def times(v):
+            used.append(1)
+            return (operator @ torch.tensor(v.ravel(), dtype=torch.float32, device=DEVICE)).cpu().numpy()
+
+        n = operator.shape[0]
+        theirs = np.sort(eigsh(LinearOperator((n, n), times, dtype=np.float32), k, which="LA", tol=tol)[0])[::-1]
+        scipy_used = len(used)
+
+        class Counted:
+            shape, dtype, device = operator.shape, operator.dtype, operator.device
+            count = 0
+
+            def __matmul__(self, V):
+                self.count += V.shape[1]
+                return operator @ V
+
+        counted = Counted()
+        # scipy's tolerance is relative to each eigenvalue, ours to the largest: ask for what is at least as strict
+        strict = tol * float(theirs[-1] / max(abs(theirs[0]), 1e-30))
+        ours = top_eigenpairs(counted, k, tol=strict, max_products=10 * scipy_used)["top"].values
+    off = float(np.abs(ours.numpy() - theirs).max() / theirs[0])
+    return {
+        "method": method,
+        "top": k,
+        "our products": counted.count,
+        "scipy's eigsh": scipy_used,
+        "largest difference / λ₁": f"{off:.1e}",
+    }
+
+
+def small(kind, moved):
+    "A network of some fifty parameters, float32: module, inputs, labels."
+    torch.manual_seed(1)
+    options = dict(plan="plain") | (dict(detach_norm=False) if kind is DoRALinear else {})
+    net = nn.Sequential(kind(nn.Linear(6, 5), 3, 6.0, **options), nn.SiLU(), kind(nn.Linear(5, 3), 3, 6.0, **options))
+    for m in (net[0], net[2]):
+        m.lora_B.data.normal_(std=0.5 * moved)
+    return net, torch.randn(16, 6), torch.randint(3, (16,))
+
+
+def pyhessian(net, x, y):
+    from pyhessian import hessian
+
+    return hessian(net, nn.CrossEntropyLoss(), data=(x, y), cuda=False).eigenvalues(maxIter=200, tol=1e-4, top_n=3)[0]
+
+
+def cases():
+    "Three eigenvalues by each tool, and the truth."
+    for kind in (LoRALinear, DoRALinear):
+        for moved in (0.0, 1.0):
+            net, x, y = small(kind, moved)
+            params = {n: p.detach() for n, p in net.named_parameters() if p.requires_grad}
+            part = Part(
+                lambda p: torch.func.functional_call(net, p, (x,)),
+                lambda z: F.cross_entropy(z, y, reduction="none"),
+                1 / 16,
+            )
+            operator = Operator(hvp, part, params)
+            true = torch.linalg.eigvalsh(operator.dense().double())
+            ours = top_eigenpairs(operator, 3, "both", tol=1e-5, block=3)
+            show = lambda values: ", ".join(f"{float(v):+.3f}" for v in values)
+            row = {"case": f"{kind.__name__[:4]}, B {'moved' if moved else '= 0'}", "true top": show(true.flip(0)[:3])}
+            row |= {
+                "ours": show(ours["top"].values),
+                "true bottom": show(true[:3]),
+                "ours ": show(ours["bottom"].values),
+            }
+            for seed in (0, 1):
+                torch.manual_seed(seed)
+                row[f"PyHessian, seed {seed}"] = show(pyhessian(net, x, y))
+            yield row
+
+
+def main():
+    options = arguments(__doc__, rounds=7, items=8, k=10, tol=1e-3, methods="lora,dora", one="")
+    if options.one:
+        return print(measure_one(*json.loads(options.one)))
+    methods, tables = options.methods.split(","), {}
+    rows = [row for method in methods for row in costs(method, options.rounds, options.items)]
+    tables["Products for the largest eigenvalues, to the same accuracy"] = [
+        products(method, options.k, options.tol, options.items) for method in methods
+    ]
+    tables["Three outermost eigenvalues of a small network, by tool"] = list(cases())
+    for title, more in tables.items():
+        print(f"\n{title}\n", *more, sep="\n")
+    finish("curvature.py", rows, list(rows[0]), options.out, options=vars(options) | {"out": None}, tables=tables)
+
+
+if __name__ == "__main__":
+    main()
