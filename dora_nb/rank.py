@@ -191,7 +191,14 @@ def fit_budget(
         had, worth = len(layer.lora_A), found[name].score
         kept = (worth[: ranks[name]].sum() / worth.sum().clamp_min(1e-300)).item()
         rows.append(
-            dict(layer=name, rank=had, effective_rank=needed, censored=needed >= min(had, metrics[name].tokens), new_rank=ranks[name], kept=kept)
+            dict(
+                layer=name,
+                rank=had,
+                effective_rank=needed,
+                censored=needed >= min(had, metrics[name].tokens),
+                new_rank=ranks[name],
+                kept=kept,
+            )
         )
     truncate(model, found, ranks)
     return rows
@@ -259,8 +266,12 @@ def close_gates(
     found, kept, layers = {}, {}, adapter_layers(model)
     if wrong := [n for n, layer in layers.items() if not parametrize.is_parametrized(layer)]:
         raise RuntimeError(f"{wrong[0]!r} has no gates; open_gates(model) makes them")
-    if ranks is not None and (wrong := [n for n, layer in layers.items() if not 1 <= ranks.get(n, 0) <= len(layer.lora_A)]):
-        raise ValueError(f"rank {ranks.get(wrong[0], 0)} of {wrong[0]!r} must be between 1 and {len(layers[wrong[0]].lora_A)}")
+    if ranks is not None and (
+        wrong := [n for n, layer in layers.items() if not 1 <= ranks.get(n, 0) <= len(layer.lora_A)]
+    ):
+        raise ValueError(
+            f"rank {ranks.get(wrong[0], 0)} of {wrong[0]!r} must be between 1 and {len(layers[wrong[0]].lora_A)}"
+        )
     for name, layer in layers.items():
         gate = layer.parametrizations.lora_B.original1.detach().abs()
         B, A = layer.lora_B.detach().double() * layer.scaling, layer.lora_A.detach().double()
