@@ -18,6 +18,7 @@ TITLES = {
     "evaluate": "Evaluation on real items",
     "inference": "Unmerged inference",
     "growth": "How the cost of one layer grows",
+    "curvature": "Products with second derivatives",
 }
 
 
@@ -30,6 +31,23 @@ def worst(rows, column, most=max, **where):
     "The worst value of a column among the rows that match, or None."
     values = [first(r[column]) for r in rows if column in r and all(r[k] == v for k, v in where.items())]
     return most(values) if values else None
+
+
+def curvature_targets(data):
+    "The same for products with second derivatives."
+    rows, aims = data["rows"], []
+    for method, most in (("lora", 2.6), ("dora", 3.0)):
+        time = worst(rows, "time / gradient", method=method, what="Hessian product")
+        aims.append((f"curvature: Hessian product / gradient, time, {method}", "≤", most, time))
+    kept = worst(rows, "time / gradient", method="lora", what="Hessian product, graph kept")
+    aims.append(("curvature: Hessian product / gradient, time, graph kept, lora", "≤", 1.9, kept))
+    memory = worst(rows, "peak memory / gradient", method="lora", what="Hessian product")
+    aims.append(("curvature: Hessian product / gradient, memory, lora", "≤", 1.8, memory))
+    ggn = worst(rows, "time / curvlinops", what="GGN product")
+    aims.append(("curvature: GGN product / curvlinops's, time, worst row", "≤", 1.0, ggn))
+    counts = [r["our products"] / r["scipy's eigsh"] for r in next(iter(data["tables"].values()), [])]
+    aims.append(("curvature: products for the top ten, ours / scipy's, worst row", "≤", 1.0, max(counts, default=None)))
+    return aims
 
 
 def targets(data):
@@ -95,6 +113,7 @@ def targets(data):
                 worst(inference, "our DoRA / our LoRA", work=work),
             )
         )
+    aims += curvature_targets(data["curvature"] if "curvature" in data else {"rows": [], "tables": {}})
     met = lambda sign, aim, got: (
         "not measured" if got is None else "yes" if (got <= aim if sign == "≤" else got >= aim) else "**no**"
     )
@@ -162,6 +181,8 @@ def main():
             f"`python benchmarks/{name}.py {options}`",
             table(data[name]["rows"], data[name]["columns"]),
         ]
+        for heading, rows in data[name].get("tables", {}).items():
+            parts += [f"### {heading}", table(rows, list(dict.fromkeys(k for r in rows for k in r)))]
         if name == "growth":
             parts.append("![Cost of one layer against tokens, rank and width](growth.png)")
     (HERE / "report.md").write_text("\n\n".join(parts) + "\n")

@@ -51,6 +51,7 @@ from dora_nb.adapt import (
 from .assets import load_model
 from .curvature import check_blocks, probe
 from .evaluate import PROTOCOLS, evaluate, format_of
+from .lora import PLANS
 from .tasks import FORMATS, SPLITS, load_task
 from .train import OVER_CHOICES, PRECISIONS, TrainConfig, resolve_precision, train
 
@@ -61,6 +62,7 @@ CHOICES = {
     "method": RUN_METHODS,
     "source": assets.SOURCES,
     "format": FORMATS,
+    "plan": PLANS,
     "precision": PRECISIONS,
     "eval_split": SPLITS[1:],
     "protocol": tuple(PROTOCOLS),
@@ -93,6 +95,24 @@ def _check_values(config):
                 + (", or left out" if name in ("train_items", "eval_items", "batch_tokens") else "")
             )
 
+
+def _patterns(ranks: str) -> dict[str, dict]:
+    "What a file of ranks holds: rank_pattern and alpha_pattern."
+    if not ranks:
+        return {}
+    try:
+        patterns = json.loads(Path(ranks).read_text())
+    except (OSError, ValueError) as e:
+        raise ValueError(f"ranks={ranks!r} cannot be read: {e}") from None
+    keys = {"rank_pattern", "alpha_pattern"}
+    if (
+        not isinstance(patterns, dict)
+        or set(patterns) != keys
+        or not all(isinstance(v, dict) for v in patterns.values())
+    ):
+        raise ValueError(f"ranks={ranks!r} must hold rank_pattern and alpha_pattern, as `dora-nb ranks` writes them")
+    return patterns
+
 # %% ../nbs/11_runs.ipynb #1d42da3d
 @dataclass(frozen=True)
 class RunConfig:
@@ -105,12 +125,14 @@ class RunConfig:
     seed: int = 0  # of the adapter's start, the training items, their order, and dropout
     rank: int = 16  # r
     alpha: float = 32.0  # α; the update is scaled by α/r
+    ranks: str = ""  # a JSON file of ranks by layer, as `dora-nb ranks` writes it; rank and alpha everywhere if empty
     dropout: float = 0.05  # probability, on the input of the update
     target_modules: str = "q_proj,k_proj,v_proj,up_proj,down_proj"  # name endings, separated by commas; or all-linear
     init: str = "kaiming"  # start of A: kaiming or gaussian
     rslora: bool = False  # scale by α/√r instead of α/r
     detach_norm: bool = True  # DoRA: no gradient through the norm
     dropout_form: str = "lowrank"  # DoRA: what sees the dropped input, lowrank or delta
+    plan: str = "auto"  # how adapted layers make their product: auto, factored, dense or plain
     format: str = "cloze"  # of the training items: cloze or instruction
     objective: str = "choices"  # answer, prompt, choices or choices_mean
     learning_rate: float = 1e-3  # at the end of the warm-up
@@ -148,9 +170,9 @@ class RunConfig:
             if self.target_modules == "all-linear"
             else tuple(t.strip() for t in self.target_modules.split(","))
         )
-        return (
-            None if self.method == "base" else AdapterConfig(**_some(self, AdapterConfig) | {"target_modules": targets})
-        )
+        if self.method == "base":
+            return None
+        return AdapterConfig(**_some(self, AdapterConfig) | {"target_modules": targets} | _patterns(self.ranks))
 
     def training(self) -> TrainConfig:
         "How it is trained."
@@ -194,8 +216,9 @@ def config_from(
 _ADAPTER, _TRAIN = ({f.name for f in dataclasses.fields(t)} for t in (AdapterConfig, TrainConfig))
 _PROBE = {"probe", "probe_items", "probe_blocks", "probe_products"}
 IGNORED = {
-    "base": (_ADAPTER | _TRAIN | _PROBE | {"format", "train_items"}) - {"method", "max_tokens", "batch_tokens"},
-    "full": (_ADAPTER | _PROBE) - {"method"},
+    "base": (_ADAPTER | _TRAIN | _PROBE | {"format", "train_items", "ranks"})
+    - {"method", "max_tokens", "batch_tokens"},
+    "full": (_ADAPTER | _PROBE | {"ranks"}) - {"method"},
     "lora": {"detach_norm", "dropout_form"},
     "dora": set(),
 }
@@ -228,7 +251,8 @@ def checksums(
             if path.is_dir()
             else assets.model_path(config.model, config.source)
         )
-    return {"model": _digest(model), "data": _digest([config.task, origin("tasks")])}
+    found = {"model": _digest(model), "data": _digest([config.task, origin("tasks")])}
+    return found | ({"ranks": _digest(_patterns(config.ranks))} if config.ranks else {})
 
 # %% ../nbs/11_runs.ipynb #6e6d10ea
 def run_id(

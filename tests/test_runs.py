@@ -50,6 +50,7 @@ from dora_nb.runs import (
         ({"eval_split": "train"}, "validation"),
         ({"probe": True, "objective": "answer"}, "probe=true needs an objective over choices"),
         ({"probe_items": 0}, "probe_items=0"),
+        ({"ranks": "nowhere.json"}, "nowhere.json.* cannot be read"),
     ],
 )
 def test_wrong_parameters(params, named):
@@ -125,6 +126,19 @@ def test_a_run_with_a_probe_and_a_probe_of_its_adapter(tiny_model_dir, tmp_path)
         assert a == pytest.approx(b, rel=1e-3, abs=1e-9)
     with pytest.raises(ValueError, match="adapter is missing"):
         ProbeConfig()
+
+
+def test_ranks_from_a_file(tmp_path):
+    file = tmp_path / "ranks.json"
+    file.write_text('{"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 6}}')
+    config = RunConfig(ranks=str(file))
+    assert config.adapter().at("model.layers.0.self_attn.q_proj") == (3, 6)
+    before = run_id(config)
+    file.write_text('{"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 6}}')
+    assert run_id(config) != before  # what the file holds counts, not its name
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="must hold rank_pattern"):
+        RunConfig(ranks=str(file))
 
 
 GRID = """
