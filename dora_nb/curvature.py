@@ -39,6 +39,8 @@ from dora_nb.train import (
 class _Krylov:
     "An orthonormal basis that grows by products with a symmetric matrix, and the matrix in that basis."
 
+    # Q has a vector in each row, so it is the transpose of the text's; T has more rows than columns.
+
     def __init__(self, matrix, start: Tensor, most: int):
         self.matrix, self.n, self.most = matrix, matrix.shape[0], min(most, matrix.shape[0])
         self.Q = start.new_empty(min(self.n, self.most + len(start)), self.n)  # a row per vector
@@ -158,14 +160,14 @@ class Density(NamedTuple):
     weights: Tensor  # (probes, steps), float64; each row adds up to 1
     n: int  # order of the matrix
 
-    def mean(self, f: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[float, float]:
+    def total(self, f: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[float, float]:
         "The sum of f over all eigenvalues, and its standard error (NaN for a single probe)."
         each = self.n * (self.weights * f(self.nodes)).sum(1)
         return each.mean().item(), (each.std() / math.sqrt(len(each))).item() if len(each) > 1 else math.nan
 
     def effective_dimension(self, damping: float) -> tuple[float, float]:
         "The sum of λ/(λ + damping), for a matrix without negative eigenvalues, and its standard error."
-        return self.mean(lambda x: x.clamp_min(0) / (x.clamp_min(0) + damping))
+        return self.total(lambda x: x.clamp_min(0) / (x.clamp_min(0) + damping))
 
     def smoothed(self, grid: Tensor, width: float) -> Tensor:
         "The density at `grid`, every eigenvalue a Gaussian of standard deviation `width`."
@@ -400,7 +402,7 @@ class Operator:
 
 # %% ../nbs/08_curvature.ipynb #341b60c7
 def _roots(part: Part, z: Tensor) -> Tensor:
-    "Square roots of the loss's second derivatives, (columns, terms, columns): Σ over the first of its outer products."
+    "Vectors r with Σ r rᵀ = the loss's second derivative, for every term: result[j, i] is the j-th of them for term i."
     if z.shape[1] > 64:
         raise ValueError(
             f"terms with {z.shape[1]} outputs each have no small side; use products with `ggnvp`, or an objective over choices"
@@ -467,7 +469,7 @@ class Factors(NamedTuple):
 
 
 def _draws(part: Part, z: Tensor, draws: int | None, seed: int) -> Iterable[Tensor]:
-    "Gradients by the outputs that have the loss's second derivative as their covariance."
+    "What to send back: its outer products add up to the loss's second derivative, exactly or on average over drawn labels."
     if draws is None:
         roots = _roots(part, z)
         return roots[roots.abs().amax((1, 2)) > 1e-6 * roots.abs().max()]
@@ -486,7 +488,7 @@ def _over_tokens(model: nn.Module, parts: Sequence[Part], params: Params, draws:
 
             def arrived(g):
                 g = g.flatten(0, -2)
-                alive = g.abs().amax(1) > 0  # not so: padding, and what no scored token looks at
+                alive = g.abs().amax(1) > 0  # rows of zeros: padding, and tokens that no score depends on
                 if alive.any():
                     seen.add(name)
                     note(name, x[alive].double(), (g[alive] * scale).double())
@@ -538,7 +540,7 @@ class Metric(NamedTuple):
     B: Tensor  # (rank, rank), Bᵀ(S + δ)B
     A: Tensor  # (rank, rank), A(C + δ)Aᵀ
     trace: float  # of S ⊗ C: the curvature of the layer's weight, as KFAC sees it
-    tokens: int  # it was seen through: no spectrum in it has more values
+    rows: int  # of gradients it was seen through: no spectrum in it has more values
 
 
 def update_metrics(
@@ -713,7 +715,7 @@ def _hessian_summary(operator: Operator, k: int, products: int, seed: int) -> di
     "The ends, the trace and the density of a Hessian."
     ends = top_eigenpairs(operator, k, "both", tol=1e-2, block=2, max_products=products, seed=seed)
     density = spectral_density(operator, 4, max(2, products // 4), seed)
-    total, error = density.mean()
+    total, error = density.total()
     summary = {end: dict(values=e.values.tolist(), residuals=e.residuals.tolist()) for end, e in ends.items()}
     summary |= dict(trace=total, trace_error=error, nodes=density.nodes.tolist(), weights=density.weights.tolist())
     if all(len(e.values) for e in ends.values()):
@@ -730,7 +732,7 @@ def _update_spectra(model: nn.Module, metrics: dict[str, Metric]) -> dict[str, d
     spectra = {}
     for name, layer in adapter_layers(model).items():
         sigma, metric = canonical(layer.lora_B, layer.lora_A, layer.scaling, metrics[name]).sigma, metrics[name]
-        needed, most = effective_rank(sigma**2), min(len(sigma), metric.tokens)
+        needed, most = effective_rank(sigma**2), min(len(sigma), metric.rows)
         spectra[name] = dict(
             sigma=sigma.tolist(),
             rank=len(sigma),

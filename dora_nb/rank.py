@@ -90,7 +90,7 @@ def score_components(
         worth = {n: s.abs() for n, s in slopes(gradients(parts, Bs)[1]).items()}
     elif score == "obd":
         worth = {n: s.square().sum(0) / 2 for n, s in slopes(ggn_root(parts, Bs)).items()}
-    else:  # the mean over items of their squared slopes, one item at a time
+    else:  # half the mean over items of their squared slopes, as a part is one item with 1/N of the weight
         each = [slopes(gradients([part], Bs)[1]) for part in parts]
         worth = {n: len(parts) / 2 * sum(e[n].square() for e in each) for n in found}
     return {n: _sorted(c, worth[n]) for n, c in found.items()}
@@ -195,7 +195,7 @@ def fit_budget(
                 layer=name,
                 rank=had,
                 effective_rank=needed,
-                censored=needed >= min(had, metrics[name].tokens),
+                censored=needed >= min(had, metrics[name].rows),
                 new_rank=ranks[name],
                 kept=kept,
             )

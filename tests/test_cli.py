@@ -108,6 +108,32 @@ def test_train_then_evaluate_the_adapter(tiny_model_dir, tmp_path, capsys):
     )
 
 
+def test_train_probe_cut_and_train_anew(tiny_model_dir, tmp_path, capsys):
+    options = ["--task", "winogrande", "--model", str(tiny_model_dir)]
+    small = ["--train-items", "8", "--batch-size", "4", "--eval-items", "4"]
+    adapter = ["--adapter", str(tmp_path / "run" / "adapter")]
+    assert main(["train", *options, *small, "--rank", "4", "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+
+    out = tmp_path / "look" / "curvature.json"
+    assert main(["probe", *options, *adapter, "--items", "3", "--products", "8", "--out", str(out)]) == 0
+    blocks = [json.loads(line)["block"] for line in capsys.readouterr().out.splitlines()]
+    assert blocks == list(json.loads(out.read_text())["blocks"]) and {"all", "A", "B", "m", "layer 0"} == set(blocks)
+
+    cut = ["ranks", *options, *adapter, "--items", "4", "--out", str(tmp_path / "half")]
+    assert main([*cut, "--budget", "7"]) == 1
+    assert "budget=7 is not possible" in capsys.readouterr().err
+    assert main([*cut, "--budget", "0.5"]) == 0
+    *rows, files = map(json.loads, capsys.readouterr().out.splitlines())
+    assert all(1 <= r["new_rank"] <= 4 == r["rank"] for r in rows) and sum(r["new_rank"] for r in rows) < 4 * len(rows)
+    assert main(["evaluate", *options, "--adapter", files["adapter"], "--limit", "4"]) == 0
+    capsys.readouterr()
+
+    assert main(["train", *options, *small, "--ranks", files["pattern"], "--out", str(tmp_path / "anew")]) == 0
+    anew = json.loads(capsys.readouterr().out)["training"]["trainable"]
+    assert anew < json.loads((tmp_path / "run" / "result.json").read_text())["training"]["trainable"]
+
+
 def test_generate(tiny_model_dir, tmp_path, capsys):
     assert (
         main(

@@ -153,7 +153,7 @@ def test_density_and_trace():
     G = Operator(ggnvp, parts, params)
     true = torch.linalg.eigvalsh(G.dense())
     density = spectral_density(G, probes=30, steps=G.shape[0])
-    total, error = density.mean()
+    total, error = density.total()
     assert abs(total - true.sum()) < 3 * error
     dimension, error = density.effective_dimension(0.01)
     assert abs(dimension - (true / (true + 0.01)).sum()) < 3 * error
