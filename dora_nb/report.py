@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_CURVATURE', 'LABELS', 'COLORS', 'TASK_LABELS', 'PUBLISHED',
-           'FOOTNOTES', 'COST_NOTE', 'SOURCE_NOTE', 'CURVATURE_NOTE', 'collect', 'read_report', 'accuracies',
-           'majority', 'accuracy_table', 'compare', 'verdict', 'cost_table', 'plot_accuracy', 'plot_learning_curves',
-           'curvature_rows', 'curvature_table', 'plot_sharpness', 'plot_layers', 'render']
+           'FOOTNOTES', 'COST_NOTE', 'SOURCE_NOTE', 'CURVATURE_NOTE', 'CERTAIN_NOTE', 'collect', 'read_report',
+           'accuracies', 'majority', 'accuracy_table', 'compare', 'verdict', 'cost_table', 'plot_accuracy',
+           'plot_learning_curves', 'curvature_rows', 'curvature_table', 'plot_sharpness', 'plot_layers', 'render']
 
 # %% ../nbs/12_report.ipynb #56f6777e
 import json
@@ -392,23 +392,21 @@ def plot_sharpness(
 ) -> matplotlib.figure.Figure:
     "The largest eigenvalues along training, a panel per task."
     tasks = list(dict.fromkeys(rows.task))
-    bent = [
-        {n for n, b in p["blocks"].items() if b.get("hessian", {}).get("top", {}).get("values")} for p in rows.probe
-    ]
-    shared = sorted(set.intersection(*bent))  # blocks whose Hessian every probe has
     fig, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks) + 1, 2.6), dpi=110, squeeze=False)
     for ax, task in zip(axes[0], tasks):
-        for group, style, label in _lines(rows[rows.task == task]):
+        here = rows[rows.task == task]
+        bent = set.intersection(*({n for n, b in p["blocks"].items() if "hessian" in b} for p in here.probe))
+        for group, style, label in _lines(here):
             blocks = [p["blocks"] for p in group.probe]
             top = [b["all"]["ggn"]["eigenvalues"][0] for b in blocks]
-            ax.plot(group.step, top, "o-", ms=3, label=label and f"{label}: GGN, all", **style)
-            for name in shared[-1:]:
-                top = [b[name]["hessian"]["top"]["values"][0] for b in blocks]
-                ax.plot(group.step, top, "s--", ms=3, label=label and f"{label}: Hessian, {name}", **style)
+            ax.plot(group.step, top, "o-", ms=3, label=label and f"{label}: GGN of all", **style)
+            for name in sorted(bent)[-1:]:
+                top = [(b[name]["hessian"]["top"]["values"] or [math.nan])[0] for b in blocks]  # not converged: no dot
+                ax.plot(group.step, top, "s--", ms=3, label=label and f"{label}: Hessian of {name}", **style)
         ax.set(title=TASK_LABELS[task], xlabel="optimiser step", yscale="log")
     axes[0, 0].set_ylabel("largest eigenvalue")
-    axes[0, 0].legend(frameon=False, fontsize=6)
-    fig.tight_layout()
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False, fontsize=7)
+    fig.tight_layout(rect=(0, 0.06, 1, 1))
     return fig
 
 # %% ../nbs/12_report.ipynb #e0a1411c
@@ -426,7 +424,7 @@ def plot_layers(
 ) -> matplotlib.figure.Figure:
     "At the end of training, by layer: the curvature of its weights, and the rank that its updates need."
     rows = rows[rows["at"] == "end"]
-    tasks, size = list(dict.fromkeys(rows.task)), dict(sharex="col", sharey="row", squeeze=False)
+    tasks, size = list(dict.fromkeys(rows.task)), dict(sharex="col", squeeze=False)
     fig, axes = plt.subplots(2, len(tasks), figsize=(2.6 * len(tasks) + 1, 4.2), dpi=110, **size)
     for column, task in zip(axes.T, tasks):
         for group, style, label in _lines(rows[rows.task == task]):
@@ -512,6 +510,9 @@ CURVATURE_NOTE = """\
 H is the Hessian of the mean loss over the probe set, with respect to the adapters' parameters, with DoRA's exact norm, in float32; only eigenvalues that have converged are shown. A pairing of 1 means that its ends are ±pairs: the gradient, seen through A and B, and not curvature. A / B / m is where the top direction's energy lies. The trace is from four random vectors, ± its standard error. GGN is the generalised Gauss-Newton matrix of the block, all of whose eigenvalues are known here; "directions" counts softly those above a hundredth of the largest eigenvalue of all adapters together. H and GGN depend on α/r and on how A and B share an update's size, so compare rows of equal rank and start only."""
 
 
+CERTAIN_NOTE = "the GGN vanishes, as the model is all but certain of its answer, right or wrong, on every item that was probed. What bends the loss there is the network itself (H); ranks and spectra that are read off the GGN mean nothing on these items."
+
+
 def _curvature_section(out: Path, results: list[dict], probes: dict[str, list[dict]]) -> list[str]:
     "Table and figures of the probes."
     rows = curvature_rows(results, probes)
@@ -525,12 +526,16 @@ def _curvature_section(out: Path, results: list[dict], probes: dict[str, list[di
     _savefig(plot_layers(rows), out / "curvature-layers.png")
     updates = [u for p in rows[rows["at"] == "end"].probe for u in p["updates"].values()]
     censored, items = sum(u["censored"] for u in updates), sorted({p["items"] for p in rows.probe})
+    certain = [
+        t for t, r in rows.groupby("task") if max(p["blocks"]["all"]["ggn"]["eigenvalues"][0] for p in r.probe) < 1e-6
+    ]
     apart = "neither trained nor reported on" if (rows.eval_split != "dev").all() else "not trained on"
     return lines + [
         f"Probed at named steps on {', '.join(map(str, items))} items of dev, which are {apart}.\n",
         curvature_table(rows).to_markdown(index=False, disable_numparse=True),
         "",
         CURVATURE_NOTE + "\n",
+        *(f"{TASK_LABELS[t]}: {CERTAIN_NOTE}\n" for t in certain),
         "![Largest eigenvalues along training](curvature-steps.png)\n",
         f"Below, by layer at the end of training: the curvature of the weights themselves (by Kronecker factors, so whatever the rank), and how many components make up 99 % of an update's energy in that metric; means over a layer's projections. Of {len(updates)} updates {censored} need all that they have, or all that so few items can show; for these the figure is a lower bound.\n",
         "![Curvature and effective rank by layer](curvature-layers.png)\n",
