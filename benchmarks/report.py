@@ -45,8 +45,11 @@ def curvature_targets(data):
     aims.append(("curvature: Hessian product / gradient, memory, lora", "≤", 1.8, memory))
     ggn = worst(rows, "time / curvlinops", what="GGN product")
     aims.append(("curvature: GGN product / curvlinops's, time, worst row", "≤", 1.0, ggn))
-    counts = [r["our products"] / r["scipy's eigsh"] for r in next(iter(data["tables"].values()), [])]
-    aims.append(("curvature: products for the top ten, ours / scipy's, worst row", "≤", 1.0, max(counts, default=None)))
+    counts = {}
+    for r in next(iter(data["tables"].values()), []):
+        counts.setdefault(r["method"], []).append(r["products"])
+    got = max((min(ours) / scipys for scipys, *ours in counts.values()), default=None)
+    aims.append(("curvature: products for the top ten, ours / scipy's, worst row", "≤", 1.0, got))
     return aims
 
 

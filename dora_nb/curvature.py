@@ -209,16 +209,16 @@ def trace(
 
 # %% ../nbs/08_curvature.ipynb #bcc16ffd
 Params = dict[str, Tensor]
-Times = Callable[[Params], Params]  # a vector → its product
+Times = Callable[..., Params]  # (a vector, last=False) → its product; after the last one the graph is gone
 
 
 def _leaves(params: Params) -> Params:
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
-def _grad(y: Tensor | Sequence[Tensor], params: Params, v=None) -> tuple[Tensor, ...]:
-    "Gradients of ⟨v, y⟩, zeros where y does not depend on a parameter; the graph is kept."
-    return torch.autograd.grad(y, list(params.values()), v, retain_graph=True, materialize_grads=True)
+def _grad(y: Tensor | Sequence[Tensor], params: Params, v=None, keep: bool = True) -> tuple[Tensor, ...]:
+    "Gradients of ⟨v, y⟩, zeros where y does not depend on a parameter; without `keep` the graph is freed on the way."
+    return torch.autograd.grad(y, list(params.values()), v, retain_graph=keep, materialize_grads=True)
 
 
 @contextlib.contextmanager
@@ -260,13 +260,13 @@ def hvp(
         grads = _bent_gradients(loss(at), at)
     bent = [i for i, g in enumerate(grads) if g.requires_grad]  # the others are constants: no curvature there
 
-    def times(v: Params) -> Params:
+    def times(v: Params, last: bool = False) -> Params:
+        along = [v[name] for name in params]
+        if not bent:
+            return dict(zip(params, map(torch.zeros_like, along)))
         with _twice():
-            along = [v[name] for name in params]
-            out = (
-                _grad([grads[i] for i in bent], at, [along[i] for i in bent]) if bent else map(torch.zeros_like, along)
-            )
-            return dict(zip(params, out))
+            out = _grad([grads[i] for i in bent], at, [along[i] for i in bent], keep=not last)
+        return dict(zip(params, out))
 
     return times
 
@@ -295,11 +295,11 @@ def _sandwich(predict: Callable, convex: Callable, params: Params) -> Times:
         if unused := [name for name, b in zip(params, back) if b is None]:
             raise ValueError(f"the outputs do not depend on {unused[0]!r}")
 
-    def times(v: Params) -> Params:
+    def times(v: Params, last: bool = False) -> Params:
         with _twice():
             Jv = torch.autograd.grad(back, u, [v[name] for name in params], retain_graph=True)[0]
             bent = torch.autograd.grad(slope, outputs, Jv, retain_graph=True)[0]
-            return dict(zip(params, _grad(z, at, bent)))
+            return dict(zip(params, _grad(z, at, bent, keep=not last)))
 
     return times
 
@@ -386,8 +386,8 @@ class Operator:
         total = torch.zeros_like(columns, memory_format=torch.contiguous_format)
         for i in range(len(self.parts)):
             times = self._linear(i)
-            for row, v in zip(total, columns):
-                row += self.flatten(times(self.unflatten(v)))
+            for k, (row, v) in enumerate(zip(total, columns), 1):
+                row += self.flatten(times(self.unflatten(v), last=k == len(total) and not self.keep))
             del times  # and its graph, before the next is made
         if not total.isfinite().all():
             bad = next(n for row in total for n, p in self.unflatten(row).items() if not p.isfinite().all())
