@@ -283,10 +283,9 @@ def main():
     options.out = options.out or Path(__file__).parent.parent / "reports" / "rank" / f"{options.method}.jsonl"
     options.out.parent.mkdir(parents=True, exist_ok=True)
     lab = Lab(options)
-    lab.measure(
-        ["options"],
-        lambda: {"options": {k: str(v) for k, v in vars(options).items() if k != "out"}, "machine": machine()},
-    )
+    given = {k: str(v) for k, v in vars(options).items() if k != "out"}
+    if lab.measure(["options"], lambda: {"options": given, "machine": machine()})["options"] != given:
+        raise SystemExit(f"{options.out} was measured with other options; give the same ones, or another --out")
     dev = lambda: sum(lab.losses("dev", options.dev)) / options.dev
     lab.measure(["base"], lambda: {"loss_dev": dev()} | lab.judged())
     seeds = range(options.seeds)
