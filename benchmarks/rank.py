@@ -272,12 +272,12 @@ def main():
         warmup=12,
         alone=10,
         batch=8,
-        tokens=64,
+        tokens=48,
         probe=32,
         dev=48,
         validation=160,
         seeds=3,
-        rates="1e-3,2e-3,4e-3",
+        rates="4e-3,8e-3,1.6e-2",
         prices="0.5,2",
     )
     options.out = options.out or Path(__file__).parent.parent / "reports" / "rank" / f"{options.method}.jsonl"
