@@ -371,9 +371,11 @@ def _prober(config: RunConfig, model, tokenizer, run_dir: Path) -> Callable[[dic
         training = dataclasses.replace(config.training(), batch_tokens=record["batch_tokens"])
         try:
             point |= probe(model, tokenizer, items, training, wanted, products=config.probe_products)
-        except torch.OutOfMemoryError as e:  # a probe needs more than a step; the training goes on
-            point |= dict(error=f"out of memory: {e}")
-            say(f"the probe after step {record['step']} ran out of memory; lower probe_items")
+        except (torch.OutOfMemoryError, ValueError, FloatingPointError) as e:  # must not cost the training
+            point |= dict(error=f"{type(e).__name__}: {e}")
+            say(
+                f"the probe after step {record['step']} failed and is left out ({e}); other or fewer probe_items may help"
+            )
         points.append(point | dict(seconds=time.perf_counter() - start, peak_memory_bytes=_peak_memory(device)))
         write_json(run_dir / CURVATURE, dict(schema=SCHEMA, run=run_name(config), points=points))
 

@@ -128,6 +128,18 @@ def test_a_run_with_a_probe_and_a_probe_of_its_adapter(tiny_model_dir, tmp_path)
         ProbeConfig()
 
 
+@pytest.mark.parametrize("error", [ValueError("the loss does not bend"), FloatingPointError("not finite")])
+def test_a_probe_that_fails_does_not_cost_the_training(tiny_model_dir, tmp_path, monkeypatch, error):
+    def probe(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("dora_nb.runs.probe", probe)
+    config = RunConfig(model=str(tiny_model_dir), rank=2, train_items=8, batch_size=4, eval_items=4, probe=True)
+    assert run(config, tmp_path, progress=False)["training"]["steps"] == 2
+    points = json.loads((tmp_path / CURVATURE).read_text())["points"]
+    assert points and all(str(error) in p["error"] for p in points)
+
+
 def test_ranks_from_a_file(tmp_path):
     file = tmp_path / "ranks.json"
     file.write_text('{"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 6}}')
