@@ -169,6 +169,14 @@ def pyhessian(net, x, y):
     return hessian(net, nn.CrossEntropyLoss(), data=(x, y), cuda=False).eigenvalues(maxIter=200, tol=1e-4, top_n=3)[0]
 
 
+def eigenthings(net, x, y, products, seed):
+    "hessian-eigenthings' Lanczos, with so many products; its own choice, 2k, if None."
+    from hessian_eigenthings import HessianOperator, lanczos, supervised_loss
+
+    operator = HessianOperator(net, [(x, y)], supervised_loss(F.cross_entropy))
+    return lanczos(operator, k=3, max_iter=products, which="LA", seed=seed).eigenvalues
+
+
 def cases():
     "Three eigenvalues by each tool, and the truth."
     for kind in (LoRALinear, DoRALinear):
@@ -193,6 +201,8 @@ def cases():
             for seed in (0, 1):
                 torch.manual_seed(seed)
                 row[f"PyHessian, seed {seed}"] = show(pyhessian(net, x, y))
+            row["hessian-eigenthings"] = show(eigenthings(net, x, y, None, 0))
+            row["hessian-eigenthings, 55 products"] = show(eigenthings(net, x, y, 55, 0))
             yield row
 
 
