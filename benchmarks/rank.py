@@ -277,7 +277,7 @@ def main():
         dev=48,
         validation=160,
         seeds=3,
-        rates="4e-3,8e-3,1.6e-2",
+        rates="4e-3,8e-3,1.6e-2,3.2e-2",
         prices="0.5,2",
     )
     options.out = options.out or Path(__file__).parent.parent / "reports" / "rank" / f"{options.method}.jsonl"

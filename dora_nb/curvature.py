@@ -83,6 +83,7 @@ class _Krylov:
 
     @property
     def done(self) -> bool:
+        "Whether every product that is allowed, or possible, has been made."
         return self.products == min(self.most, self.size)
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,9 +108,8 @@ class Eigenpairs(NamedTuple):
     residuals: Tensor  # (found,), float64, ‖Hy − θy‖: a true eigenvalue is at most that far from θ
 
 
-def _converged(krylov: _Krylov, k: int, tol: float, bottom: bool) -> Tensor:
+def _converged(values: Tensor, residuals: Tensor, k: int, tol: float, bottom: bool) -> Tensor:
     "Positions of the outermost Ritz values, as far as they have converged without a gap."
-    values, _, residuals = krylov.pairs()
     order = torch.arange(len(values)) if bottom else torch.arange(len(values)).flip(0)
     order = order[:k]
     good = residuals[order] <= tol * values.abs().max()
@@ -144,8 +144,8 @@ def top_eigenpairs(
     wanted, values = ("top", "bottom") if ends == "both" else (ends,), torch.empty(0)
     while not krylov.done:
         krylov.grow()
-        found, before = {end: _converged(krylov, k, tol, end == "bottom") for end in wanted}, values
-        values, S, residuals = krylov.pairs()
+        before, (values, S, residuals) = values, krylov.pairs()
+        found = {end: _converged(values, residuals, k, tol, end == "bottom") for end in wanted}
         settled = not krylov.closed or _unchanged(before, values, k, tol)  # another copy may turn up elsewhere
         if krylov.products >= k and all(len(f) == k for f in found.values()) and settled:
             break
@@ -261,6 +261,7 @@ def hvp(
     bent = [i for i, g in enumerate(grads) if g.requires_grad]  # the others are constants: no curvature there
 
     def times(v: Params, last: bool = False) -> Params:
+        "The second half: the derivative of ⟨gradient, v⟩."
         along = [v[name] for name in params]
         if not bent:
             return dict(zip(params, map(torch.zeros_like, along)))
@@ -296,6 +297,7 @@ def _sandwich(predict: Callable, convex: Callable, params: Params) -> Times:
             raise ValueError(f"the outputs do not depend on {unused[0]!r}")
 
     def times(v: Params, last: bool = False) -> Params:
+        "Jv, then convex''·Jv, then Jᵀ of that."
         with _twice():
             Jv = torch.autograd.grad(back, u, [v[name] for name in params], retain_graph=True)[0]
             bent = torch.autograd.grad(slope, outputs, Jv, retain_graph=True)[0]
@@ -540,7 +542,7 @@ class Metric(NamedTuple):
     B: Tensor  # (rank, rank), Bᵀ(S + δ)B
     A: Tensor  # (rank, rank), A(C + δ)Aᵀ
     trace: float  # of S ⊗ C: the curvature of the layer's weight, as KFAC sees it
-    rows: int  # of gradients it was seen through: no spectrum in it has more values
+    felt: int  # directions of the update that the probe set feels at all: no spectrum in it has more values
 
 
 def update_metrics(
@@ -568,8 +570,9 @@ def update_metrics(
     metrics = {}
     for name, (MB, MA, S, C, n) in sums.items():
         A, B = at[name]
+        felt = min(int(torch.linalg.matrix_rank(M, rtol=1e-12, hermitian=True)) for M in (MB, MA))
         MB = MB + DAMPING * S / len(B) * B.T @ B
-        metrics[name] = Metric(MB, (MA + DAMPING * C / A.shape[1] * A @ A.T) / n, S * C / n, n)
+        metrics[name] = Metric(MB, (MA + DAMPING * C / A.shape[1] * A @ A.T) / n, S * C / n, felt)
     return metrics
 
 # %% ../nbs/08_curvature.ipynb #048ef1e8
@@ -732,7 +735,7 @@ def _update_spectra(model: nn.Module, metrics: dict[str, Metric]) -> dict[str, d
     spectra = {}
     for name, layer in adapter_layers(model).items():
         sigma, metric = canonical(layer.lora_B, layer.lora_A, layer.scaling, metrics[name]).sigma, metrics[name]
-        needed, most = effective_rank(sigma**2), min(len(sigma), metric.rows)
+        needed, most = effective_rank(sigma**2), min(len(sigma), metric.felt)
         spectra[name] = dict(
             sigma=sigma.tolist(),
             rank=len(sigma),

@@ -195,7 +195,7 @@ def fit_budget(
                 layer=name,
                 rank=had,
                 effective_rank=needed,
-                censored=needed >= min(had, metrics[name].rows),
+                censored=needed >= min(had, metrics[name].felt),
                 new_rank=ranks[name],
                 kept=kept,
             )
@@ -208,9 +208,11 @@ class _Unit(nn.Module):
     "Rows of unit length."
 
     def forward(self, A: Tensor) -> Tensor:
+        "(rank, in) → the same directions, length 1."
         return F.normalize(A, dim=1)
 
     def right_inverse(self, A: Tensor) -> Tensor:
+        "What to keep for a given A."
         return F.normalize(A, dim=1)
 
 
@@ -218,9 +220,11 @@ class _Gated(nn.Module):
     "Columns of unit length, each times its gate."
 
     def forward(self, B: Tensor, gate: Tensor) -> Tensor:
+        "(out, rank) and (rank,) → (out, rank)."
         return F.normalize(B, dim=0) * gate
 
     def right_inverse(self, B: Tensor) -> tuple[Tensor, Tensor]:
+        "Directions and lengths of a given B; a column of zeros has a closed gate, and some direction to open in."
         length = B.norm(dim=0)
         return torch.where(length > 0, B / length.clamp_min(1e-30), F.normalize(torch.ones_like(B), dim=0)), length
 
