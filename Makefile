@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help reproduce test speed notebooks readme clean
+.PHONY: help reproduce test test-slow speed notebooks readme clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -27,6 +27,9 @@ reproduce: $(READY) ## LoRA against DoRA on three tasks, from nothing to reports
 
 test: $(READY) ## everything that CI runs
 	$(BIN)/python -m pytest tests
+
+test-slow: $(READY) ## faults at many moments, minutes each
+	$(BIN)/python -m pytest tests -m slow
 
 speed: $(READY) ## every benchmark, an hour on two cores, and reports/speed/report.md
 	for name in step where memory train evaluate inference growth curvature; do \

@@ -294,6 +294,10 @@ def main():
         for what in ("wide", *ANEW):
             lab.measure(["anew", what, seed], anew(lab, what, seed, rates[what], lab.judged))
         lab.measure(["cuts", seed], cut(lab, "wide", seed, rates["wide"]))
+    for what in ("uniform", "curvature, shuffled"):  # is it the ranks, or the rate that dev chose?
+        for seed in seeds:
+            go = anew(lab, what, seed, rates["curvature"], lab.judged)
+            lab.measure(["at the rate of curvature", what, seed], go)
     lab.fresh(WIDE, 0)
     names = list(adapter_layers(lab.model))
     lab.measure(["layers"], layer_scores(lab, rates["wide"]))

@@ -46,6 +46,8 @@ def collected(data):
     for r in data.values():
         if r["key"][0] == "anew":
             found.setdefault(r["key"][1], []).append(r)
+        elif r["key"][0] == "at the rate of curvature":
+            found.setdefault(f"same rate: {r['key'][1]}", []).append(r)
         elif r["key"][0] == "cuts":
             for name in CUTS:
                 found.setdefault(f"cut: {name}", []).append(r[name])
@@ -75,6 +77,42 @@ def rows_of(found, names, base, rates=None):
         rows.append(row)
     columns = list(dict.fromkeys(k for r in rows for k in r))
     return table(rows, columns)
+
+
+PAIRS = [
+    ("curvature", "curvature, shuffled"),
+    ("curvature", "same rate: curvature, shuffled"),
+    ("curvature", "same rate: uniform"),
+    ("curvature", "singular"),
+    ("curvature", "gradient"),
+    ("gradient", "same rate: uniform"),
+]
+CUT_PAIRS = [
+    ("cut: curvature", "wide"),
+    ("cut: curvature", "uniform"),
+    ("cut: curvature", "same rate: uniform"),
+    ("cut: curvature", "cut: singular"),
+    ("cut: curvature", "cut: singular, uniform"),
+    ("cut: curvature", "cut: fisher"),
+    ("cut: curvature", "cut: gate"),
+]
+
+
+def differences(found, pairs):
+    "A row per pair of candidates: the paired difference of their losses."
+    rows = [
+        {"A": a, "B": b, "loss of A − loss of B": interval(*paired(found[a][0], found[b][0]))}
+        for a, b in pairs
+        if a in found and b in found
+    ]
+    return table(rows, list(rows[0]))
+
+
+def by_rate(tries):
+    "What dev said, a row per candidate."
+    rates = sorted({r for v in tries.values() for r in v})
+    rows = [{"candidate": WORDS[k]} | {f"{r:g}": f"{v[r]:.4f}" for r in rates if r in v} for k, v in tries.items()]
+    return table(rows, ["candidate", *(f"{r:g}" for r in rates)])
 
 
 def spearman(x, y, draws=2000):
@@ -120,14 +158,14 @@ def stability(layers):
 def figure(layers, path):
     "Predicted and actual change of the loss when a layer is cut."
     names = list(layers["predicted"])
-    x, y = ([max(layers[k][n], 1e-9) for n in names] for k in ("predicted", "actual"))
-    fig, ax = plt.subplots(figsize=(4.2, 3), dpi=110)
+    x, y = ([layers[k][n] for n in names] for k in ("predicted", "actual"))
+    fig, ax = plt.subplots(figsize=(4.6, 3), dpi=110)
     for kind, color in (("q_proj", "C0"), ("v_proj", "C1")):
         here = [i for i, n in enumerate(names) if n.endswith(kind)]
-        ax.loglog([x[i] for i in here], [y[i] for i in here], "o", ms=4, color=color, label=kind)
-    ends = [min(x), max(x)]
-    ax.loglog(ends, ends, ":", color="0.6")
-    ax.set(xlabel="predicted: Σ σ̃²/2 of what is dropped", ylabel="actual change of the loss")
+        ax.plot([x[i] for i in here], [1e3 * y[i] for i in here], "o", ms=4, color=color, label=kind)
+    ends = sorted(x)[:: len(x) - 1]
+    ax.plot(ends, [1e3 * e for e in ends], ":", color="0.6", label="as predicted")
+    ax.set(xscale="log", xlabel="predicted: Σ σ̃²/2 of what is dropped, nats", ylabel="actual change, 10⁻³ nats")
     ax.legend(frameon=False, fontsize=8)
     fig.tight_layout()
     fig.savefig(path, metadata={"Software": None})
@@ -155,10 +193,15 @@ def page(method, data):
         "## Ranks for training anew, at equal parameters",
         rows_of(found, WORDS, "uniform", rates),
         f"The warm-up that curvature and singular values need ({o['warmup']} steps at rank {WIDE}) comes on top of the {o['steps']} steps; it is not counted against them.",
+        "Is it the ranks, or the rate that dev chose? Paired differences; *same rate* is training anew at the rate that dev chose for curvature's ranks:",
+        differences(found, PAIRS),
+        "The loss on dev by learning rate, first seed:",
+        by_rate(tries),
         f"## Train wide, then cut to the same size (rank {NARROW} on average)",
         rows_of(found, {"uniform": f"train at rank {NARROW} (as above)"} | cuts | gates, "uniform"),
+        differences(found, CUT_PAIRS),
         "## What a layer is worth by itself, and who knows it",
-        f"Each of the {len(names)} layers was adapted alone ({o['alone']} steps, rank {NARROW}); it brought between {min(gain):+.3f} and {max(gain):+.3f} nats on dev. Spearman's correlation of that with each score, with a bootstrap interval over layers:",
+        f"{len(names)} of the {len(layers['predicted'])} adapted layers, drawn at random, were adapted alone ({o['alone']} steps, rank {NARROW}); each brought between {min(gain):+.3f} and {max(gain):+.3f} nats on dev. Spearman's correlation of that with each score, with a bootstrap interval over layers:",
         useful,
         "## Is a score the same on other text?",
         stability(layers),

@@ -26,6 +26,7 @@ class Task:
 
     name: str  # as in `TASK_NAMES`
     counts: dict[str, int]  # official numbers of items
+    columns: tuple[str, ...]  # of its items, beside `label`
     answers: tuple[str, ...]  # what the instruction format calls the choices
     cloze: Callable[[dict], tuple[list[str], list[str]]]  # row → contexts and continuations, one per choice
     question: Callable[[dict], str]  # row → instruction
@@ -54,6 +55,7 @@ TASKS = {
         Task(
             "boolq",
             {"train": 9_427, "validation": 3_270},
+            ("passage", "question"),
             ("false", "true"),
             _boolq,
             lambda r: (
@@ -63,6 +65,7 @@ TASKS = {
         Task(
             "hellaswag",
             {"train": 39_905, "validation": 10_042},
+            ("query", "choices"),
             ("ending1", "ending2", "ending3", "ending4"),
             _hellaswag,
             lambda r: (
@@ -72,6 +75,7 @@ TASKS = {
         Task(
             "winogrande",
             {"train": 40_398, "validation": 1_267},
+            ("sentence", "option1", "option2"),
             ("option1", "option2"),
             _winogrande,
             lambda r: (
@@ -101,6 +105,19 @@ SPLITS = ("train", "dev", "validation")
 DEV_ITEMS, DEV_SEED = 1_000, 20240214
 
 
+def _check(rows: datasets.Dataset, task: Task, split: str):
+    "Refuse a file that is not the benchmark's, before any work is done."
+    again = "run `dora-nb fetch --force tasks`"
+    if missing := [c for c in (*task.columns, "label") if c not in rows.column_names]:
+        raise ValueError(f"{task.name} {split} has no column {missing[0]!r}; {again}")
+    if len(rows) != task.counts[split]:
+        raise ValueError(
+            f"{task.name} {split} has {len(rows):,} items where the official split has {task.counts[split]:,}; {again}"
+        )
+    if wrong := sorted(set(rows.unique("label")) - set(range(len(task.answers)))):
+        raise ValueError(f"{task.name} {split} has the label {wrong[0]!r}, and {len(task.answers)} choices; {again}")
+
+
 def _dev_items(n: int) -> set[int]:
     return set(random.Random(DEV_SEED).sample(range(n), DEV_ITEMS))
 
@@ -121,10 +138,7 @@ def load_task(
         raise ValueError(f"limit={limit} leaves no items; give at least 1, or None for all")
     task, official = TASKS[name], "validation" if split == "validation" else "train"
     rows = load_items(name, official, source)
-    if len(rows) != task.counts[official]:
-        raise ValueError(
-            f"{name} {official} has {len(rows):,} items where the official split has {task.counts[official]:,}; run `dora-nb fetch --force tasks`"
-        )
+    _check(rows, task, official)
     index = list(range(len(rows)))
     if official == "train":
         dev = _dev_items(len(rows))

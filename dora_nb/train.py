@@ -7,29 +7,35 @@ __all__ = ['OVER_CHOICES', 'OBJECTIVES', 'PRECISIONS', 'scored_only', 'token_log
            'shares_prompts', 'encode_for', 'choice_scores', 'summed_loss', 'terms', 'epoch_batches',
            'resolve_batch_tokens', 'micro_batches', 'make_batch', 'has_bfloat16', 'resolve_precision', 'autocast',
            'warmup_and_decay', 'progress_bar', 'TrainConfig', 'all_batches', 'Diverged', 'train_step', 'training_mode',
-           'kept_bytes', 'memory_plan', 'describe', 'counts', 'fitting_step', 'encode_items', 'train']
+           'kept_bytes', 'memory_plan', 'describe', 'counts', 'fitting_step', 'encode_items', 'Checkpoints', 'Stopped',
+           'stoppable', 'Training', 'train']
 
 # %% ../nbs/06_train.ipynb #2c6de6b3
 import contextlib
+import hashlib
 import json
 import math
 import os
 import random
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .adapt import trainable_parameters
+from .adapt import trainable_parameters, write_whole
 from .tasks import Batch, Row, collate, encode_item, pack
 
 # %% ../nbs/06_train.ipynb #9ae2e7d3
@@ -445,7 +451,213 @@ def encode_items(
         )
     return [r for r, _ in encoded]
 
-# %% ../nbs/06_train.ipynb #fc65d6cb
+# %% ../nbs/06_train.ipynb #e0cb410b
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    "Where PyTorch's random numbers are."
+    found = {"random/cpu": torch.get_rng_state()}
+    return found | ({"random/cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _checksum(tensors: dict[str, Tensor], *texts: str) -> str:
+    digest = hashlib.sha256(json.dumps(texts).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+# %% ../nbs/06_train.ipynb #60616ee1
+def _read(path: Path) -> tuple[str, dict, dict[str, Tensor]]:
+    "What a file is of, its facts and its tensors; an error if a single bit of them has changed."
+    if not path.stat().st_size:
+        raise ValueError("it is empty")
+    with safe_open(path, "pt") as f:
+        meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    if meta["sha256"] != _checksum(tensors, meta["what"], meta["facts"]):
+        raise ValueError("its checksum is wrong")
+    return meta["what"], json.loads(meta["facts"]), tensors
+
+
+def _put_back(tensors: dict[str, Tensor], params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer):
+    "Give parameters, optimiser and random numbers the state that was written down."
+    state = {}
+    for key, t in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind == "parameter":
+            params[name].data.copy_(t)
+        elif kind == "optimizer":
+            i, _, k = name.partition("/")
+            state.setdefault(int(i), {})[k] = t
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["random/cpu"])
+    device = next(iter(params.values())).device
+    if "random/cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random/cuda"], device)
+
+# %% ../nbs/06_train.ipynb #e79d33fd
+class Checkpoints:
+    "The last states of a training, in files that it can go on from."
+
+    def __init__(
+        self,
+        folder: str | Path | None,  # where the files go; None to keep nothing
+        what: str,  # identifies the training: files of another one are refused
+        params: dict[str, nn.Parameter],  # that learn
+        optimizer: torch.optim.Optimizer,  # of these
+        every: float = 300.0,  # seconds between two files
+        keep: int = 2,  # so many files
+    ):
+        self.folder, self.what, self.params, self.optimizer = folder and Path(folder), what, params, optimizer
+        self.every, self.keep, self.written = every, keep, time.monotonic()
+        self.facts, self.random, self.device = {"records": []}, {}, next(iter(params.values())).device
+        self.threads = torch.get_num_threads()  # sums are added up in another order with another number
+
+    def mark(self, **facts):
+        "This is a moment to go on from: remember the random numbers, and facts that JSON can hold."
+        self.facts, self.random = facts, _random_state(self.device)
+
+    def write(self):
+        "Write down the moment that was marked; nothing may have changed since but gradients."
+        if self.folder is None or not self.random:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"parameter/{n}": p.detach().contiguous() for n, p in self.params.items()} | self.random
+        for i, kept in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{i}/{k}": t.contiguous() for k, t in kept.items()}
+        facts = json.dumps(self.facts | {"threads": self.threads})
+        meta = {"what": self.what, "facts": facts, "sha256": _checksum(tensors, self.what, facts)}
+        path = self.folder / f"step-{len(self.facts['records']):08}.safetensors"
+        write_whole(path, lambda p: save_file(tensors, p, meta))
+        for old in sorted(self.folder.glob("step-*.safetensors"))[: -self.keep]:
+            old.unlink()
+        self.written = time.monotonic()
+
+    def write_if_due(self):
+        "Write if the last file is older than `every` seconds."
+        if time.monotonic() - self.written >= self.every:
+            self.write()
+
+    def restore(self) -> dict:
+        "Put the newest state back, and return its facts; without one, no records."
+        for path in sorted(self.folder.glob("step-*.safetensors"), reverse=True) if self.folder else []:
+            try:
+                what, facts, tensors = _read(path)
+            except (ValueError, KeyError, SafetensorError) as e:
+                warnings.warn(f"{path} is damaged and was deleted ({e}); the one before it serves", stacklevel=2)
+                path.unlink()
+                continue
+            if what != self.what:
+                raise ValueError(
+                    f"{path} is of a training on other items, or set up in another way; delete {path.parent} to start anew"
+                )
+            if (threads := facts.pop("threads")) != self.threads:
+                warnings.warn(
+                    f"going on with {self.threads} threads where {threads} began; the last bits may differ",
+                    stacklevel=2,
+                )
+            _put_back(tensors, self.params, self.optimizer)
+            self.mark(**facts)
+            break
+        return self.facts
+
+# %% ../nbs/06_train.ipynb #4d211707
+class Stopped(KeyboardInterrupt):
+    "The process was told to stop, by SIGTERM or Ctrl-C."
+
+
+class stoppable:
+    "A context in which SIGTERM and Ctrl-C raise `Stopped`: at once, or at the end of a block that is held together."
+
+    def __init__(self):
+        self.asked = self.held = False
+
+    def __enter__(self):
+        main = threading.current_thread() is threading.main_thread()  # only there may signals be handled
+        with self.together():
+            self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
+        return self
+
+    def __exit__(self, *_):
+        self.held = True  # a signal that arrives now finds one handler or the other, and is not lost half-way
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def _ask(self, number, frame):
+        self.asked = True
+        if not self.held:
+            raise Stopped(signal.Signals(number).name)
+
+    @contextlib.contextmanager
+    def together(self):
+        "What is in this block happens as a whole."
+        self.held = True
+        try:
+            yield
+        finally:
+            self.held = False
+        if self.asked:
+            raise Stopped("told to stop")
+
+# %% ../nbs/06_train.ipynb #61586971
+class Training:
+    "A training, ready to make its steps."
+
+    def __init__(
+        self,
+        model: nn.Module,  # adapted, or with all weights trainable; changed in place
+        tokenizer,  # its tokenizer
+        items: datasets.Dataset,  # as `load_task` gives them
+        config: TrainConfig,  # how
+    ):
+        self.accelerator = Accelerator(mixed_precision="no", device_placement=False)  # the model's owner placed it
+        if self.accelerator.num_processes > 1:
+            raise RuntimeError("training in several processes is not supported yet; start a single one")
+        transformers.set_seed(config.seed)
+        self.gold, self.docs, self.pad = items["gold"], items["doc_index"], tokenizer.pad_token_id
+        self.rows, device = (
+            encode_items(tokenizer, items, config, shares_prompts(model)),
+            next(model.parameters()).device,
+        )
+        self.config = replace(config, batch_tokens=resolve_batch_tokens(config.batch_tokens, device))
+        self.batches, self.params = all_batches(self.rows, config), trainable_parameters(model)
+        self.rate = warmup_and_decay(len(self.batches), config.warmup_ratio)
+        optimizer = torch.optim.AdamW(self.params.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.optimizer.zero_grad()  # of a training of the same model that was stopped
+
+    @property
+    def what(self) -> str:
+        "Identifies this training: how, on what and of what."
+        how = asdict(replace(self.config, batch_tokens=None))
+        shapes = {n: list(p.shape) for n, p in self.params.items()}
+        return hashlib.sha256(json.dumps([how, list(self.docs), self.batches, shapes]).encode()).hexdigest()
+
+    def gradient(
+        self,
+        step: int,  # counted from 1
+    ) -> dict:  # its record
+        "Leave the clipped gradient of a step in the parameters; `Diverged` if it is not a number."
+        batch, rate = self.batches[step - 1], self.config.learning_rate * self.rate(step - 1)
+        make = lambda group: make_batch(self.rows, self.gold, group, self.pad)
+        loss, groups, self.config = fitting_step(self.model, self.accelerator, batch, make, self.rows, self.config)
+        norm = self.accelerator.clip_grad_norm_(self.params.values(), self.config.max_grad_norm).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Diverged(
+                f"step {step} of {len(self.batches)}: loss {loss}, gradient norm {norm}, learning rate {rate:g}; the batch held items {sorted(self.docs[i] for i in batch)}. Lower the learning rate, or look at these items"
+            )
+        record = dict(step=step, steps=len(self.batches), loss=loss, learning_rate=rate, grad_norm=norm)
+        return record | counts(groups) | dict(batch_tokens=self.config.batch_tokens)
+
+    def move(
+        self,
+        rate: float,  # learning rate
+    ):
+        "Go a step along the gradient, and forget it."
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+# %% ../nbs/06_train.ipynb #090a089f
 def train(
     model: nn.Module,  # adapted, or with all weights trainable; changed in place
     tokenizer,  # its tokenizer
@@ -454,48 +666,58 @@ def train(
     history: str | Path | None = None,  # a JSONL file to write, one line a step
     after_step: Callable[[dict], dict | None] | None = None,  # sees each step's record, and may return more to record
     progress: bool = True,  # say what memory it takes; show loss, tokens/s and the time left
+    checkpoints: str | Path | None = None,  # a folder; what it holds of this very training is gone on from
+    checkpoint_seconds: float = 300.0,  # between two checkpoints; there is one at the end, too
 ) -> list[
     dict
 ]:  # a record per step: step, steps, loss, learning_rate, grad_norm, items, tokens, padding, batch_tokens, seconds
-    "Train `model`; Diverged names step and items if the loss stops being a number."
-    accelerator = Accelerator(mixed_precision="no", device_placement=False)  # the model is where its owner put it
-    if accelerator.num_processes > 1:
-        raise RuntimeError("training in several processes is not supported yet; start a single one")
-    transformers.set_seed(config.seed)
-    gold, docs = items["gold"], items["doc_index"]
-    rows = encode_items(tokenizer, items, config, shares_prompts(model))
-    config = replace(config, batch_tokens=resolve_batch_tokens(config.batch_tokens, next(model.parameters()).device))
-    make = lambda group: make_batch(rows, gold, group, tokenizer.pad_token_id)
-    batches = all_batches(rows, config)
-    params = list(trainable_parameters(model).values())
-    optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_decay(len(batches), config.warmup_ratio))
-    model, optimizer = accelerator.prepare(model, optimizer)
-    records, seen = [], 0
-    with training_mode(model, config.gradient_checkpointing), open(history or os.devnull, "w") as log:
-        if progress:
-            print(describe(memory_plan(model, rows, gold, config)), file=sys.stderr)
-        start = time.perf_counter()
-        with progress_bar(batches, "train", "step", progress) as bar:
-            for step, batch in enumerate(bar, 1):
-                rate = schedule.get_last_lr()[0]
-                loss, groups, config = fitting_step(model, accelerator, batch, make, rows, config)
-                norm = accelerator.clip_grad_norm_(params, config.max_grad_norm).item()
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    raise Diverged(
-                        f"step {step} of {len(batches)}: loss {loss}, gradient norm {norm}, learning rate {rate:g}; the batch held items {sorted(docs[i] for i in batch)}. Lower the learning rate, or look at these items"
-                    )
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                record = dict(step=step, steps=len(batches), loss=loss, learning_rate=rate, grad_norm=norm)
-                record |= counts(groups) | dict(batch_tokens=config.batch_tokens, seconds=time.perf_counter() - start)
-                paused = time.perf_counter()
-                record |= (after_step(record) if after_step else None) or {}
-                start += time.perf_counter() - paused  # not the training's time
-                records.append(record)
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                seen += record["tokens"]
-                bar.set_postfix_str(f"loss {loss:.3f}, {seen / record['seconds']:.0f} tokens/s", refresh=False)
+    "Train `model`; Diverged names step and items if the loss stops being a number, Stopped says that a signal came."
+    training = Training(model, tokenizer, items, config)
+    kept = Checkpoints(checkpoints, training.what, training.params, training.optimizer, checkpoint_seconds)
+    facts = {"finished": True, "batch_tokens": training.config.batch_tokens} | kept.restore()
+    records, total = facts["records"], len(training.batches)
+    seconds, tokens = sum(r["seconds"] for r in records[-1:]), sum(r["tokens"] for r in records)
+    training.config = replace(
+        training.config, batch_tokens=min(facts["batch_tokens"], training.config.batch_tokens)
+    )  # what fitted
+    mark = lambda **more: kept.mark(records=records, batch_tokens=training.config.batch_tokens, **more)
+
+    def finish(record, log):
+        "What comes after a step, and is not its time."
+        record |= (after_step(record) if after_step else None) or {}
+        mark(finished=True)
+        log.write(json.dumps(record) + "\n")
+        log.flush()
+        kept.write_if_due()
+
+    with (
+        training_mode(model, config.gradient_checkpointing),
+        open(history or os.devnull, "w") as log,
+        stoppable() as signals,
+    ):
+        log.writelines(json.dumps(r) + "\n" for r in (records if facts["finished"] else records[:-1]))
+        try:
+            if not facts["finished"]:
+                finish(records[-1], log)
+            if progress:
+                print(describe(memory_plan(model, training.rows, training.gold, training.config)), file=sys.stderr)
+            with progress_bar(range(len(records) + 1, total + 1), "train", "step", progress) as bar:
+                last = time.perf_counter()
+                for step in bar:
+                    record = training.gradient(step)
+                    with signals.together():
+                        training.move(record["learning_rate"])
+                        seconds += time.perf_counter() - last
+                        records.append(record | dict(seconds=seconds))
+                        mark(finished=False)
+                    finish(records[-1], log)
+                    last = time.perf_counter()
+                    tokens += record["tokens"]
+                    bar.set_postfix_str(f"loss {record['loss']:.3f}, {tokens / seconds:.0f} tokens/s", refresh=False)
+            with signals.together():
+                kept.write()
+        except Stopped:
+            signals.held = True  # a second signal must not stop the writing
+            kept.write()
+            raise
     return records

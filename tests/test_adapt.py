@@ -1,6 +1,8 @@
 "Finding, freezing, merging, saving: and that what is refused leaves the model as it was."
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -295,3 +297,27 @@ def test_an_adapter_for_another_width(llama, saved):
     with pytest.raises(ValueError, match="made for another model"):
         load_adapter(model, saved)
     assert_untouched(model, before)
+
+
+def test_an_adapter_from_elsewhere_opens_only_its_own_files(tmp_path):
+    "Whatever its configuration names, nothing outside its folder is read."
+    code = """
+import json, sys
+from pathlib import Path
+from torch import nn
+from dora_nb.adapt import AdapterConfig, adapt, load_adapter, save_adapter
+folder = Path(sys.argv[1])
+plain = lambda: nn.ModuleDict({"q_proj": nn.Linear(4, 4)})
+file = save_adapter(adapt(plain(), AdapterConfig("dora", rank=2, target_modules=("q_proj",))), folder / "adapter") / "adapter_config.json"
+keys = ("base_model_name_or_path", "revision", "auto_mapping", "megatron_config", "trainable_token_indices")
+file.write_text(json.dumps(json.loads(file.read_text()) | {k: str(folder / "secret") for k in keys}))
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+try:
+    load_adapter(plain(), folder / "adapter")
+except ValueError as e:
+    print(e)
+assert any("adapter_config.json" in path for path in opened) and not any("secret" in path for path in opened)
+"""
+    (tmp_path / "secret").write_text("{}")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

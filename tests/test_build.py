@@ -32,7 +32,7 @@ def test_wheel(dist, tmp_path):
     ]
 
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path, wheel], check=True)
-    code = "import dora_nb, dora_nb.adapt; from dora_nb.runs import notebook; print(dora_nb.__file__, notebook('finetune'))"
+    code = "import dora_nb, dora_nb.adapt; from dora_nb.grid import notebook; print(dora_nb.__file__, notebook('finetune'))"
     said = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

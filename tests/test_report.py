@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dora_nb.grid import load_grid
 from dora_nb.report import (
     RESULTS,
     accuracies,
@@ -21,7 +22,7 @@ from dora_nb.report import (
     render,
     verdict,
 )
-from dora_nb.runs import RunConfig, load_grid
+from dora_nb.runs import RunConfig
 
 QUICK = Path(__file__).parent.parent / "reports" / "quick"
 
@@ -141,4 +142,4 @@ def test_the_committed_results_are_of_the_committed_grid():
     results = json.loads((QUICK / RESULTS).read_text())
     assert not results["problems"]
     asked = {json.dumps(asdict(c)) for c in load_grid(QUICK / "grid.toml").configs}
-    assert {json.dumps(r["params"]) for r in results["results"]} == asked
+    assert {json.dumps(asdict(RunConfig(**r["params"]))) for r in results["results"]} == asked

@@ -164,3 +164,22 @@ def test_long_contexts_lose_their_beginning(smollm):
     assert [tokenizer.decode(t) for t in row.target] == [" no", " way"] and row.ids[-1] == tokenizer(" no").input_ids[0]
     with pytest.raises(ValueError, match="item 5.*never cut"):
         encode_item(tokenizer, item, max_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "change,named",
+    [
+        (lambda d: d.remove_columns("option1"), "winogrande train has no column 'option1'"),
+        (lambda d: d.remove_columns("label"), "no column 'label'"),
+        (lambda d: d.select([]), "has 0 items where the official split has 40,398"),
+        (
+            lambda d: d.map(lambda r, i: {"label": 2 if i == 7 else r["label"]}, with_indices=True),
+            "label 2, and 2 choices",
+        ),
+    ],
+)
+def test_a_file_that_is_not_the_benchmark_s(monkeypatch, change, named):
+    changed = change(load_items("winogrande", "train"))
+    monkeypatch.setattr("dora_nb.tasks.load_items", lambda *_: changed)
+    with pytest.raises(ValueError, match=named + ".*fetch --force tasks"):
+        load_task("winogrande", "train", limit=4)

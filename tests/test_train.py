@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import random
+import signal
+import threading
 from dataclasses import replace
 
 import pytest
@@ -14,7 +17,9 @@ from dora_nb.adapt import AdapterConfig, adapt, trainable_parameters
 from dora_nb.assets import load_model
 from dora_nb.tasks import collate, load_task
 from dora_nb.train import (
+    Checkpoints,
     Diverged,
+    Stopped,
     TrainConfig,
     autocast,
     encode_for,
@@ -280,3 +285,144 @@ def test_the_memory_plan_counts_what_there_is(tiny, capsys):
     trained = sum(p.numel() for p in trainable_parameters(model).values())
     assert plan["gradients"] == 4 * trained and plan["optimiser"] == 8 * trained
     assert plan["weights"] >= 4 * sum(p.numel() for p in model.parameters()) and plan["activations"] > 0
+
+
+SHORT = TrainConfig(batch_size=4, learning_rate=2e-3, precision="float32")
+
+
+def attempts(tiny, folder, most=100, method="dora", **options):
+    "Train again and again from the last checkpoint, until it is done; the records, the parameters, and how often."
+    for n in range(1, most):
+        model, tokenizer = tiny(method, **({} if method == "full" else {"dropout": 0.1}))
+        try:
+            records = train(model, tokenizer, items(), SHORT, progress=False, checkpoints=folder, **options)
+            return [{k: v for k, v in r.items() if k != "seconds"} for r in records], params(model), n
+        except Stopped:
+            pass
+    raise AssertionError("never done")
+
+
+def same(a, b):
+    assert a[0] == b[0] and all(torch.equal(a[1][n], b[1][n]) for n in b[1])
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_in_the_middle_of_steps(tiny, tmp_path, monkeypatch, method, number):
+    "A signal in a forward pass: that step is given up, and made again with the same dropout."
+    plain, calls, history = dora_nb.train.summed_loss, [], tmp_path / "history.jsonl"
+
+    def signalled(*args):
+        out = plain(*args)
+        calls.append(1)
+        if len(calls) in (2, 5, 6):
+            os.kill(os.getpid(), number)
+        return out
+
+    whole = attempts(tiny, None, method=method)
+    monkeypatch.setattr(dora_nb.train, "summed_loss", signalled)
+    before = signal.getsignal(number)
+    parts = attempts(tiny, tmp_path / "c", method=method, history=history)
+    assert len(calls) == 9 and parts[2] == 4 and signal.getsignal(number) is before
+    same(parts, whole)
+    assert [json.loads(line)["step"] for line in history.read_text().splitlines()] == list(range(1, 7))
+
+
+def test_stopped_at_any_moment(tiny, tmp_path):
+    "Signals from a clock, wherever they fall, loading and saving included; and what is seen after a step is seen once."
+    whole, rng, seen = attempts(tiny, None), random.Random(0), []
+    for round in range(8):
+        timers = [threading.Timer(rng.uniform(0, 0.6), os.kill, (os.getpid(), signal.SIGTERM)) for _ in range(3)]
+        outside = signal.signal(signal.SIGTERM, lambda *_: None)  # before and after the training
+        try:
+            for timer in timers:
+                timer.start()
+            look = lambda record: seen.append(record["step"]) or {"looked": record["step"]}
+            parts = attempts(tiny, tmp_path / str(round), after_step=look, checkpoint_seconds=0.0)
+        finally:
+            for timer in timers:
+                timer.join()
+            signal.signal(signal.SIGTERM, outside)
+        assert [r.pop("looked") for r in parts[0]] == list(range(1, 7))
+        same(parts, whole)
+        assert len(list((tmp_path / str(round)).iterdir())) == 2  # the last two, and nothing half-written
+    assert 8 * 6 <= len(seen) <= 8 * (6 + 3)  # a signal may cut off a look, and only that one is made again
+
+
+@pytest.fixture
+def stopped(tiny, tmp_path):
+    "A folder with two checkpoints of a training that was stopped after its fourth step."
+    stop = lambda record: os.kill(os.getpid(), signal.SIGTERM) if record["step"] == 4 else None
+    model, tokenizer = tiny(dropout=0.1)
+    with pytest.raises(Stopped):
+        train(
+            model,
+            tokenizer,
+            items(),
+            SHORT,
+            after_step=stop,
+            progress=False,
+            checkpoints=tmp_path,
+            checkpoint_seconds=0.0,
+        )
+    return sorted(tmp_path.iterdir())
+
+
+def flipped(part):
+    "Changes a digit in the history, or a bit of the last tensor."
+    return lambda b: b.replace(b'step\\": 2', b'step\\": 7', 1) if part == "facts" else b[:-1] + bytes([b[-1] ^ 1])
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", flipped("facts"), flipped("tensor")])
+def test_a_damaged_checkpoint(tiny, stopped, damage):
+    "Falls back to the one before it, and to the start if there is none."
+    whole = attempts(tiny, None)
+    assert [p.name for p in stopped] == ["step-00000003.safetensors", "step-00000004.safetensors"]
+    stopped[1].write_bytes(damage(stopped[1].read_bytes()))
+    with pytest.warns(UserWarning, match="00000004.safetensors is damaged.*the one before it"):
+        same(attempts(tiny, stopped[0].parent), whole)
+    for path in stopped[0].parent.iterdir():
+        path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(UserWarning, match="is damaged"):
+        same(attempts(tiny, stopped[0].parent), whole)
+
+
+def test_a_checkpoint_of_another_training(tiny, stopped):
+    model, tokenizer = tiny()
+    with pytest.raises(ValueError, match="of a training on other items, or set up in another way"):
+        train(model, tokenizer, items(n=20), SHORT, progress=False, checkpoints=stopped[0].parent)
+
+
+def test_a_checkpoint_holds_no_code(stopped):
+    "safetensors and JSON only: nothing is unpickled."
+    from safetensors import safe_open
+
+    for path in stopped:
+        with safe_open(path, "pt") as f:
+            assert set(f.metadata()) == {"what", "facts", "sha256"} and json.loads(f.metadata()["facts"])["records"]
+
+
+def test_checkpoints_are_made_when_they_are_due(tiny, tmp_path):
+    model, tokenizer = tiny()
+    train(model, tokenizer, items(), SHORT, progress=False, checkpoints=tmp_path, checkpoint_seconds=1000.0)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000006.safetensors"]  # the end
+    kept = Checkpoints(None, "", trainable_parameters(model), torch.optim.AdamW(model.parameters()))
+    kept.write()
+    assert kept.restore() == {"records": []}
+
+
+def test_the_same_model_goes_on_after_it_was_stopped(tiny, tmp_path, monkeypatch):
+    "Half a gradient that the stopped step left is not added to the next."
+    whole, plain, stops = attempts(tiny, None), Accelerator.backward, [1]
+
+    def backward(self, loss):
+        plain(self, loss)
+        if stops and stops.pop():
+            raise Stopped("now")
+
+    monkeypatch.setattr(Accelerator, "backward", backward)
+    model, tokenizer = tiny(dropout=0.1)
+    with pytest.raises(Stopped):
+        train(model, tokenizer, items(), SHORT, progress=False, checkpoints=tmp_path)
+    records = train(model, tokenizer, items(), SHORT, progress=False, checkpoints=tmp_path)
+    same(([{k: v for k, v in r.items() if k != "seconds"} for r in records], params(model)), whole)

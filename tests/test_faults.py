@@ -1,0 +1,374 @@
+"What may happen to a grid, and that nothing finished is lost and nothing half-done counts."
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+
+from dora_nb.grid import Incomplete, load_grid, put_files, run_grid
+from dora_nb.runs import CHECKPOINTS, ERROR, HISTORY, PREDICTIONS, RESULT, load, run_name
+
+GRID = """
+name = "tiny"
+[fixed]
+model = "{model}"
+task = "winogrande"
+rank = 2
+dropout = 0.1
+train_items = {items}
+batch_size = 4
+eval_items = 6
+precision = "float32"
+checkpoint_seconds = 0.0
+[axes]
+method = ["lora", "dora"]
+seed = [0, 1]
+"""
+COMMAND = [sys.executable, "-c", "import sys; from dora_nb.cli import main; sys.exit(main())", "run"]
+
+
+@pytest.fixture
+def grid(tmp_path, tiny_model_dir):
+    "Writes a grid of four runs, or of as many as it is told."
+
+    def make(items=200, **axes):
+        text = GRID.format(model=tiny_model_dir, items=items)
+        for name, values in axes.items():
+            text = "\n".join(
+                f"{name} = {values}" if line.startswith(f"{name} =") else line for line in text.splitlines()
+            )
+        (tmp_path / "grid.toml").write_text(text)
+        return tmp_path / "grid.toml"
+
+    return make
+
+
+def outcome(folder):
+    "Everything that a finished grid says about the science, by run."
+    results, problems = load(folder)
+    assert not problems
+    found = {}
+    for r in results:
+        run_dir = folder / r["run"]
+        steps = [json.loads(line) for line in (run_dir / HISTORY).read_text().splitlines()]
+        assert [s.pop("step") for s in steps] == list(range(1, r["training"]["steps"] + 1))  # no gap and no repeat
+        history = [{k: v for k, v in s.items() if k != "seconds"} for s in steps]
+        adapter = {k: t.tolist() for k, t in load_file(run_dir / "adapter" / "adapter_model.safetensors").items()}
+        metrics = {k: v for k, v in r["metrics"].items() if k != "seconds"}
+        found[r["run"]] = (metrics, pq.read_table(run_dir / PREDICTIONS).to_pylist(), history, adapter)
+        assert not (run_dir / CHECKPOINTS).exists() and not list(run_dir.rglob(".[0-9]*-*"))
+    return found
+
+
+def start(grid, out, *options):
+    "A launcher in a process of its own."
+    return subprocess.Popen(
+        [*COMMAND, str(grid), "--out", str(out), *options], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def holds(p, folder):
+    "Whether a process has a file of a folder open: a kernel holds its run's lock, and its command line names no run."
+    try:
+        return any(str(folder) in f"{link.readlink()}" for link in Path(f"/proc/{p.pid}/fd").iterdir())
+    except OSError:
+        return False
+
+
+def processes(folder):
+    "Processes that work on runs of a folder: papermill's, and the kernels'."
+    papermill, kernels = [], []
+    for p in psutil.process_iter(["cmdline"]):
+        line = " ".join(p.info["cmdline"] or [])
+        if "dora_nb.execute" in line and str(folder) in line:
+            papermill.append(p)
+        elif "ipykernel_launcher" in line and holds(p, folder):
+            kernels.append(p)
+    return {"papermill": papermill, "kernel": kernels}
+
+
+def working(folder):
+    return sum(processes(folder).values(), [])
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_model_dir):
+    "What the grid gives when nobody disturbs it, and how long it takes."
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "grid.toml").write_text(GRID.format(model=tiny_model_dir, items=200))
+    began = time.monotonic()
+    made = run_grid(folder / "grid.toml", folder, workers=2)
+    return outcome(made), time.monotonic() - began
+
+
+def kill_once(grid, out, victim, rng, seconds):
+    "Start a grid, kill something at a random moment with SIGKILL, and let the same command finish the rest."
+    launcher = start(grid, out, "--workers", "2")
+    time.sleep(rng.uniform(0, seconds))
+    targets = (
+        [launcher] if victim == "launcher" else wait_for(lambda: processes(out)[victim] or launcher.poll() is not None)
+    )
+    if targets is not True:  # it had not ended before
+        os.kill(rng.choice(targets).pid, signal.SIGKILL)
+    launcher.communicate(timeout=180)
+    again = start(grid, out, "--workers", "2")
+    _, said = again.communicate(timeout=180)
+    assert again.returncode == 0, said
+    wait_for(lambda: not working(out), 20)
+    return targets is not True
+
+
+@pytest.mark.parametrize("victim", ["launcher", "papermill", "kernel"])
+def test_killed_once(grid, tmp_path, undisturbed, victim):
+    assert kill_once(grid(), tmp_path / "runs", victim, random.Random(victim), undisturbed[1] / 2)
+    assert outcome(tmp_path / "runs" / "tiny") == undisturbed[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(20))
+def test_killed_at_twenty_moments(grid, tmp_path, undisturbed, moment):
+    victim = ("launcher", "papermill", "kernel")[moment % 3]
+    kill_once(grid(), tmp_path / "runs", victim, random.Random(moment), undisturbed[1])
+    assert outcome(tmp_path / "runs" / "tiny") == undisturbed[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_stop(grid, tmp_path, undisturbed, number):
+    "Ctrl-C stops a grid cleanly, with checkpoints; nothing is left running, and it goes on from there."
+    folder = tmp_path / "runs" / "tiny"
+    launcher = start(grid(), tmp_path / "runs", "--workers", "2")
+    wait_for(lambda: [p for p in folder.glob(f"*/{HISTORY}") if len(p.read_text().splitlines()) > 5])
+    launcher.send_signal(number)
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130 and "the same command goes on with the rest" in said
+    assert not working(tmp_path / "runs") and (kept := list(folder.glob(f"*/{CHECKPOINTS}/*")))
+    stopped = {p.parent.parent.name for p in kept}
+    assert "not finished" in load(folder)[1][0]
+    for name in stopped:  # what was made before is not made again: its times stay as they are
+        (folder / name / "before").write_text((folder / name / HISTORY).read_text())
+    run_grid(grid(), tmp_path / "runs", workers=2)
+    assert outcome(folder) == undisturbed[0]
+    longest = 0
+    for name in stopped:
+        before, after = ((folder / name / n).read_text().splitlines() for n in ("before", HISTORY))
+        assert after[: len(before) - 1] == before[:-1]  # the last one may have been cut off in its after_step
+        longest = max(longest, len(before))
+    assert longest > 5
+
+
+def test_two_launchers_share_the_work(grid, tmp_path, undisturbed):
+    both = [start(grid(), tmp_path / "runs", "--workers", "1") for _ in range(2)]
+    said = [p.communicate(timeout=180)[1] for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert outcome(tmp_path / "runs" / "tiny") == undisturbed[0]
+    for name in undisturbed[0]:
+        assert "".join(said).count(f"{name}: running") == 1  # each run was made once
+
+
+def fake(folder, body):
+    "A notebook in the place of finetune.ipynb; `tries` counts how often a run was started."
+    count = "from pathlib import Path\nfile = Path(run_dir) / 'tries'\ntries = len(file.read_text()) if file.exists() else 0\nfile.write_text('x' * (tries + 1))"
+    real = "from dora_nb.runs import config_from, run\nnames = set(config_from({}).__dataclass_fields__)\nrun(config_from({k: v for k, v in globals().items() if k in names}), run_dir)"
+    cells = [nbformat.v4.new_code_cell("run_dir = ''", metadata={"tags": ["parameters"]})]
+    cells += [nbformat.v4.new_code_cell(text) for text in (count, body, real)]
+    meta = {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}
+    path = folder / "fake.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=meta), path)
+    return path
+
+
+def test_deaths_are_tried_again_and_errors_are_not(grid, tmp_path, monkeypatch, capsys):
+    "By method and seed: dies twice, raises, dies always, hangs once."
+    body = """
+import os, signal, time
+if method == "lora" and seed == 0 and tries < 2 or method == "dora" and seed == 0:
+    os.kill(os.getpid(), signal.SIGKILL)
+if method == "lora" and seed == 1:
+    raise KeyError("an error of its own")
+if method == "dora" and seed == 1 and tries == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(1000)
+"""
+    monkeypatch.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, body))
+    monkeypatch.setattr("dora_nb.grid.GRACE", 1)
+    with pytest.raises(Incomplete, match="2 of 4 runs failed"):
+        run_grid(grid(items=8), tmp_path / "runs", workers=2, timeout=45)
+    said = capsys.readouterr().err
+    assert "KeyError: 'an error of its own'" in said and "in try 3 of 3" in said and "took longer than 45 s" in said
+    runs = {(c.method, c.seed): tmp_path / "runs" / "tiny" / run_name(c) for c in load_grid(grid(items=8)).configs}
+    assert {k: len((d / "tries").read_text()) for k, d in runs.items()} == {
+        ("lora", 0): 3,
+        ("lora", 1): 1,
+        ("dora", 0): 3,
+        ("dora", 1): 2,
+    }
+    assert {k for k, d in runs.items() if (d / RESULT).exists()} == {("lora", 0), ("dora", 1)}
+    problems = load(tmp_path / "runs" / "tiny")[1]
+    assert len(problems) == 2 and "KeyError" in "".join(problems) and "kernel died" in "".join(problems)
+
+
+def test_a_loss_that_is_no_number(grid, tmp_path, capsys):
+    text = grid(items=40, method='["lora"]', seed="[0]").read_text().replace("[axes]", "learning_rate = 1e30\n[axes]")
+    (tmp_path / "grid.toml").write_text(text)
+    with pytest.raises(Incomplete):
+        run_grid(tmp_path / "grid.toml", tmp_path / "runs")
+    said = capsys.readouterr().err
+    assert "Diverged: step" in said and "Lower the learning rate" in said
+
+
+@pytest.mark.parametrize("content", ["", '{"schema": 1', '{"schema": 99}', "[]"])
+def test_a_result_that_is_none(grid, tmp_path, content):
+    "It is put aside, and the run is made."
+    file = grid(items=8, method='["lora"]', seed="[0]")
+    run_dir = tmp_path / "runs" / "tiny" / run_name(load_grid(file).configs[0])
+    run_dir.mkdir(parents=True)
+    (run_dir / RESULT).write_text(content)
+    assert len(load(run_dir.parent)[1]) == 1
+    run_grid(file, tmp_path / "runs")
+    assert not load(run_dir.parent)[1] and (run_dir / f"damaged-{RESULT}").read_text() == content
+
+
+def test_a_lost_machine(grid, tmp_path, undisturbed, capsys):
+    "Two nodes of a Ray cluster, one of them lost in mid-run: every run finishes, once."
+    import ray
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        lost, _ = nodes.add_node(num_cpus=1), nodes.add_node(num_cpus=1)
+        ray.init(address=nodes.address, log_to_driver=False)
+
+        def lose():
+            "When both nodes are busy: kernels of Ray's tasks hold locks in temporary folders."
+            wait_for(lambda: len(processes("/dora-nb-")["kernel"]) == 2, 120)
+            nodes.remove_node(lost, allow_graceful=False)
+
+        loser = threading.Thread(target=lose)
+        loser.start()
+        folder = run_grid(grid(), tmp_path / "runs", engine="ray")
+        loser.join()
+        said = capsys.readouterr().err
+        assert outcome(folder) == undisturbed[0]
+        assert said.count("its node was lost") == 1 and said.count("running, try 2 of 3") == 1
+        assert said.count(": done in") == 4
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+def test_names_that_lead_elsewhere(tmp_path):
+    (tmp_path / "link").symlink_to("/")
+    names = ("../x", "/x", "a/../../x", "./x", ".", "", ".lock", "a/.claim", "link/x", "a//x")
+    for name in names:
+        with pytest.raises(ValueError, match="nothing was written"):
+            put_files(tmp_path, {"good": b"", name: b"bad"})
+    assert {p.name for p in tmp_path.iterdir()} == {"link"}
+
+
+def test_nowhere_to_write(grid):
+    with pytest.raises(ValueError, match="cannot be written to.*choose another place with --out"):
+        run_grid(grid(items=8), "/proc/here")
+
+
+def test_a_full_disk(grid, tmp_path, capsys):
+    "Runs fail with the reason, what was finished stays, and with room again the same command does the rest."
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not allowed here")
+    try:
+        file = grid(items=8, method='["lora"]', seed="[0]")
+        run_grid(file, disk)
+        finished = outcome(disk / "tiny")
+        with open(disk / "filler", "wb") as f, pytest.raises(OSError, match="No space left"):
+            while True:
+                f.write(b"0" * 65536)
+                f.flush()
+        file = grid(items=8, method='["lora"]', seed="[0, 1, 2]")
+        with pytest.raises(Incomplete, match="2 of 3"):
+            run_grid(file, disk, workers=1)
+        assert "No space left" in capsys.readouterr().err
+        assert len(load(disk / "tiny")[0]) == 1
+        (disk / "filler").unlink()
+        run_grid(file, disk)
+        after = outcome(disk / "tiny")
+        assert len(after) == 3 and finished.items() <= after.items()
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_disk_that_fills_in_mid_run(grid, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not allowed here")
+    try:
+        body = "with open(Path(run_dir) / 'filler', 'wb') as f:\n    while True:\n        f.write(b'0' * 65536)\n        f.flush()"
+        with pytest.MonkeyPatch.context() as m, pytest.raises(Incomplete):
+            m.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, body))
+            run_grid(grid(items=8, method='["lora"]', seed="[0]"), disk)
+        assert "No space left on device" in capsys.readouterr().err
+        next(disk.rglob("filler")).unlink()
+        assert len(outcome(run_grid(grid(items=8, method='["lora"]', seed="[0]"), disk))) == 1
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_parameters_are_data(grid, tmp_path, monkeypatch):
+    "A hostile string in a grid file stays a string all the way to the kernel."
+    hostile = "x'); open('pwned', 'w') #\"\"\" {0} $(touch pwned) `touch pwned`"
+    text = grid(items=8, method='["base"]', seed="[0]").read_text().splitlines()
+    text = [f"model = {json.dumps(hostile)}" if line.startswith("model") else line for line in text]
+    (tmp_path / "grid.toml").write_text("\n".join(text))
+    body = "(Path(run_dir) / 'model').write_text(model)\nraise SystemExit"
+    monkeypatch.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, body))
+    with pytest.raises(Incomplete):
+        run_grid(tmp_path / "grid.toml", tmp_path / "runs")
+    assert next((tmp_path / "runs").rglob("model")).read_text() == hostile
+    assert not list(Path.cwd().glob("pwned")) and not list(tmp_path.rglob("pwned"))
+
+
+def test_an_estimate_and_a_dry_run(grid, tmp_path, capsys):
+    run_grid(grid(items=8, seed="[0]"), tmp_path / "runs", dry_run=True)
+    said = capsys.readouterr().err
+    assert said.count("to do") == 3 and "left" not in said and not (tmp_path / "runs").exists()
+    run_grid(grid(items=8, seed="[0]"), tmp_path / "runs", workers=2)
+    run_grid(grid(items=8), tmp_path / "runs", dry_run=True)
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("2 done, 2 to do; about ") and said[-1].endswith(" left")
+
+
+@pytest.mark.parametrize("wrong", [dict(workers=0), dict(timeout=-1.0)])
+def test_impossible_options(grid, tmp_path, wrong):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        run_grid(grid(items=8), tmp_path, **wrong)
+
+
+def test_the_error_of_a_try_is_forgotten_when_it_is_done(grid, tmp_path, monkeypatch):
+    file = grid(items=8, method='["lora"]', seed="[0]")
+    with monkeypatch.context() as m, pytest.raises(Incomplete):
+        m.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, "1 / 0"))
+        run_grid(file, tmp_path / "runs")
+    folder = tmp_path / "runs" / "tiny"
+    assert "ZeroDivisionError" in load(folder)[1][0]
+    run_grid(file, tmp_path / "runs")
+    assert not load(folder)[1] and not list(folder.glob(f"*/{ERROR}"))
