@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'FAMILIES', 'WEIGHTS', 'CONFIG', 'matches', 'AdapterConfig', 'find_targets', 'adapter_layers', 'adapt',
-           'remove_adapter', 'trainable_parameters', 'count_parameters', 'write_whole', 'save_adapter', 'load_adapter',
-           'merge', 'unmerge']
+           'remove_adapter', 'trainable_parameters', 'count_parameters', 'write_whole', 'whole', 'save_adapter',
+           'load_adapter', 'merge', 'unmerge']
 
 # %% ../nbs/03_adapt.ipynb #c74ed81b
 import difflib
@@ -333,9 +333,17 @@ def write_whole(
         temporary.unlink(missing_ok=True)
 
 
+def whole(
+    t: Tensor,  # sharded over processes (a DTensor), or not
+) -> Tensor:
+    "All of a tensor; of one that is sharded, every process must ask."
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
 def save_adapter(
     model: nn.Module,  # adapted, merged or not
     path: str | Path,  # folder, made if need be
+    write: bool = True,  # False in all processes but one, where a model is sharded over several
 ) -> Path:  # the folder
     "Save the adapter as PEFT does; with method full, save the model as transformers does."
     path = Path(path)
@@ -346,15 +354,19 @@ def save_adapter(
         raise RuntimeError(
             f"{gated!r} has gates, which PEFT's format cannot hold; dora_nb.rank.close_gates(model) settles them"
         )
-    path.mkdir(parents=True, exist_ok=True)
     if config.method == "full":
-        model.save_pretrained(path)
+        tensors = {n: whole(t.detach()) for n, t in model.state_dict().items()}
+        if write:
+            model.save_pretrained(path, state_dict=tensors)
         return path
     tensors = {
-        f"base_model.model.{name}.{_SUFFIX[key]}": p.detach().contiguous()
+        f"base_model.model.{name}.{_SUFFIX[key]}": whole(p.detach()).contiguous()
         for name, layer in adapter_layers(model).items()
         for key, p in layer.named_parameters(recurse=False)
     }
+    if not write:
+        return path
+    path.mkdir(parents=True, exist_ok=True)
     base_model = getattr(getattr(model, "config", None), "name_or_path", None) or None
     ours = json.dumps({k: getattr(config, k) for k in _OURS})
     write_whole(path / WEIGHTS, lambda p: save_file(tensors, p, metadata={"format": "pt", "dora_nb": ours}))

@@ -17,11 +17,12 @@ from torch import nn
 
 from .tasks import collate, encode_item, encode_text
 from dora_nb.train import (
+    Team,
     autocast,
     choice_logprobs,
-    micro_batches,
     progress_bar,
     resolve_batch_tokens,
+    shares,
     shares_prompts,
 )
 
@@ -72,17 +73,20 @@ def rank_choices(
     max_tokens: int = 2048,  # longest choice; longer ones lose the start of their context
     precision: str = "float32",  # float32, bfloat16 (autocast), or auto
     progress: bool = True,  # show a bar on stderr
+    team: Team | None = None,  # the processes that share the items; each gets the whole answer
 ) -> tuple[dict, list[dict]]:  # acc, stderr, acc_low, acc_high, n, seconds, acc_norm, truncated; and a record per item
     "Rank the choices of every item by log-likelihood, as lm-evaluation-harness does."
-    start, share = time.perf_counter(), shares_prompts(model.eval())
+    start, share, team = time.perf_counter(), shares_prompts(model.eval()), team or Team()
     encoded = [encode_item(tokenizer, item, None, max_tokens, share) for item in items]
-    rows, scores = [r for r, _ in encoded], [None] * len(items)
-    with progress_bar(range(len(items)), "evaluate", "item", progress) as bar, autocast(precision, model.device):
-        for group in micro_batches(range(len(items)), rows, resolve_batch_tokens(batch_tokens, model.device)):
-            batch = collate([rows[i] for i in group], tokenizer.pad_token_id)
-            for i, sums in zip(group, choice_logprobs(model, batch.to(model.device)).tolist()):
-                scores[i] = [s for s in sums if s > -math.inf]
+    rows, scores, pad, device = [r for r, _ in encoded], {}, tokenizer.pad_token_id, model.device
+    groups, idle = shares(range(len(items)), rows, resolve_batch_tokens(batch_tokens, device), team)
+    with progress_bar(range(sum(map(len, groups))), "evaluate", "item", progress) as bar, autocast(precision, device):
+        for group in (*groups, *idle):  # an idle item is asked again, and says the same
+            found = choice_logprobs(model, collate([rows[i] for i in group], pad).to(device)).tolist()
+            scores |= {i: [s for s in sums if s > -math.inf] for i, sums in zip(group, found)}
             bar.update(len(group))
+    scores = dict(pair for part in team.gather(list(scores.items())) for pair in part)
+    scores = [scores[i] for i in range(len(items))]
     records = [_record(item, sums) for item, sums in zip(items, scores)]
     summary = _summary([r["pred"] == r["gold"] for r in records], time.perf_counter() - start)
     return summary | dict(
@@ -118,15 +122,18 @@ def generate_answers(
     progress: bool = True,  # show a bar on stderr
     max_new_tokens: int = 32,  # tokens to generate
     num_beams: int = 4,  # beams
+    team: Team | None = None,  # the processes that share the items; each gets the whole answer
 ) -> tuple[
     dict, list[dict]
 ]:  # acc, stderr, acc_low, acc_high, n, seconds, unparsed (a share), truncated; and a record per item
     "Let the model write an answer, and match it, as the authors do."
-    start = time.perf_counter()
+    start, team = time.perf_counter(), team or Team()
+    if team.sharded:
+        raise RuntimeError("a sharded model cannot generate here; use the protocol loglikelihood")
     encoded = [encode_text(tokenizer, item["contexts"][0]) for item in items]
-    prompts, outputs = [ids[-max_tokens:] for ids in encoded], [""] * len(items)
-    order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
-    with progress_bar(range(len(items)), "generate", "item", progress) as bar, autocast(precision, model.device):
+    prompts, outputs = [ids[-max_tokens:] for ids in encoded], {}
+    order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))[team.rank :: team.size]
+    with progress_bar(range(len(order)), "generate", "item", progress) as bar, autocast(precision, model.device):
         while order:
             width = len(prompts[order[0]])
             size = max(1, (batch_tokens or 4096) // (num_beams * (width + max_new_tokens)))
@@ -139,11 +146,12 @@ def generate_answers(
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
             )
-            for i, text in zip(group, tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)):
-                outputs[i] = text
+            outputs |= zip(group, tokenizer.batch_decode(written[:, width:], skip_special_tokens=True))
             bar.update(len(group))
+    outputs = dict(pair for part in team.gather(list(outputs.items())) for pair in part)
     records = []
-    for item, text in zip(items, outputs):
+    for i, item in enumerate(items):
+        text = outputs[i]
         answers = [c.rsplit(" ", 1)[-1] for c in item["continuations"]]  # the last word of "the correct answer is …"
         records.append(
             dict(doc_index=item["doc_index"], output=text, gold=item["gold"], pred=match_answer(text, answers))

@@ -49,8 +49,8 @@ def execute(
             options = dict(kernel_name="python3", log_output=True, progress_bar=False, config=_configured(sockets))
             papermill.execute_notebook(str(notebook), str(out), params, **options)
         except papermill.PapermillExecutionError as e:
-            if e.ename == "Stopped":
-                return STOPPED
+            if e.ename in ("Stopped", "ProcessDied"):
+                return STOPPED if e.ename == "Stopped" else DIED
             plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(e.traceback))
             with contextlib.suppress(OSError):
                 Path(error).write_text(json.dumps({"error": f"{e.ename}: {e.evalue}", "traceback": plain}))

@@ -212,9 +212,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def default_workers() -> int:
-    "A run for each GPU; without one, a run for every four cores, as more do not share memory and caches well."
-    return len(gpus()) or max(1, cores() // 4)
+def default_workers(
+    processes: int = 1,  # of a run
+) -> int:
+    "As many runs as GPUs allow; without one, a run for every four cores, as more do not share memory and caches well."
+    return len(gpus()) // processes or max(1, cores() // (4 * processes))
 
 
 GRACE = 30.0  # seconds for the last words of a process that is told to stop
@@ -244,8 +246,10 @@ class Local:
         self,
         workers: int | None = None,  # `default_workers()` if None
         timeout: float | None = None,  # seconds for a try of a run; none if None
+        processes: int = 1,  # most that a run has, each with a GPU of its own
     ):
-        self.workers, self.timeout, self.gpus, self.busy = workers or default_workers(), timeout, gpus(), {}
+        self.workers, self.timeout, self.busy = workers or default_workers(processes), timeout, {}
+        self.gpus, self.each = gpus(), processes
 
     @property
     def free(self) -> list[int]:
@@ -254,10 +258,12 @@ class Local:
 
     def start(self, job: Job):
         "Start a run's process; everything it says goes to run.log."
-        slot, threads = self.free[0], str(max(1, cores() // self.workers))
+        slot = self.free[0]
+        threads = str(max(1, cores() // self.workers))
         env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         if self.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+            own = [self.gpus[(slot * self.each + i) % len(self.gpus)] for i in range(job.config.processes)]
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         with open(job.folder / "run.log", "a" if job.tries > 1 else "w") as log:
             quiet = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
             job.process = subprocess.Popen(prepare(job), env=env, **quiet)
@@ -316,7 +322,8 @@ def make_elsewhere(
 ) -> tuple[int, str, dict[str, bytes]]:  # exit status, words if it died, files
     "Make a run in a folder that is thrown away, and bring its files back."
     with tempfile.TemporaryDirectory(prefix="dora-nb-", ignore_cleanup_errors=True) as folder:
-        job, engine = Job(config, Path(folder) / name, tries=1, since=time.monotonic()), Local(1, timeout)
+        job = Job(config, Path(folder) / name, tries=1, since=time.monotonic())
+        engine = Local(1, timeout, config.processes)
         job.folder.mkdir()
         engine.start(job)
         while (outcome := engine.poll(job)) is None:
@@ -345,9 +352,9 @@ class Ray:
         nodes = [int(n[kind]) for n in nodes if n.get(kind)]
         if not nodes:
             raise RuntimeError("no node of this Ray cluster has a CPU or a GPU to give")
-        each = 1 if kind == "GPU" else min(4, *nodes, 4)  # of them, for a run
-        self.task = ray.remote(**{f"num_{kind.lower()}s": each}, max_retries=0)(make_elsewhere)  # `work` tries again
-        self.workers = workers or sum(n // each for n in nodes)
+        self.kind, self.each = f"num_{kind.lower()}s", 1 if kind == "GPU" else min(4, *nodes, 4)  # for a process
+        self.task = ray.remote(max_retries=0)(make_elsewhere)  # `work` tries again
+        self.workers = workers or sum(n // self.each for n in nodes)
 
     @property
     def free(self) -> bool:
@@ -357,7 +364,8 @@ class Ray:
     def start(self, job: Job):
         "Hand a run to the cluster."
         (job.folder / ERROR).unlink(missing_ok=True)
-        job.process = self.task.remote(job.config, job.name, self.timeout)
+        room = {self.kind: self.each * job.config.processes}
+        job.process = self.task.options(**room).remote(job.config, job.name, self.timeout)
         self.running.add(job.name)
 
     def poll(self, job: Job) -> tuple[int, str] | None:
@@ -638,7 +646,12 @@ def run_grid(
     folder = Path(out) / grid.name
     need("papermill", "ipykernel", "matplotlib", "pandas")
     jobs = [Job(config, folder / run_name(config)) for config in grid.configs]
-    board = Board(jobs, workers or default_workers())
+    processes, have = max(config.processes for config in grid.configs), len(gpus())
+    if engine == "local":
+        if have and processes > have:
+            raise ValueError(f"{path}: processes={processes} needs as many GPUs, and there are {have}")
+        workers = workers or default_workers(processes)
+    board = Board(jobs, workers or 1)
     for job in jobs:
         if job.look():
             shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)  # of a process that was killed at the very end
@@ -650,7 +663,7 @@ def run_grid(
         return folder
     _writable(folder)
     if any(job.state != "done" for job in jobs):
-        places = Ray(workers, timeout, address) if engine == "ray" else Local(workers, timeout)
+        places = Ray(workers, timeout, address) if engine == "ray" else Local(workers, timeout, processes)
         board.workers = places.workers
         work(jobs, places, board)
     say(board.summary())

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['OVER_CHOICES', 'OBJECTIVES', 'PRECISIONS', 'scored_only', 'token_logits', 'token_logprobs', 'choice_logprobs',
            'shares_prompts', 'encode_for', 'choice_scores', 'summed_loss', 'terms', 'epoch_batches',
-           'resolve_batch_tokens', 'micro_batches', 'make_batch', 'has_bfloat16', 'resolve_precision', 'autocast',
-           'warmup_and_decay', 'progress_bar', 'TrainConfig', 'all_batches', 'Diverged', 'train_step', 'training_mode',
-           'kept_bytes', 'memory_plan', 'describe', 'counts', 'fitting_step', 'encode_items', 'Checkpoints', 'Stopped',
-           'stoppable', 'Training', 'train']
+           'resolve_batch_tokens', 'micro_batches', 'make_batch', 'Team', 'shares', 'has_bfloat16', 'resolve_precision',
+           'autocast', 'warmup_and_decay', 'progress_bar', 'TrainConfig', 'all_batches', 'Diverged', 'train_step',
+           'training_mode', 'kept_bytes', 'memory_plan', 'describe', 'fitting_step', 'encode_items', 'Checkpoints',
+           'Stopped', 'stoppable', 'Training', 'Story', 'train']
 
 # %% ../nbs/06_train.ipynb #2c6de6b3
 import contextlib
+import datetime
 import hashlib
 import json
 import math
@@ -28,14 +29,16 @@ from pathlib import Path
 
 import datasets
 import torch
+import torch.distributed as dist
 import transformers
-from accelerate import Accelerator
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 
-from .adapt import trainable_parameters, write_whole
+from .adapt import trainable_parameters, whole, write_whole
 from .tasks import Batch, Row, collate, encode_item, pack
 
 # %% ../nbs/06_train.ipynb #9ae2e7d3
@@ -213,6 +216,98 @@ def make_batch(
     "Some items, as a model and a loss want to see them."
     return collate([rows[i] for i in group], pad_id), torch.tensor([gold[i] for i in group])
 
+# %% ../nbs/06_train.ipynb #47a70cb9
+class Team:
+    "The processes that train and evaluate one model together; most often there is one."
+
+    def __init__(self):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun started this process: join the others
+            PartialState(cpu=self.device.type == "cpu", timeout=datetime.timedelta(hours=2))
+        joined = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+        self.sharded = False
+
+    def sum(
+        self,
+        *numbers: float,
+    ) -> list[float]:  # each summed over all processes
+        "Add up numbers over all processes."
+        if self.size == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(
+        self,
+        thing,  # that JSON can hold
+    ) -> list:  # one of each process, by rank
+        "What every process has to say."
+        if self.size == 1:
+            return [thing]
+        mine = torch.frombuffer(bytearray(json.dumps(thing).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(mine)], device=self.device))
+        texts = [mine.new_zeros(max(sizes)) for _ in sizes]
+        dist.all_gather(texts, nn.functional.pad(mine, (0, int(max(sizes)) - len(mine))))
+        return [json.loads(text[:n].cpu().numpy().tobytes()) for text, n in zip(texts, sizes)]
+
+    def agree(
+        self,
+        params: Sequence[nn.Parameter],  # of every process
+    ):
+        "Give all processes the parameters of the first."
+        for p in params if self.size > 1 else ():
+            dist.broadcast(p.data, 0)
+
+    def add_gradients(
+        self,
+        params: Sequence[nn.Parameter],  # that learn
+    ):
+        "Sum the gradients over all processes; those of a sharded model are summed as they are made."
+        if self.size == 1 or self.sharded:
+            return
+        for p in params:
+            if p.grad is None:  # this process had nothing to do
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.flatten() for p in params])
+        dist.all_reduce(flat)
+        for p, part in zip(params, flat.split([p.numel() for p in params])):
+            p.grad.copy_(part.view_as(p))
+
+    def shard(
+        self,
+        model: nn.Module,  # a model of transformers, adapted already; changed in place
+    ):
+        "Leave each process a part of every weight; optimisers must be made after this."
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if self.size == 1:
+            raise RuntimeError("a model can only be sharded over several processes; start them with torchrun")
+        self.agree(list(trainable_parameters(model).values()))
+        blocks = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+        for module in (*blocks, model):
+            fully_shard(module, reshard_after_forward=True)  # so that between passes all parameters are the shards
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # a sum, and not the mean
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        self.sharded = True
+
+# %% ../nbs/06_train.ipynb #0231e909
+def shares(
+    items: Sequence[int],  # of all processes together
+    rows: Sequence[Sequence[Row]],  # the rows of every item
+    batch_tokens: int,  # most inputs a micro-batch
+    team: Team,  # the processes
+) -> tuple[list[list[int]], list[list[int]]]:  # micro-batches of this process; and such as only keep it in step
+    "Cut items into the micro-batches of this process."
+    of = lambda rank: list(micro_batches(items[rank :: team.size], rows, batch_tokens))
+    mine = of(team.rank)
+    most = max(len(of(rank)) for rank in range(team.size)) if team.sharded else 0
+    return mine, [list(items[:1])] * (most - len(mine))
+
 # %% ../nbs/06_train.ipynb #9003bef3
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -312,17 +407,19 @@ class Diverged(FloatingPointError):
 
 def train_step(
     model: nn.Module,  # being trained
-    accelerator: Accelerator,  # runs the backward pass
     groups: Sequence[tuple[Batch, Tensor]],  # micro-batches and their right choices
+    n: int,  # terms of the whole step, other processes' included
     config: TrainConfig,  # objective and precision
-) -> float:  # mean loss of the step
-    "Leave the gradient of one step's mean loss in the parameters."
-    device, n, total = next(model.parameters()).device, sum(terms(batch, config.objective) for batch, _ in groups), 0.0
-    for batch, gold in groups:
-        with autocast(config.precision, device):
-            loss = summed_loss(model, batch.to(device), gold.to(device), config.objective) / n
-        accelerator.backward(loss)
-        total += loss.item()
+    idle: Sequence[tuple[Batch, Tensor]] = (),  # micro-batches that keep a sharded model in step, and count for nothing
+) -> float:  # this process's part of the mean loss
+    "Leave the gradient of one step's mean loss, or of this process's part of it, in the parameters."
+    device, total = next(model.parameters()).device, 0.0
+    for batches, divisor in ((groups, n), (idle, math.inf)):
+        for batch, gold in batches:
+            with autocast(config.precision, device):
+                loss = summed_loss(model, batch.to(device), gold.to(device), config.objective) / divisor
+            loss.backward()
+            total += loss.item()
     return total
 
 # %% ../nbs/06_train.ipynb #5f5b0bf7
@@ -402,31 +499,29 @@ def describe(
     "A memory plan in a line."
     return f"memory: {', '.join(f'{k} {v / 2**20:,.0f} MiB' for k, v in plan.items())}; {sum(plan.values()) / 2**30:.1f} GiB in all"
 
-
-def counts(
-    groups: Sequence[tuple[Batch, Tensor]],  # micro-batches and their right choices
-) -> dict:  # items, tokens, padding (a share of all inputs)
-    "What a step was made of."
-    tokens, inputs = sum(b.tokens for b, _ in groups), sum(b.input_ids.numel() for b, _ in groups)
-    return dict(items=sum(len(gold) for _, gold in groups), tokens=tokens, padding=1 - tokens / inputs)
-
 # %% ../nbs/06_train.ipynb #40f3e797
 def fitting_step(
     model: nn.Module,  # being trained
-    accelerator: Accelerator,  # runs the backward pass
     batch: Sequence[int],  # items of the step
     make: Callable[[list[int]], tuple[Batch, Tensor]],  # items → a micro-batch and its right choices
     rows: Sequence[Sequence[Row]],  # of every item
     config: TrainConfig,  # objective, precision, batch_tokens
-) -> tuple[float, list[tuple[Batch, Tensor]], TrainConfig]:  # mean loss, the micro-batches, and what fitted
-    "Leave the gradient of a step in the parameters, in micro-batches that fit into memory."
+    team: Team,  # the processes that share the items
+) -> tuple[float, list[tuple[Batch, Tensor]], TrainConfig]:  # part of the loss, the micro-batches, and what fitted
+    "Leave the gradient of this process's part of a step in the parameters, in micro-batches that fit into memory."
+    scored = lambda i: sum(len(row.target) for row in rows[i])
+    n = len(batch) if config.objective in OVER_CHOICES else sum(map(scored, batch))
     while True:
-        groups = [make(group) for group in micro_batches(batch, rows, config.batch_tokens)]
+        groups, idle = ([make(g) for g in part] for part in shares(batch, rows, config.batch_tokens, team))
         try:
-            return train_step(model, accelerator, groups, config), groups, config
+            return train_step(model, groups, n, config, idle), groups, config
         except torch.OutOfMemoryError as e:
-            largest = max(b.input_ids.numel() for b, _ in groups)
-            if len(groups) == len(batch):
+            largest = max(b.input_ids.numel() for b, _ in (*groups, *idle))
+            if team.sharded:  # smaller micro-batches here would leave the others waiting
+                raise torch.OutOfMemoryError(
+                    f"a micro-batch of {largest} inputs does not fit into memory; lower batch_tokens ({e})"
+                ) from None
+            if all(b.items == 1 for b, _ in groups):
                 raise torch.OutOfMemoryError(
                     f"not even single items of up to {largest} inputs fit into memory; set gradient_checkpointing=true, or lower max_tokens ({e})"
                 ) from None
@@ -458,6 +553,12 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
     return found | ({"random/cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
+def _of_all(random: dict[str, Tensor], team: Team) -> dict[str, Tensor]:
+    "The random states of all processes, each under its rank."
+    said = team.gather({k: t.tolist() for k, t in random.items()})
+    return {f"{k}/{rank}": torch.tensor(v, dtype=torch.uint8) for rank, of in enumerate(said) for k, v in of.items()}
+
+
 def _checksum(tensors: dict[str, Tensor], *texts: str) -> str:
     digest = hashlib.sha256(json.dumps(texts).encode())
     for name in sorted(tensors):
@@ -477,21 +578,29 @@ def _read(path: Path) -> tuple[str, dict, dict[str, Tensor]]:
     return meta["what"], json.loads(meta["facts"]), tensors
 
 
-def _put_back(tensors: dict[str, Tensor], params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer):
+def _part(t: Tensor, like: Tensor) -> Tensor:
+    "What this process holds of a whole tensor, if `like` is sharded; all of it if not."
+    if t.shape != like.shape or not hasattr(like, "placements"):
+        return t
+    return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)
+
+
+def _put_back(tensors: dict[str, Tensor], params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, rank: int):
     "Give parameters, optimiser and random numbers the state that was written down."
-    state = {}
+    state, numbered = {}, list(params.values())
     for key, t in tensors.items():
         kind, _, name = key.partition("/")
         if kind == "parameter":
-            params[name].data.copy_(t)
+            params[name].data.copy_(_part(t, params[name]))
         elif kind == "optimizer":
             i, _, k = name.partition("/")
-            state.setdefault(int(i), {})[k] = t
+            state.setdefault(int(i), {})[k] = _part(t, numbered[int(i)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(tensors["random/cpu"])
-    device = next(iter(params.values())).device
-    if "random/cuda" in tensors and device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random/cuda"], device)
+    device = numbered[0].device
+    if f"random/cpu/{rank}" in tensors:
+        torch.set_rng_state(tensors[f"random/cpu/{rank}"])
+    if f"random/cuda/{rank}" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors[f"random/cuda/{rank}"], device)
 
 # %% ../nbs/06_train.ipynb #e79d33fd
 class Checkpoints:
@@ -505,11 +614,13 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,  # of these
         every: float = 300.0,  # seconds between two files
         keep: int = 2,  # so many files
+        team: Team | None = None,  # the processes; the first one writes, and all must call the same methods
     ):
         self.folder, self.what, self.params, self.optimizer = folder and Path(folder), what, params, optimizer
-        self.every, self.keep, self.written = every, keep, time.monotonic()
+        self.every, self.keep, self.written, self.team = every, keep, time.monotonic(), team or Team()
         self.facts, self.random, self.device = {"records": []}, {}, next(iter(params.values())).device
-        self.threads = torch.get_num_threads()  # sums are added up in another order with another number
+        # sums are added up in another order with other numbers of these
+        self.by = {"threads": torch.get_num_threads(), "processes": self.team.size}
 
     def mark(self, **facts):
         "This is a moment to go on from: remember the random numbers, and facts that JSON can hold."
@@ -519,42 +630,44 @@ class Checkpoints:
         "Write down the moment that was marked; nothing may have changed since but gradients."
         if self.folder is None or not self.random:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"parameter/{n}": p.detach().contiguous() for n, p in self.params.items()} | self.random
+        tensors = {f"parameter/{n}": whole(p.detach()).contiguous() for n, p in self.params.items()}
         for i, kept in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{i}/{k}": t.contiguous() for k, t in kept.items()}
-        facts = json.dumps(self.facts | {"threads": self.threads})
-        meta = {"what": self.what, "facts": facts, "sha256": _checksum(tensors, self.what, facts)}
-        path = self.folder / f"step-{len(self.facts['records']):08}.safetensors"
-        write_whole(path, lambda p: save_file(tensors, p, meta))
-        for old in sorted(self.folder.glob("step-*.safetensors"))[: -self.keep]:
-            old.unlink()
+            tensors |= {f"optimizer/{i}/{k}": whole(t).contiguous() for k, t in kept.items()}
+        tensors |= _of_all(self.random, self.team)
+        if self.team.rank == 0:
+            facts = json.dumps(self.facts | self.by)
+            meta = {"what": self.what, "facts": facts, "sha256": _checksum(tensors, self.what, facts)}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"step-{len(self.facts['records']):08}.safetensors"
+            write_whole(path, lambda p: save_file(tensors, p, meta))
+            for old in sorted(self.folder.glob("step-*.safetensors"))[: -self.keep]:
+                old.unlink()
         self.written = time.monotonic()
 
-    def write_if_due(self):
-        "Write if the last file is older than `every` seconds."
-        if time.monotonic() - self.written >= self.every:
-            self.write()
+    @property
+    def due(self) -> bool:
+        "Whether the last file is older than `every` seconds."
+        return time.monotonic() - self.written >= self.every
 
     def restore(self) -> dict:
         "Put the newest state back, and return its facts; without one, no records."
         for path in sorted(self.folder.glob("step-*.safetensors"), reverse=True) if self.folder else []:
             try:
                 what, facts, tensors = _read(path)
-            except (ValueError, KeyError, SafetensorError) as e:
+            except (ValueError, KeyError, SafetensorError, FileNotFoundError) as e:
                 warnings.warn(f"{path} is damaged and was deleted ({e}); the one before it serves", stacklevel=2)
-                path.unlink()
+                path.unlink(missing_ok=True)
                 continue
             if what != self.what:
                 raise ValueError(
                     f"{path} is of a training on other items, or set up in another way; delete {path.parent} to start anew"
                 )
-            if (threads := facts.pop("threads")) != self.threads:
-                warnings.warn(
-                    f"going on with {self.threads} threads where {threads} began; the last bits may differ",
-                    stacklevel=2,
-                )
-            _put_back(tensors, self.params, self.optimizer)
+            for name, now in self.by.items():
+                if (then := facts.pop(name)) != now:
+                    warnings.warn(
+                        f"going on with {now} {name} where {then} began; the last bits may differ", stacklevel=2
+                    )
+            _put_back(tensors, self.params, self.optimizer, self.team.rank)
             self.mark(**facts)
             break
         return self.facts
@@ -567,8 +680,11 @@ class Stopped(KeyboardInterrupt):
 class stoppable:
     "A context in which SIGTERM and Ctrl-C raise `Stopped`: at once, or at the end of a block that is held together."
 
-    def __init__(self):
-        self.asked = self.held = False
+    def __init__(
+        self,
+        wait: bool = False,  # only note in `asked` that a signal came
+    ):
+        self.asked, self.held, self.wait = False, wait, wait
 
     def __enter__(self):
         main = threading.current_thread() is threading.main_thread()  # only there may signals be handled
@@ -593,8 +709,8 @@ class stoppable:
         try:
             yield
         finally:
-            self.held = False
-        if self.asked:
+            self.held = self.wait
+        if self.asked and not self.wait:
             raise Stopped("told to stop")
 
 # %% ../nbs/06_train.ipynb #61586971
@@ -607,21 +723,20 @@ class Training:
         tokenizer,  # its tokenizer
         items: datasets.Dataset,  # as `load_task` gives them
         config: TrainConfig,  # how
+        team: Team,  # the processes that share the items of each step
     ):
-        self.accelerator = Accelerator(mixed_precision="no", device_placement=False)  # the model's owner placed it
-        if self.accelerator.num_processes > 1:
-            raise RuntimeError("training in several processes is not supported yet; start a single one")
-        transformers.set_seed(config.seed)
+        transformers.set_seed(config.seed + 1_000_003 * team.rank)  # everyone draws dropout of its own
+        self.model, self.team, device = model, team, next(model.parameters()).device
         self.gold, self.docs, self.pad = items["gold"], items["doc_index"], tokenizer.pad_token_id
-        self.rows, device = (
-            encode_items(tokenizer, items, config, shares_prompts(model)),
-            next(model.parameters()).device,
-        )
+        self.rows = encode_items(tokenizer, items, config, shares_prompts(model))
         self.config = replace(config, batch_tokens=resolve_batch_tokens(config.batch_tokens, device))
         self.batches, self.params = all_batches(self.rows, config), trainable_parameters(model)
+        if not team.sharded:
+            team.agree(list(self.params.values()))
         self.rate = warmup_and_decay(len(self.batches), config.warmup_ratio)
-        optimizer = torch.optim.AdamW(self.params.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.optimizer = torch.optim.AdamW(
+            self.params.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
         self.optimizer.zero_grad()  # of a training of the same model that was stopped
 
     @property
@@ -638,14 +753,18 @@ class Training:
         "Leave the clipped gradient of a step in the parameters; `Diverged` if it is not a number."
         batch, rate = self.batches[step - 1], self.config.learning_rate * self.rate(step - 1)
         make = lambda group: make_batch(self.rows, self.gold, group, self.pad)
-        loss, groups, self.config = fitting_step(self.model, self.accelerator, batch, make, self.rows, self.config)
-        norm = self.accelerator.clip_grad_norm_(self.params.values(), self.config.max_grad_norm).item()
+        loss, groups, self.config = fitting_step(self.model, batch, make, self.rows, self.config, self.team)
+        self.team.add_gradients(list(self.params.values()))
+        made = sum(b.tokens for b, _ in groups), sum(b.input_ids.numel() for b, _ in groups)
+        loss, tokens, inputs = self.team.sum(loss, *made)
+        norm = whole(nn.utils.clip_grad_norm_(self.params.values(), self.config.max_grad_norm)).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(
                 f"step {step} of {len(self.batches)}: loss {loss}, gradient norm {norm}, learning rate {rate:g}; the batch held items {sorted(self.docs[i] for i in batch)}. Lower the learning rate, or look at these items"
             )
         record = dict(step=step, steps=len(self.batches), loss=loss, learning_rate=rate, grad_norm=norm)
-        return record | counts(groups) | dict(batch_tokens=self.config.batch_tokens)
+        share = dict(items=len(batch), tokens=int(tokens), padding=1 - tokens / inputs)
+        return record | share | dict(batch_tokens=self.config.batch_tokens)
 
     def move(
         self,
@@ -658,6 +777,55 @@ class Training:
         self.optimizer.zero_grad()
 
 # %% ../nbs/06_train.ipynb #090a089f
+class Story:
+    "The records of a training, one a step: in memory, in the history's file, and in the checkpoints."
+
+    def __init__(
+        self,
+        training: Training,  # not begun
+        kept: Checkpoints,  # of it; what they hold is gone on from
+        after_step: Callable[[dict], dict | None] | None,  # sees each record, and may return more to record
+    ):
+        facts = {"finished": True, "batch_tokens": training.config.batch_tokens} | kept.restore()
+        self.records, self.finished = facts["records"], facts["finished"]
+        self.training, self.kept, self.after_step = training, kept, after_step
+        fitted = min(facts["batch_tokens"], training.config.batch_tokens)
+        training.config = replace(training.config, batch_tokens=fitted)
+        self.seconds, self.tokens = sum(r["seconds"] for r in self.records[-1:]), sum(r["tokens"] for r in self.records)
+
+    def begin(
+        self,
+        log,  # the history's file, open for writing
+    ):
+        "Write down what an earlier try has done."
+        self.log = log
+        log.writelines(json.dumps(r) + "\n" for r in (self.records if self.finished else self.records[:-1]))
+        if not self.finished:
+            self.finish()
+
+    def _mark(self, finished: bool):
+        fitted = self.training.config.batch_tokens
+        self.kept.mark(records=self.records, batch_tokens=fitted, finished=finished)
+
+    def add(
+        self,
+        record: dict,  # of a step that was made just now
+        seconds: float,  # that it took
+    ):
+        "From now on the step counts, though `after_step` has not seen it yet."
+        self.seconds, self.tokens = self.seconds + seconds, self.tokens + record["tokens"]
+        self.records.append(record | dict(seconds=self.seconds))
+        self._mark(finished=False)
+
+    def finish(self):
+        "What comes after a step, and is not its time."
+        record = self.records[-1]
+        record |= (self.after_step(record) if self.after_step else None) or {}
+        self._mark(finished=True)
+        self.log.write(json.dumps(record) + "\n")
+        self.log.flush()
+
+# %% ../nbs/06_train.ipynb #87fa4744
 def train(
     model: nn.Module,  # adapted, or with all weights trainable; changed in place
     tokenizer,  # its tokenizer
@@ -668,56 +836,44 @@ def train(
     progress: bool = True,  # say what memory it takes; show loss, tokens/s and the time left
     checkpoints: str | Path | None = None,  # a folder; what it holds of this very training is gone on from
     checkpoint_seconds: float = 300.0,  # between two checkpoints; there is one at the end, too
+    team: Team | None = None,  # the processes that train together; the first one writes, shows, and calls `after_step`
 ) -> list[
     dict
 ]:  # a record per step: step, steps, loss, learning_rate, grad_norm, items, tokens, padding, batch_tokens, seconds
     "Train `model`; Diverged names step and items if the loss stops being a number, Stopped says that a signal came."
-    training = Training(model, tokenizer, items, config)
-    kept = Checkpoints(checkpoints, training.what, training.params, training.optimizer, checkpoint_seconds)
-    facts = {"finished": True, "batch_tokens": training.config.batch_tokens} | kept.restore()
-    records, total = facts["records"], len(training.batches)
-    seconds, tokens = sum(r["seconds"] for r in records[-1:]), sum(r["tokens"] for r in records)
-    training.config = replace(
-        training.config, batch_tokens=min(facts["batch_tokens"], training.config.batch_tokens)
-    )  # what fitted
-    mark = lambda **more: kept.mark(records=records, batch_tokens=training.config.batch_tokens, **more)
-
-    def finish(record, log):
-        "What comes after a step, and is not its time."
-        record |= (after_step(record) if after_step else None) or {}
-        mark(finished=True)
-        log.write(json.dumps(record) + "\n")
-        log.flush()
-        kept.write_if_due()
-
+    team = team or Team()
+    first, several = team.rank == 0, team.size > 1
+    training = Training(model, tokenizer, items, config, team)
+    kept = Checkpoints(checkpoints, training.what, training.params, training.optimizer, checkpoint_seconds, team=team)
+    story, total = Story(training, kept, after_step if first else None), len(training.batches)
     with (
         training_mode(model, config.gradient_checkpointing),
-        open(history or os.devnull, "w") as log,
-        stoppable() as signals,
+        open(history if history and first else os.devnull, "w") as log,
+        stoppable(wait=several) as signals,
     ):
-        log.writelines(json.dumps(r) + "\n" for r in (records if facts["finished"] else records[:-1]))
         try:
-            if not facts["finished"]:
-                finish(records[-1], log)
-            if progress:
+            story.begin(log)
+            if progress and first and not team.sharded:
                 print(describe(memory_plan(model, training.rows, training.gold, training.config)), file=sys.stderr)
-            with progress_bar(range(len(records) + 1, total + 1), "train", "step", progress) as bar:
-                last = time.perf_counter()
+            with progress_bar(range(len(story.records) + 1, total + 1), "train", "step", progress and first) as bar:
                 for step in bar:
+                    asked, due = team.sum(several and signals.asked, first and kept.due)
+                    if asked:
+                        raise Stopped("told to stop")
+                    if due:
+                        kept.write()
+                    start = time.perf_counter()
                     record = training.gradient(step)
                     with signals.together():
                         training.move(record["learning_rate"])
-                        seconds += time.perf_counter() - last
-                        records.append(record | dict(seconds=seconds))
-                        mark(finished=False)
-                    finish(records[-1], log)
-                    last = time.perf_counter()
-                    tokens += record["tokens"]
-                    bar.set_postfix_str(f"loss {record['loss']:.3f}, {tokens / seconds:.0f} tokens/s", refresh=False)
+                        story.add(record, time.perf_counter() - start)
+                    story.finish()
+                    speed = f"loss {record['loss']:.3f}, {story.tokens / story.seconds:.0f} tokens/s"
+                    bar.set_postfix_str(speed, refresh=False)
             with signals.together():
                 kept.write()
         except Stopped:
             signals.held = True  # a second signal must not stop the writing
             kept.write()
             raise
-    return records
+    return story.records

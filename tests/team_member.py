@@ -1,0 +1,88 @@
+"One of the processes that `test_team.py` starts with torchrun: trains in every way, and leaves adapters and records."
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dora_nb.adapt import AdapterConfig, adapt, save_adapter, trainable_parameters, whole
+from dora_nb.assets import load_model
+from dora_nb.evaluate import rank_choices
+from dora_nb.tasks import load_task
+from dora_nb.train import Stopped, Team, TrainConfig, train
+
+WAYS = {
+    "dora": dict(),
+    "lora": dict(method="lora"),
+    "full": dict(method="full"),
+    "exact": dict(detach_norm=False),
+    "answer": dict(train=dict(objective="answer", gradient_checkpointing=True)),
+    "dropout": dict(dropout=0.1, stops=True),
+}
+
+
+def fitted(model_dir, out, way, team, shard=False, **keep):
+    "Train, save and ask a model; what came of it."
+    options = dict(WAYS[way])
+    config = TrainConfig(
+        **dict(learning_rate=1e-3, batch_size=8, precision="float32", batch_tokens=256) | options.pop("train", {})
+    )
+    options.pop("stops", None)
+    model, tokenizer = load_model(str(model_dir))
+    torch.manual_seed(team.rank)  # not everywhere the same: the first process is the one that is followed
+    adapt(model, AdapterConfig(**dict(method="dora", rank=4, alpha=8) | options))
+    if shard:
+        team.shard(model)
+    records = train(
+        model, tokenizer, load_task("hellaswag", "train", limit=33), config, progress=False, team=team, **keep
+    )
+    save_adapter(model, out, write=team.rank == 0)
+    metrics, answers = rank_choices(model, tokenizer, load_task("boolq", limit=7), progress=False, team=team)
+    params = {n: whole(p.detach()).clone() for n, p in trainable_parameters(model).items()}
+    said = {"records": [{k: v for k, v in r.items() if k != "seconds"} for r in records], "answers": answers}
+    return params, said
+
+
+def stopped_and_continued(model_dir, out, way, team, shard):
+    "The last process gets a signal in its second step; all stop together, and go on to the same bits."
+    plain, asked = torch.optim.AdamW.step, []
+
+    def step(self, *args):
+        asked.append(1)
+        if len(asked) == 2 and team.rank == team.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *args)
+
+    torch.optim.AdamW.step = step
+    try:
+        fitted(model_dir, out, way, team, shard, checkpoints=out / "checkpoints")
+        raise AssertionError("nobody stopped")
+    except Stopped:
+        pass
+    finally:
+        torch.optim.AdamW.step = plain
+    assert len(asked) == 2 and [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000002.safetensors"]
+    return fitted(model_dir, out, way, team, shard, checkpoints=out / "checkpoints")
+
+
+def main(model_dir, out):
+    team = Team()
+    assert team.size == 2
+    for shard in (False, True):
+        for way in WAYS:
+            folder = out / f"{way}-{'sharded' if shard else 'copied'}"
+            params, said = fitted(model_dir, folder, way, team, shard, checkpoints=folder / "checkpoints")
+            if WAYS[way].get("stops"):
+                again, told = stopped_and_continued(model_dir, folder / "again", way, team, shard)
+                assert told == said and all(torch.equal(again[n], params[n]) for n in params)
+            if team.rank == 0:
+                (folder / "said.json").write_text(json.dumps(said))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
