@@ -22,6 +22,7 @@ name = "faults"
 
 [fixed]
 rank = 8
+batch_size = 8
 alpha = 16.0
 train_items = {train}
 eval_items = {eval}
@@ -98,7 +99,7 @@ def disturb(file, out, workers, faults, pause, rng):
 
 
 def main():
-    options = arguments(__doc__, train=96, eval=48, workers=2, faults=15, pause=45.0, seed=0)
+    options = arguments(__doc__, train=48, eval=32, workers=2, faults=15, pause=30.0, seed=0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "grid.toml").write_text(GRID.format(train=options.train, eval=options.eval))

@@ -1,0 +1,98 @@
+"Writes reports/reliability/report.md from what faults.py, soak.py and the fault tests (pytest --junitxml) left there."
+
+import json
+import re
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from common import table
+
+HERE = Path(__file__).parent.parent / "reports" / "reliability"
+TINY = {  # test → the fault that it injects, and what it checks besides
+    r"test_killed.*(launcher|moments\[(0|3|6|9|12|15|18)\])": "SIGKILL of the launcher at a random moment",
+    r"test_killed.*(papermill|moments\[(1|4|7|10|13|16|19)\])": "SIGKILL of a papermill process at a random moment",
+    r"test_killed.*(kernel|moments\[(2|5|8|11|14|17)\])": "SIGKILL of a kernel at a random moment",
+    r"test_faults.*test_told_to_stop": "Ctrl-C and SIGTERM of the launcher",
+    r"test_two_launchers": "two launchers on one grid at once",
+    r"test_deaths_are_tried": "a process that dies, raises or hangs (timeout), once and always",
+    r"test_a_lost_machine": "a Ray node killed in mid-run",
+    r"test_a_full_disk": "a full disk before the start (tmpfs)",
+    r"test_a_disk_that_fills": "a disk that fills in mid-run (tmpfs)",
+    r"test_nowhere_to_write": "an output folder that cannot be written to",
+    r"test_a_result_that_is_none": "a result.json that is empty, truncated, or foreign",
+    r"test_a_loss_that_is_no_number": "a loss that is no number",
+    r"test_parameters_are_data": "parameters that are code",
+    r"test_names_that_lead_elsewhere": "file names from another machine that lead out of the folder",
+    r"test_a_damaged_checkpoint": "a checkpoint that is empty, truncated, or has a bit flipped",
+    r"test_stopped_at_any_moment": "SIGTERM at random moments of a training (three each, eight trainings)",
+    r"test_stopped_in_the_middle": "SIGTERM and SIGINT inside a step",
+    r"test_out_of_memory_halves": "out of memory, which halves the micro-batch",
+    r"test_team.*test_a_process_is_killed": "SIGKILL of one of two processes of a run, or of their kernel",
+    r"test_team.*test_told_to_stop": "SIGTERM of a run of two processes",
+    r"test_team.*test_an_error_in_one": "an error in a run of two processes",
+    r"test_damage_is_noticed|test_a_damaged_file|test_a_wrong_checksum": "a cached or fetched file that is damaged",
+}
+
+
+def tests_from(paths):
+    "Fault → how often it was injected and how often its test failed, from pytest's XML."
+    found = {}
+    for path in paths:
+        for case in ET.parse(path).getroot().iter("testcase"):
+            name = f"{case.get('classname')}::{case.get('name')}"
+            fault = next((words for pattern, words in TINY.items() if re.search(pattern, name)), None)
+            if fault is None or case.find("skipped") is not None:
+                continue
+            times, failed = found.get(fault, (0, 0))
+            found[fault] = times + 1, failed + (case.find("failure") is not None or case.find("error") is not None)
+    return found
+
+
+def main(junit=()):
+    if junit:
+        (HERE / "tests.json").write_text(json.dumps(tests_from(junit), indent=1))
+    tests, faults, soak = (json.loads((HERE / f"{n}.json").read_text()) for n in ("tests", "faults", "soak"))
+    injected = [
+        {"fault": fault, "times injected": tests[fault][0], "tests that found something lost or wrong": tests[fault][1]}
+        for fault in TINY.values()
+        if fault in tests
+    ]
+    missing = sorted(set(TINY.values()) - set(tests))
+    options, (calm, stormy) = faults["options"], faults["seconds"]
+    times = sum(r["times"] for r in faults["rows"])
+    same = sum(r["undisturbed"] == r["disturbed"] for r in faults["accuracy"])
+    where = faults["machine"]
+    text = f"""# Reliability
+
+*Faults, injected on purpose: nothing finished may be lost, nothing half-done may count, and what comes out must be what an undisturbed grid gives. This page is written by `python benchmarks/report_reliability.py` from the JSON files beside it; `make reliability` makes them anew.*
+
+## The real model
+
+SmolLM2-135M-Instruct on three tasks, two methods and two seeds ({len(faults["accuracy"])} runs, {options["train"]} training and {options["eval"]} validation items each, dropout on, {options["workers"]} at a time, a checkpoint every 5 s) was made once undisturbed and once while something was killed about every {options["pause"]:.0f} s, {times} times in all. "Wrong" compares every run's metrics, answers (log-likelihoods to the last bit), history and adapter file with the undisturbed grid's; "lost or made again" compares each result.json that existed when the fault came with the one at the end, byte by byte.
+
+{table(faults["rows"], faults["columns"])}
+
+{same} of {len(faults["accuracy"])} accuracies are equal, {len(faults["wrong"])} runs differ in anything at all, {faults["processes_left"]} processes were left behind. The undisturbed grid took {calm / 60:.0f} min, the disturbed one {stormy / 60:.0f} min. ({where["device"]}, {where["count"]} threads, torch {where["torch"]}; `benchmarks/faults.py`.)
+
+{table([r | {"disturbed": f"{r['disturbed']:.4f}", "undisturbed": f"{r['undisturbed']:.4f}"} for r in faults["accuracy"]], ["run", "undisturbed", "disturbed"])}
+
+## Tiny models, every fault
+
+The tests of the same name in `tests/` (the twenty random moments behind `make test-slow`). Each fails if the final table differs from an undisturbed one, if a finished run is made again, or if a process is left.
+
+{table(injected, list(injected[0]))}
+{f"Not run this time: {', '.join(missing)}." if missing else ""}
+## A soak
+
+{soak["rows"][0]["runs"]} runs of a model that takes no time, so that nearly all of it is start-up: what the launcher adds, what it holds, what it leaves.
+
+{table([{"": k, "value": v} for k, v in soak["rows"][0].items()], ["", "value"])}
+
+The target was 10 % over bare papermill calls, as many at a time, measured before and after.
+"""
+    (HERE / "report.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
