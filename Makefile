@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help reproduce test test-slow speed notebooks readme clean
+.PHONY: help reproduce test test-slow speed reliability notebooks readme clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,6 +35,12 @@ speed: $(READY) ## every benchmark, an hour on two cores, and reports/speed/repo
 	for name in step where memory train evaluate inference growth curvature; do \
 	  $(BIN)/python -W ignore benchmarks/$$name.py --out reports/speed/$$name.json || exit 1; done
 	$(BIN)/python benchmarks/report.py
+
+reliability: $(READY) ## every fault, a real grid that is killed, a soak, an hour; and reports/reliability/report.md
+	$(BIN)/python -m pytest tests -m 'slow or not slow' -k 'faults or team or train or assets' --junitxml reports/reliability/tests.xml
+	for name in faults soak; do \
+	  $(BIN)/python -W ignore benchmarks/$$name.py --out reports/reliability/$$name.json || exit 1; done
+	$(BIN)/python benchmarks/report_reliability.py reports/reliability/tests.xml
 
 notebooks: $(READY) ## format, export and clean: run after editing a notebook
 	$(BIN)/ruff format -q nbs tests benchmarks setup.py

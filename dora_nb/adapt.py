@@ -339,7 +339,7 @@ def whole(
     "All of a tensor; of one that is sharded, every process must ask."
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
-
+# %% ../nbs/03_adapt.ipynb #06fc42ae
 def save_adapter(
     model: nn.Module,  # adapted, merged or not
     path: str | Path,  # folder, made if need be

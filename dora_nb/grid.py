@@ -187,7 +187,7 @@ class Job:
             self.claim.release()
             self.claim = None
 
-
+# %% ../nbs/13_grid.ipynb #bb10af94
 def prepare(
     job: Job,  # claimed
 ) -> list[str]:  # the command of its process
@@ -625,7 +625,7 @@ def _writable(folder: Path):
     except OSError as e:
         raise ValueError(f"{folder} cannot be written to ({e.strerror}); choose another place with --out") from None
 
-
+# %% ../nbs/13_grid.ipynb #63c731f9
 def run_grid(
     path: str | Path,  # a grid file
     out: str | Path = "runs",  # the grid's folder is made in here

@@ -355,7 +355,7 @@ def _ends(hessian: dict) -> dict:
         "trace": f"{hessian['trace']:.3g} ± {hessian['trace_error']:.2g}",
     }
 
-
+# %% ../nbs/14_report.ipynb #ad68f6c4
 def curvature_table(
     rows: pd.DataFrame,  # as `curvature_rows` makes them
 ) -> pd.DataFrame:  # text, a row per run, probe and block whose Hessian was probed

@@ -58,7 +58,7 @@ from .curvature import check_blocks, probe
 from .evaluate import PROTOCOLS, evaluate, format_of
 from .lora import PLANS
 from .tasks import FORMATS, SPLITS, load_task
-from .train import OVER_CHOICES, PRECISIONS, Team, TrainConfig, resolve_precision, stoppable, train
+from .train import OVER_CHOICES, PRECISIONS, Team, TrainConfig, resolve_precision, shard, stoppable, train
 
 # %% ../nbs/11_runs.ipynb #f33ee6d9
 RUN_METHODS = ("base", *METHODS)
@@ -100,6 +100,18 @@ def _check_values(config):
                 f"{name}={getattr(config, name)} must be at least 1"
                 + (", or left out" if name in ("train_items", "eval_items", "batch_tokens") else "")
             )
+
+
+def _check_together(config):
+    "What does not go together in a run."
+    if not config.checkpoint_seconds >= 0:
+        raise ValueError(f"checkpoint_seconds={config.checkpoint_seconds} must be at least 0")
+    if config.fsdp and (config.processes == 1 or config.probe or config.protocol == "generate"):
+        raise ValueError("fsdp=true needs processes of 2 or more, and goes neither with probe nor with generate")
+    if config.probe and config.objective not in OVER_CHOICES:
+        raise ValueError(
+            f"probe=true needs an objective over choices ({', '.join(OVER_CHOICES)}), not {config.objective!r}"
+        )
 
 
 def _patterns(ranks: str) -> dict[str, dict]:
@@ -167,14 +179,7 @@ class RunConfig:
     def __post_init__(self):
         _check_values(self)
         self.adapter(), self.training()
-        if not self.checkpoint_seconds >= 0:
-            raise ValueError(f"checkpoint_seconds={self.checkpoint_seconds} must be at least 0")
-        if self.fsdp and (self.processes == 1 or self.probe or self.protocol == "generate"):
-            raise ValueError("fsdp=true needs processes of 2 or more, and goes neither with probe nor with generate")
-        if self.probe and self.objective not in OVER_CHOICES:
-            raise ValueError(
-                f"probe=true needs an objective over choices ({', '.join(OVER_CHOICES)}), not {self.objective!r}"
-            )
+        _check_together(self)
 
     def adapter(self) -> AdapterConfig | None:
         "How the model is adapted; None for the base model."
@@ -414,7 +419,7 @@ def _fit(config: RunConfig, model, tokenizer, run_dir: Path, progress: bool, tea
     adapt(model, config.adapter())
     trainable, total = count_parameters(model)
     if config.fsdp:
-        team.shard(model)
+        shard(model, team)
     look = _prober(config, model, tokenizer, run_dir) if config.probe and team.rank == 0 else None
     keep = dict(checkpoints=run_dir / CHECKPOINTS, checkpoint_seconds=config.checkpoint_seconds, team=team)
     start = time.perf_counter()
@@ -544,7 +549,7 @@ def _there(config: RunConfig, run_dir: Path) -> dict | None:
     os.replace(run_dir / RESULT, run_dir / f"damaged-{RESULT}")
     return None
 
-
+# %% ../nbs/11_runs.ipynb #477beae7
 def _is_damaged(run_dir: Path) -> bool:
     try:
         return not read_result(run_dir)

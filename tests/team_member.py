@@ -13,7 +13,7 @@ from dora_nb.adapt import AdapterConfig, adapt, save_adapter, trainable_paramete
 from dora_nb.assets import load_model
 from dora_nb.evaluate import rank_choices
 from dora_nb.tasks import load_task
-from dora_nb.train import Stopped, Team, TrainConfig, train
+from dora_nb.train import Stopped, Team, TrainConfig, shard, train
 
 WAYS = {
     "dora": dict(),
@@ -25,7 +25,7 @@ WAYS = {
 }
 
 
-def fitted(model_dir, out, way, team, shard=False, **keep):
+def fitted(model_dir, out, way, team, sharded=False, **keep):
     "Train, save and ask a model; what came of it."
     options = dict(WAYS[way])
     config = TrainConfig(
@@ -35,8 +35,8 @@ def fitted(model_dir, out, way, team, shard=False, **keep):
     model, tokenizer = load_model(str(model_dir))
     torch.manual_seed(team.rank)  # not everywhere the same: the first process is the one that is followed
     adapt(model, AdapterConfig(**dict(method="dora", rank=4, alpha=8) | options))
-    if shard:
-        team.shard(model)
+    if sharded:
+        shard(model, team)
     records = train(
         model, tokenizer, load_task("hellaswag", "train", limit=33), config, progress=False, team=team, **keep
     )
@@ -47,7 +47,7 @@ def fitted(model_dir, out, way, team, shard=False, **keep):
     return params, said
 
 
-def stopped_and_continued(model_dir, out, way, team, shard):
+def stopped_and_continued(model_dir, out, way, team, sharded):
     "The last process gets a signal in its second step; all stop together, and go on to the same bits."
     plain, asked = torch.optim.AdamW.step, []
 
@@ -59,25 +59,25 @@ def stopped_and_continued(model_dir, out, way, team, shard):
 
     torch.optim.AdamW.step = step
     try:
-        fitted(model_dir, out, way, team, shard, checkpoints=out / "checkpoints")
+        fitted(model_dir, out, way, team, sharded, checkpoints=out / "checkpoints")
         raise AssertionError("nobody stopped")
     except Stopped:
         pass
     finally:
         torch.optim.AdamW.step = plain
     assert len(asked) == 2 and [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000002.safetensors"]
-    return fitted(model_dir, out, way, team, shard, checkpoints=out / "checkpoints")
+    return fitted(model_dir, out, way, team, sharded, checkpoints=out / "checkpoints")
 
 
 def main(model_dir, out):
     team = Team()
     assert team.size == 2
-    for shard in (False, True):
+    for sharded in (False, True):
         for way in WAYS:
-            folder = out / f"{way}-{'sharded' if shard else 'copied'}"
-            params, said = fitted(model_dir, folder, way, team, shard, checkpoints=folder / "checkpoints")
+            folder = out / f"{way}-{'sharded' if sharded else 'copied'}"
+            params, said = fitted(model_dir, folder, way, team, sharded, checkpoints=folder / "checkpoints")
             if WAYS[way].get("stops"):
-                again, told = stopped_and_continued(model_dir, folder / "again", way, team, shard)
+                again, told = stopped_and_continued(model_dir, folder / "again", way, team, sharded)
                 assert told == said and all(torch.equal(again[n], params[n]) for n in params)
             if team.rank == 0:
                 (folder / "said.json").write_text(json.dumps(said))

@@ -24,7 +24,7 @@ from dora_nb.execute import DIED
 from dora_nb.grid import Job, Local, default_workers, notebook, run_grid
 from dora_nb.runs import CHECKPOINTS, ERROR, HISTORY, RESULT, RunConfig, run, run_id
 from dora_nb.tasks import load_task
-from dora_nb.train import Team
+from dora_nb.train import Team, shard
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_never_one_where_two_were_asked(model_dir, tmp_path, monkeypatch):
         run(small(model_dir, processes=1), tmp_path)
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="can only be sharded over several processes"):
-        Team().shard(None)
+        shard(None, Team())
 
 
 def test_settings(model_dir, monkeypatch, tmp_path):
