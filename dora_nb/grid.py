@@ -340,6 +340,7 @@ class Ray:
         workers: int | None = None,  # at a time; as many as the cluster has room for if None
         timeout: float | None = None,  # seconds for a try of a run; none if None
         address: str | None = None,  # of a cluster; a new one on this machine if None
+        processes: int = 1,  # most that a run has, each with a GPU of its own
     ):
         need("ray", extra="ray")
         import ray
@@ -352,9 +353,11 @@ class Ray:
         nodes = [int(n[kind]) for n in nodes if n.get(kind)]
         if not nodes:
             raise RuntimeError("no node of this Ray cluster has a CPU or a GPU to give")
-        self.kind, self.each = f"num_{kind.lower()}s", 1 if kind == "GPU" else min(4, *nodes, 4)  # for a process
-        self.task = ray.remote(max_retries=0)(make_elsewhere)  # `work` tries again
-        self.workers = workers or sum(n // self.each for n in nodes)
+        each = processes if kind == "GPU" else min(4, *nodes, 4)  # of them, for a run
+        if each > max(nodes):
+            raise ValueError(f"processes={processes} needs as many GPUs on one node, and there are {max(nodes)}")
+        self.task = ray.remote(**{f"num_{kind.lower()}s": each}, max_retries=0)(make_elsewhere)  # `work` tries again
+        self.workers = workers or sum(n // each for n in nodes)
 
     @property
     def free(self) -> bool:
@@ -364,8 +367,7 @@ class Ray:
     def start(self, job: Job):
         "Hand a run to the cluster."
         (job.folder / ERROR).unlink(missing_ok=True)
-        room = {self.kind: self.each * job.config.processes}
-        job.process = self.task.options(**room).remote(job.config, job.name, self.timeout)
+        job.process = self.task.remote(job.config, job.name, self.timeout)
         self.running.add(job.name)
 
     def poll(self, job: Job) -> tuple[int, str] | None:
@@ -663,7 +665,7 @@ def run_grid(
         return folder
     _writable(folder)
     if any(job.state != "done" for job in jobs):
-        places = Ray(workers, timeout, address) if engine == "ray" else Local(workers, timeout, processes)
+        places = Ray(workers, timeout, address, processes) if engine == "ray" else Local(workers, timeout, processes)
         board.workers = places.workers
         work(jobs, places, board)
     say(board.summary())
