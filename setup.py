@@ -10,7 +10,9 @@ here = Path(__file__).parent
 ini = configparser.ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-runs, ray, dev = (shlex.split(cfg[f"{extra}_requirements"]) for extra in ("runs", "ray", "dev"))
+runs, ray, compress, dev = (
+    shlex.split(cfg[f"{extra}_requirements"]) for extra in ("runs", "ray", "compress", "dev")
+)
 
 setup(
     name=cfg["lib_name"],
@@ -25,7 +27,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg["requirements"]),
-    extras_require={"runs": runs, "ray": runs + ray, "dev": runs + ray + dev},
+    extras_require={"runs": runs, "ray": runs + ray, "compress": compress, "dev": runs + ray + compress + dev},
     # The papermill notebooks travel inside the package, so that `dora-nb run` works from a wheel too.
     packages=["dora_nb", "dora_nb.notebooks"],
     package_dir={"dora_nb.notebooks": "nbs/runs"},

@@ -113,7 +113,7 @@ def find_targets(
         found = {
             n: m
             for n, m in modules.items()
-            if type(m) is nn.Linear
+            if (type(m) is nn.Linear or hasattr(m, "stored"))
             and m is not head
             and n.rpartition(".")[2] not in ("score", "classifier")
             and not isinstance(modules[n.rpartition(".")[0]], nn.TransformerEncoderLayer)
@@ -136,9 +136,9 @@ def find_targets(
             )
         found |= dict.fromkeys(hits)
     for name in found:
-        if type(modules[name]) is not nn.Linear:  # subclasses may do something else with their weight
+        if type(modules[name]) is not nn.Linear and not hasattr(modules[name], "stored"):  # subclasses may do anything
             raise ValueError(
-                f"target_modules: {name!r} is of type {type(modules[name]).__name__}; only torch.nn.Linear can be adapted"
+                f"target_modules: {name!r} is of type {type(modules[name]).__name__}; only torch.nn.Linear, and dora_nb's compressed layers, can be adapted"
             )
         if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
             raise ValueError(
@@ -444,6 +444,10 @@ def load_adapter(
 def _plain(name: str, layer: LoRALinear, model: nn.Module) -> nn.Linear:
     "A linear layer with the merged weight and the same bias."
     base = layer.base_layer
+    if getattr(base, "pruned", 0):
+        raise RuntimeError(
+            f"{name!r} is pruned ({base.pruned:.0%} zeros), and merging would fill its zeros; use the adapter unmerged"
+        )
     if sum(p is base.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
         raise RuntimeError(
             f"{name!r} shares its weight with another layer (tied embeddings); merged, the two would differ, and a saved checkpoint would tie them again. Use the adapter unmerged, or untie the model before adapting it"

@@ -101,18 +101,20 @@ def kept_scale(
     look: bool = True,  # at contents too, and not only at counts
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # (out,) each
     "n, g = m/n and g − 1 (None unless it is small), without a graph, as they are kept."
-    W0, A, B, m = layer.base_layer.weight, layer.lora_A, layer.lora_B, layer.magnitude
-    spread = lambda: W0.gather(1, _columns(*W0.shape))[:, 0].to(m.dtype)  # one entry of every row
+    base, A, B, m = layer.base_layer, layer.lora_A, layer.lora_B, layer.magnitude
+    stored = base.stored if hasattr(base, "stored") else (base.weight,)  # what W₀ is made from, or itself
+    spread = lambda: stored[0].gather(1, _columns(*stored[0].shape))[:, 0].to(m.dtype)  # one entry of every row
     update = lambda: B @ (A @ _probe(A.shape[1], A.dtype))
 
     def make():
-        squared = layer._rows.get((W0,), spread, lambda: row_norm(W0.to(m.dtype)) ** 2, look=True)
+        W0 = base.weight
+        squared = layer._rows.get(stored, spread, lambda: row_norm(W0.to(m.dtype)) ** 2, look=True)
         n = factored_norm(W0, A, B, layer.scaling, squared)
         g = torch.where(m == 0, 1e-18, m / n)  # the gradient of m divides by it
         return n, g, g - 1 if g.is_cpu and (g - 1).abs().max() < 0.5 else None  # asking a GPU would mean to wait for it
 
     contents = lambda: torch.cat([update(), m, spread()])
-    return layer._scale.get((A, B, m, W0), contents, make, look, _steps)
+    return layer._scale.get((A, B, m, *stored), contents, make, look, _steps)
 
 # %% ../nbs/02_dora.ipynb #b2948d56
 class DoRALinear(LoRALinear):
