@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 from common import arguments, finish
+from safetensors.torch import load_file
 
 from dora_nb.grid import load_grid
 from dora_nb.runs import HISTORY, PREDICTIONS, RESULT, load, run_name
@@ -22,7 +23,7 @@ name = "faults"
 
 [fixed]
 rank = 8
-batch_size = 8
+batch_size = 4
 alpha = 16.0
 train_items = {train}
 eval_items = {eval}
@@ -60,12 +61,13 @@ def what_it_found(folder):
     assert not problems, problems
     found = {}
     for r in results:
+        adapter = folder / r["run"] / "adapter" / "adapter_model.safetensors"
         steps = [json.loads(line) for line in (folder / r["run"] / HISTORY).read_text().splitlines()]
         found[r["run"]] = dict(
             metrics={k: v for k, v in r["metrics"].items() if k != "seconds"},
             answers=pq.read_table(folder / r["run"] / PREDICTIONS).to_pylist(),
             history=[{k: v for k, v in s.items() if k != "seconds"} for s in steps],
-            adapter=digest(folder / r["run"] / "adapter" / "adapter_model.safetensors"),
+            adapter={k: t.tolist() for k, t in load_file(adapter).items()},
         )
     return found
 
@@ -99,7 +101,7 @@ def disturb(file, out, workers, faults, pause, rng):
 
 
 def main():
-    options = arguments(__doc__, train=48, eval=32, workers=2, faults=15, pause=30.0, seed=0)
+    options = arguments(__doc__, train=24, eval=24, workers=2, faults=15, pause=20.0, seed=0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "grid.toml").write_text(GRID.format(train=options.train, eval=options.eval))

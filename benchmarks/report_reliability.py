@@ -69,7 +69,7 @@ def main(junit=()):
 
 ## The real model
 
-SmolLM2-135M-Instruct on three tasks, two methods and two seeds ({len(faults["accuracy"])} runs, {options["train"]} training and {options["eval"]} validation items each, dropout on, {options["workers"]} at a time, a checkpoint every 5 s) was made once undisturbed and once while something was killed about every {options["pause"]:.0f} s, {times} times in all. "Wrong" compares every run's metrics, answers (log-likelihoods to the last bit), history and adapter file with the undisturbed grid's; "lost or made again" compares each result.json that existed when the fault came with the one at the end, byte by byte.
+SmolLM2-135M-Instruct on three tasks, two methods and two seeds ({len(faults["accuracy"])} runs, {options["train"]} training and {options["eval"]} validation items each, dropout on, {options["workers"]} at a time, a checkpoint every 5 s) was made once undisturbed and once while something was killed about every {options["pause"]:.0f} s, {times} times in all. "Wrong" compares every run's metrics, answers (log-likelihoods to the last bit), history and adapter with the undisturbed grid's; "lost or made again" compares each result.json that existed when the fault came with the one at the end, byte by byte.
 
 {table(faults["rows"], faults["columns"])}
 

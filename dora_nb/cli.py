@@ -256,13 +256,15 @@ def run_options(p: argparse.ArgumentParser):
         "--engine", choices=("local", "ray"), default="local", help="processes here, or tasks of Ray (default: local)"
     )
     p.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster (default: a new one on this machine)")
+    p.add_argument("--known", metavar="DIR", help="a report's folder: the runs whose results it holds are not made")
 
 
 def run_command(args: argparse.Namespace):
     "Make the runs of a grid that are missing, and print where they are."
     from dora_nb.grid import run_grid
 
-    print(run_grid(args.grid, args.out, args.dry_run, args.workers, args.timeout, args.engine, args.address))
+    options = {k: getattr(args, k) for k in ("dry_run", "workers", "timeout", "engine", "address", "known")}
+    print(run_grid(args.grid, args.out, **options))
 
 # %% ../nbs/15_cli.ipynb #0947b1de
 def report_options(p: argparse.ArgumentParser):
@@ -281,7 +283,8 @@ def report_command(args: argparse.Namespace):
     from dora_nb.grid import need
 
     need("matplotlib", "pandas", "tabulate")
-    from dora_nb.report import RESULTS, collect, render
+    from dora_nb.grid import RESULTS
+    from dora_nb.report import collect, render
 
     out = Path(args.out or Path("reports") / Path(args.runs).name)
     if (Path(args.runs) / RESULTS).exists():  # gathered already

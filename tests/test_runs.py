@@ -270,6 +270,30 @@ def test_a_grid_from_start_to_report(grid, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "again" / "report.md").read_text().splitlines()[2:] == page.splitlines()[2:]
 
 
+def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys):
+    "A grid made in two places, or on two days: the report keeps what it has and takes what is new."
+    from dora_nb.report import collect, read_report
+
+    whole = grid.read_text()
+    grid.write_text(whole + '\n[[exclude]]\nmethod = "lora"\n')
+    collect(run_grid(grid, tmp_path / "monday"), tmp_path / "report", grid)
+    assert len(read_report(tmp_path / "report")[0]) == 2
+    grid.write_text(whole)
+    capsys.readouterr()
+    folder = run_grid(grid, tmp_path / "tuesday", known=tmp_path / "report")
+    assert len(list(folder.iterdir())) == 1 and capsys.readouterr().err.count(": running") == 1
+    collect(folder, tmp_path / "report", grid)
+    results, problems, predictions, history, _ = read_report(tmp_path / "report")
+    names = {run_name(c) for c in load_grid(grid).configs}
+    assert {r["run"] for r in results} == set(predictions.run) == names and len(results) == 3 and not problems
+    assert set(history.run) == {n for n in names if "base" not in n} and len(predictions) == 18
+    collect(folder, tmp_path / "report")  # without a grid: what is in the folder, and nothing else
+    assert len(read_report(tmp_path / "report")[0]) == 1
+    (tmp_path / "report" / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="results.json is damaged"):
+        run_grid(grid, tmp_path / "tuesday", known=tmp_path / "report")
+
+
 def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
     text = grid.read_text().replace("set = { learning_rate = 2e-3 }", 'set = { target_modules = "no_such_layer" }')
     grid.write_text(text)
