@@ -275,7 +275,7 @@ def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys):
     from dora_nb.report import collect, read_report
 
     whole = grid.read_text()
-    grid.write_text(whole + '\n[[exclude]]\nmethod = "lora"\n')
+    grid.write_text(whole + '\n[[exclude]]\ntask = "winogrande"\n')
     collect(run_grid(grid, tmp_path / "monday"), tmp_path / "report", grid)
     assert len(read_report(tmp_path / "report")[0]) == 2
     grid.write_text(whole)
