@@ -26,7 +26,7 @@ reproduce: $(READY) ## LoRA against DoRA on three tasks, from nothing to reports
 	$(BIN)/dora-nb report runs/quick --grid reports/quick/grid.toml --out reports/quick
 
 test: $(READY) ## everything that CI runs
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 test-slow: $(READY) ## faults at many moments, minutes each
 	$(BIN)/python -m pytest tests -m slow

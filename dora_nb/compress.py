@@ -171,8 +171,10 @@ def prune_(
     W = linear.weight.data
     worth = W.abs() if norms is None else W.abs() * norms.to(W.dtype)
     worth = worth.view(1, -1) if norms is None else worth
-    least = worth.topk(round(share * worth.shape[1]), 1, largest=False).indices
-    W.view(worth.shape).scatter_(1, least, 0)
+    if k := round(share * worth.shape[1]):
+        edge = worth.kthvalue(k, 1, keepdim=True).values
+        below, at = worth < edge, worth == edge
+        W.view(worth.shape)[below | at & (at.cumsum(1) <= k - below.sum(1, keepdim=True))] = 0
     linear.pruned = share
 
 # %% ../nbs/10_compress.ipynb #b5bdca8f
