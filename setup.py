@@ -10,9 +10,7 @@ here = Path(__file__).parent
 ini = configparser.ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-runs, ray, compress, dev = (
-    shlex.split(cfg[f"{extra}_requirements"]) for extra in ("runs", "ray", "compress", "dev")
-)
+runs, ray, compress, dev = (shlex.split(cfg[f"{extra}_requirements"]) for extra in ("runs", "ray", "compress", "dev"))
 
 setup(
     name=cfg["lib_name"],

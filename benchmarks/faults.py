@@ -128,7 +128,7 @@ def main():
                 "times": len(these),
                 "runs done when it came": ", ".join(str(len(f["done"])) for f in these),
                 "finished runs lost or made again": sum(now[n] != was for f in these for n, was in f["done"].items()),
-                "wrong": len(wrong),
+                "runs under way that ended wrong": sum(n not in f["done"] for f in these for n in wrong),
             }
         )
     accuracy = [

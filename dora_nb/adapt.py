@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'FAMILIES', 'WEIGHTS', 'CONFIG', 'matches', 'AdapterConfig', 'find_targets', 'adapter_layers', 'adapt',
-           'remove_adapter', 'trainable_parameters', 'count_parameters', 'write_whole', 'whole', 'save_adapter',
-           'load_adapter', 'merge', 'unmerge']
+           'remove_adapter', 'trainable_parameters', 'count_parameters', 'write_whole', 'whole', 'whole_tensors',
+           'save_adapter', 'load_adapter', 'merge', 'unmerge']
 
 # %% ../nbs/03_adapt.ipynb #c74ed81b
 import difflib
@@ -340,6 +340,19 @@ def whole(
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 # %% ../nbs/03_adapt.ipynb #06fc42ae
+def whole_tensors(
+    tensors: dict[str, Tensor],  # sharded, or not
+    keep: bool = True,  # False where another process keeps them
+) -> dict[str, Tensor]:  # on the CPU, contiguous; none if not kept
+    "All of each tensor, one at a time; of a sharded model, every process must ask."
+    found = {}
+    for name, t in tensors.items():
+        t = whole(t.detach())
+        if keep:
+            found[name] = t.cpu().contiguous()
+    return found
+
+
 def save_adapter(
     model: nn.Module,  # adapted, merged or not
     path: str | Path,  # folder, made if need be
@@ -355,20 +368,23 @@ def save_adapter(
             f"{gated!r} has gates, which PEFT's format cannot hold; dora_nb.rank.close_gates(model) settles them"
         )
     if config.method == "full":
-        tensors = {n: whole(t.detach()) for n, t in model.state_dict().items()}
+        sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
+        tensors = whole_tensors(model.state_dict(), write) if sharded else None
         if write:
             model.save_pretrained(path, state_dict=tensors)
         return path
     tensors = {
-        f"base_model.model.{name}.{_SUFFIX[key]}": whole(p.detach()).contiguous()
+        f"base_model.model.{name}.{_SUFFIX[key]}": p
         for name, layer in adapter_layers(model).items()
         for key, p in layer.named_parameters(recurse=False)
     }
+    tensors = whole_tensors(tensors, write)
     if not write:
         return path
     path.mkdir(parents=True, exist_ok=True)
     base_model = getattr(getattr(model, "config", None), "name_or_path", None) or None
-    ours = json.dumps({k: getattr(config, k) for k in _OURS})
+    ours = {k: getattr(config, k) for k in _OURS} | {"compress": getattr(model, "dora_nb_compressed", "")}
+    ours = json.dumps(ours)
     write_whole(path / WEIGHTS, lambda p: save_file(tensors, p, metadata={"format": "pt", "dora_nb": ours}))
     write_whole(path / CONFIG, lambda p: p.write_text(json.dumps(_to_peft(config, base_model), indent=2)))
     return path
@@ -427,6 +443,12 @@ def load_adapter(
     with safe_open(path / WEIGHTS, "pt") as f:
         tensors, ours = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("dora_nb", "{}"))
     config = replace(config, **{k: v for k, v in ours.items() if k in _OURS} | changes)
+    base, here = ours.get("compress", ""), getattr(model, "dora_nb_compressed", "")
+    if base != here:
+        warnings.warn(
+            f"{path} was trained on a base model that was compressed by {base or 'nothing'}, and this one is by {here or 'nothing'}; dora_nb.compress.compress(model, scheme) does it",
+            stacklevel=2,
+        )
     if not getattr(model, "dora_nb_config", None):  # otherwise `adapt` says what is wrong
         targets = find_targets(model, config.target_modules)
         for pattern, key in _unmatched(targets, config):  # PEFT passes over them too
@@ -448,7 +470,8 @@ def _plain(name: str, layer: LoRALinear, model: nn.Module) -> nn.Linear:
         raise RuntimeError(
             f"{name!r} is pruned ({base.pruned:.0%} zeros), and merging would fill its zeros; use the adapter unmerged"
         )
-    if sum(p is base.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
+    own = base._parameters.get("weight")  # a compressed layer has none
+    if own is not None and sum(p is own for _, p in model.named_parameters(remove_duplicate=False)) > 1:
         raise RuntimeError(
             f"{name!r} shares its weight with another layer (tied embeddings); merged, the two would differ, and a saved checkpoint would tie them again. Use the adapter unmerged, or untie the model before adapting it"
         )

@@ -106,6 +106,12 @@ def evaluate_options(p: argparse.ArgumentParser):
         help="ours, a local folder, or a Hub id (default: smollm2-135m-instruct)",
     )
     p.add_argument("--adapter", metavar="DIR", help="an adapter that dora-nb or PEFT saved (default: none)")
+    p.add_argument(
+        "--compress",
+        default="",
+        metavar="SCHEME",
+        help="the base model first: rtn-4, hqq-3, magnitude-0.5, wanda-0.5, … (default: as it comes)",
+    )
     p.add_argument("--task", choices=("boolq", "hellaswag", "winogrande"), required=True, help="which benchmark")
     p.add_argument(
         "--split",
@@ -151,17 +157,25 @@ def evaluate_command(args: argparse.Namespace):
 
     from dora_nb.adapt import load_adapter, merge, write_whole
     from dora_nb.assets import load_model
+    from dora_nb.compress import PRUNERS, compress, parse_scheme
     from dora_nb.evaluate import evaluate, format_of
+    from dora_nb.runs import CALIBRATION
     from dora_nb.tasks import load_task
 
+    if args.compress:
+        parse_scheme(args.compress)
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     items = load_task(
         args.task, args.split, format_of(args.protocol), args.limit, None if args.first else 0, args.source
     )
     model, tokenizer = load_model(args.model, args.source, device="cuda" if torch.cuda.is_available() else "cpu")
+    if args.compress:
+        compress(model, args.compress, tokenizer, load_task(args.task, "train", limit=CALIBRATION, source=args.source))
     if args.adapter:
-        merge(load_adapter(model, args.adapter), keep_base=False)
+        load_adapter(model, args.adapter)
+        if not args.compress.startswith(PRUNERS):
+            merge(model, keep_base=False)
     summary, records = evaluate(
         model, tokenizer, items, args.protocol, batch_tokens=args.batch_tokens, precision=args.precision
     )

@@ -84,6 +84,19 @@ def unpack_codes(
     return torch.stack(parts, 2).flatten(1)[:, :columns]
 
 # %% ../nbs/10_compress.ipynb #f72d675b
+class _Frozen(torch.autograd.Function):
+    "xWᵀ with a weight that is made twice, and not kept between."
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return x @ layer.weight.to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ ctx.layer.weight.to(dy.dtype), None
+
+# %% ../nbs/10_compress.ipynb #cc23e355
 QUANTISERS = {"rtn": round_to_nearest, "hqq": half_quadratic}
 
 
@@ -120,15 +133,20 @@ class QuantisedLinear(nn.Module):
         return on_grid(unpack_codes(self.codes, self.bits, self.in_features), self.step, self.low, self.dtype)
 
     def _apply(self, fn, recurse=True):
-        grids = {k: self._buffers[k].dtype for k in ("step", "low")}
+        grids = {k: self._buffers[k] for k in ("step", "low")}
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # the weight follows the model, its grid does not
-        self._buffers |= {k: self._buffers[k].to(dtype) for k, dtype in grids.items()}
+        self._buffers |= {k: t.to(self.codes.device) for k, t in grids.items()}
         return self
 
     def forward(self, x: Tensor) -> Tensor:
         "(…, in) → (…, out)."
-        return F.linear(x, self.weight, self.bias)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if torch._C._are_functorch_transforms_active():
+            return F.linear(x, self.weight.to(x.dtype), self.bias)
+        y = _Frozen.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         "For print."
@@ -143,7 +161,7 @@ def input_norms(
     layers: dict[str, nn.Module],  # name → linear layer of the model
 ) -> dict[str, Tensor]:  # name → (in,), ‖x_j‖₂ over all positions of the items
     "How large the inputs of linear layers are."
-    squares = {name: 0.0 for name in layers}
+    squares = {name: torch.zeros(layer.in_features, device=layer.weight.device) for name, layer in layers.items()}
 
     def look(name):
         def hook(layer, args):
@@ -207,6 +225,8 @@ def compress(
     "Compress the linear layers of a model's blocks."
     method, level = parse_scheme(scheme)
     layers = find_targets(model, "all-linear")
+    if getattr(model, "dora_nb_config", None) or any(type(layer) is not nn.Linear for layer in layers.values()):
+        raise RuntimeError("this model is adapted or compressed already; compress it first, and once")
     if method == "wanda" and (tokenizer is None or not items):
         raise ValueError("wanda has to see inputs; give compress a tokenizer and some items of the train split")
     norms = input_norms(model, tokenizer, items, layers) if method == "wanda" else {}
@@ -215,6 +235,7 @@ def compress(
             prune_(linear, level, norms.get(name))
         else:
             model.set_submodule(name, QuantisedLinear(linear, int(level), method, math.gcd(group, linear.in_features)))
+    model.dora_nb_compressed = scheme  # an adapter that is saved says so
     return model
 
 

@@ -355,7 +355,7 @@ class Ray:
         nodes = [int(n[kind]) for n in nodes if n.get(kind)]
         if not nodes:
             raise RuntimeError("no node of this Ray cluster has a CPU or a GPU to give")
-        each = processes if kind == "GPU" else min(4, *nodes, 4)  # of them, for a run
+        each = processes if kind == "GPU" else min(4, *nodes)  # of them, for a run
         if each > max(nodes):
             raise ValueError(f"processes={processes} needs as many GPUs on one node, and there are {max(nodes)}")
         self.task = ray.remote(**{f"num_{kind.lower()}s": each}, max_retries=0)(make_elsewhere)  # `work` tries again
@@ -621,10 +621,12 @@ def gathered(
     folder: str | Path,  # a report's, which `dora-nb report` filled
 ) -> dict[str, dict]:  # name of a run → its result
     "The results that a report holds."
+    if not Path(folder).is_dir():
+        raise ValueError(f"there is no folder {folder}; --known wants that of a report")
     try:
         return {r["run"]: r for r in json.loads((Path(folder) / RESULTS).read_text())["results"]}
     except FileNotFoundError:
-        return {}
+        return {}  # nothing is known yet
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{Path(folder) / RESULTS} is damaged: {type(e).__name__} {e}") from None
 

@@ -22,8 +22,8 @@ from scipy import stats
 
 from .adapt import write_whole
 from .evaluate import wilson
-from .grid import RESULTS, load_grid
-from .runs import CURVATURE, HISTORY, PREDICTIONS, load, run_name, write_json
+from .grid import RESULTS, gathered, load_grid
+from .runs import CURVATURE, HISTORY, MANNER, PREDICTIONS, load, run_name, write_json
 
 # %% ../nbs/14_report.ipynb #52a0ccfb
 ALL_PREDICTIONS, ALL_HISTORY = "predictions.parquet", "history.parquet"
@@ -56,6 +56,10 @@ def collect(
     configs = load_grid(grid).configs if grid else None
     results, problems = load(runs, configs)
     folders = {r["run"]: runs / r.pop("folder") for r in results}
+    if configs is None and (lost := gathered(out).keys() - folders.keys() if out.is_dir() else ()):
+        raise ValueError(
+            f"{out} holds {len(lost)} runs that are not in {runs}; say with --grid which grid it is of, or choose another place with --out"
+        )
     kept, *frames, probed = _kept(out, {run_name(c) for c in configs or ()} - folders.keys())
     if not results and not kept:
         raise ValueError(f"{runs} holds no finished run" + "".join(f"\n  {p}" for p in problems))
@@ -85,10 +89,10 @@ def read_report(
     out = Path(out)
     if not (out / RESULTS).exists():
         raise ValueError(f"{out} holds no {RESULTS}; `dora-nb report RUNS --out {out}` gathers it")
-    found = json.loads((out / RESULTS).read_text())
+    results = list(gathered(out).values())
     return (
-        found["results"],
-        found["problems"],
+        results,
+        json.loads((out / RESULTS).read_text()).get("problems", []),
         pd.read_parquet(out / ALL_PREDICTIONS),
         pd.read_parquet(out / ALL_HISTORY),
         json.loads((out / ALL_CURVATURE).read_text()) if (out / ALL_CURVATURE).exists() else {},
@@ -101,7 +105,8 @@ TASK_LABELS = {"boolq": "BoolQ", "hellaswag": "HellaSwag", "winogrande": "WinoGr
 
 
 def _label(r: dict) -> str:
-    return LABELS[r["method"]] + (f", rank {r['rank']}" if r["method"] in ("lora", "dora") else "")
+    rank = f", rank {r['rank']}" if r["method"] in ("lora", "dora") else ""
+    return LABELS[r["method"]] + rank + (f", {r['compress']}" if r.get("compress") else "")
 
 
 def accuracies(
@@ -109,10 +114,13 @@ def accuracies(
     metric: str = "acc",  # acc or acc_norm
 ) -> pd.DataFrame:  # a row per protocol, task, method and rank: n, seeds, share, low, high, spread
     "Accuracy over seeds, with the interval that its items allow."
-    keys = ["protocol", "eval_split", "task", "method", "rank", "n"]
-    rest = lambda params: json.dumps({k: v for k, v in params.items() if k not in (*keys, "seed")}, sort_keys=True)
+    keys = ["protocol", "eval_split", "task", "method", "rank", "compress", "n"]
+    aside = {*keys, *MANNER, "seed"}
+    rest = lambda params: json.dumps({k: v for k, v in params.items() if k not in aside}, sort_keys=True)
     rows = [
-        r["params"] | {"share": r["metrics"][metric], "n": r["metrics"]["n"], "rest": rest(r["params"])}
+        {"compress": ""}
+        | r["params"]
+        | {"share": r["metrics"][metric], "n": r["metrics"]["n"], "rest": rest(r["params"])}
         for r in results
         if metric in r["metrics"]
     ]

@@ -504,6 +504,8 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
     if config.compress:
         seen = load_task(config.task, "train", limit=CALIBRATION, source=config.source)
         compress(model, config.compress, tokenizer, seen)
+    if config.fsdp and config.method == "base":
+        shard(model, team)
     transformers.set_seed(config.seed)
     loaded = time.perf_counter()
     result["training"] = None if config.method == "base" else _fit(config, model, tokenizer, run_dir, progress, team)
@@ -614,8 +616,9 @@ def _check_processes(config: RunConfig, team: Team):
 def _in_processes(config: RunConfig, run_dir: Path, progress: bool, team: Team) -> dict:
     "Make a run in as many processes as it asks for, and wait for them."
     _check_processes(config, team)
-    with contextlib.suppress(ValueError):
-        return read_result(run_dir, run_name(config))  # made already
+    with _alone(run_dir):  # whoever makes this run now is waited for
+        if (result := _there(config, run_dir)) is not None:
+            return result
     with tempfile.TemporaryDirectory(prefix="dora-nb-") as folder:
         (Path(folder) / "asked.json").write_text(json.dumps([asdict(config), progress]))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -624,7 +627,7 @@ def _in_processes(config: RunConfig, run_dir: Path, progress: bool, team: Team) 
         threads = str(max(1, torch.get_num_threads() // config.processes))
         with stoppable() as signals:
             shared = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-            process = subprocess.Popen(command, env=os.environ | shared)
+            process = subprocess.Popen(command, env=os.environ | shared, start_new_session=True)
             try:
                 status = process.wait()
             except BaseException:
@@ -636,13 +639,16 @@ def _in_processes(config: RunConfig, run_dir: Path, progress: bool, team: Team) 
         if own := [e for e in map(lambda p: json.loads(p.read_text()), errors) if not LOST.search(e)]:
             raise RuntimeError(own[0])
         if status:
-            raise ProcessDied(f"one of {config.processes} processes was killed (torchrun ended with status {status})")
+            said = "".join(f"; another one said: {json.loads(p.read_text())}" for p in errors[:1])
+            raise ProcessDied(
+                f"one of {config.processes} processes was killed (torchrun ended with status {status}){said}"
+            )
     return read_result(run_dir, run_name(config))
 
 # %% ../nbs/11_runs.ipynb #b36ba131
 def _stop_without(parents: list[psutil.Process]):
     "Stop this process when one of those that wait for it is gone."
-    while all(p.is_running() for p in parents):
+    while all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in parents):
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -657,16 +663,14 @@ def _member(
     try:
         params, progress = json.loads((Path(folder) / "asked.json").read_text())
         run(config_from(params), run_dir, progress)
-    except KeyboardInterrupt:  # Stopped is one
-        return 130
-    except Exception as e:
-        traceback.print_exc()
-        rank = os.environ["RANK"]
-        write_json(Path(folder) / f"error-{rank}.json", f"{type(e).__name__}: {e} (in process {rank})")
-        return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except BaseException as e:
+        if not isinstance(e, KeyboardInterrupt):  # Stopped is one
+            traceback.print_exc()
+            rank = os.environ["RANK"]
+            write_json(Path(folder) / f"error-{rank}.json", f"{type(e).__name__}: {e} (in process {rank})")
+        sys.stderr.flush()
+        os._exit(130 if isinstance(e, KeyboardInterrupt) else 1)  # a polite end would wait for the others
+    dist.destroy_process_group()
     return 0
 
 # %% ../nbs/11_runs.ipynb #fc1b04c2

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 
-from .adapt import trainable_parameters, whole, write_whole
+from .adapt import trainable_parameters, whole, whole_tensors, write_whole
 from .tasks import Batch, Row, collate, encode_item, pack
 
 # %% ../nbs/06_train.ipynb #9ae2e7d3
@@ -259,7 +259,9 @@ class Team:
     ):
         "Give all processes the parameters of the first."
         for p in params if self.size > 1 else ():
-            dist.broadcast(p.data, 0)
+            first = p.data.to(self.device)  # the model may be elsewhere still
+            dist.broadcast(first, 0)
+            p.data.copy_(first)
 
     def add_gradients(
         self,
@@ -576,23 +578,25 @@ def _read(path: Path) -> tuple[str, dict, dict[str, Tensor]]:
         meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     if meta["sha256"] != _checksum(tensors, meta["what"], meta["facts"]):
         raise ValueError("its checksum is wrong")
+    if "random/cpu/0" not in tensors:
+        raise ValueError("it is of an earlier version")
     return meta["what"], json.loads(meta["facts"]), tensors
 
 
-def _newest(folder: Path | None, what: str) -> tuple[dict, dict[str, Tensor]] | None:
+def _newest(folder: Path | None, what: str) -> Path | None:
     "The newest state in a folder that is whole; ValueError if it is of something else."
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True) if folder else []:
         try:
-            of, facts, tensors = _read(path)
-        except (ValueError, KeyError, SafetensorError, FileNotFoundError) as e:
+            of = _read(path)[0]
+        except (ValueError, KeyError, SafetensorError) as e:
             warnings.warn(f"{path} is damaged and was deleted ({e}); the one before it serves", stacklevel=3)
-            path.unlink(missing_ok=True)
+            path.unlink()
             continue
         if of != what:
             raise ValueError(
                 f"{path} is of a training on other items, or set up in another way; delete {folder} to start anew"
             )
-        return facts, tensors
+        return path
 
 # %% ../nbs/06_train.ipynb #e79d33fd
 def _part(t: Tensor, like: Tensor) -> Tensor:
@@ -647,10 +651,10 @@ class Checkpoints:
         "Write down the moment that was marked; nothing may have changed since but gradients."
         if self.folder is None or not self.random:
             return
-        tensors = {f"parameter/{n}": whole(p.detach()).contiguous() for n, p in self.params.items()}
+        tensors = {f"parameter/{n}": p for n, p in self.params.items()}
         for i, kept in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{i}/{k}": whole(t).contiguous() for k, t in kept.items()}
-        tensors |= _of_all(self.random, self.team)
+            tensors |= {f"optimizer/{i}/{k}": t for k, t in kept.items()}
+        tensors = whole_tensors(tensors, self.team.rank == 0) | _of_all(self.random, self.team)
         if self.team.rank == 0:
             facts = json.dumps(self.facts | self.by)
             meta = {"what": self.what, "facts": facts, "sha256": _checksum(tensors, self.what, facts)}
@@ -668,8 +672,9 @@ class Checkpoints:
 
     def restore(self) -> dict:
         "Put the newest state back, and return its facts; without one, no records."
-        if (found := _newest(self.folder, self.what)) is not None:
-            facts, tensors = found
+        path = _newest(self.folder, self.what) if self.team.rank == 0 else None
+        if (path := self.team.gather(path and str(path))[0]) is not None:
+            _, facts, tensors = _read(Path(path))
             for name, now in self.by.items():
                 if (then := facts.pop(name)) != now:
                     warnings.warn(
@@ -699,10 +704,12 @@ class stoppable:
             self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         self.held = True  # a signal that arrives now finds one handler or the other, and is not lost half-way
         for s, handler in self.before.items():
             signal.signal(s, handler)
+        if self.asked and kind is None:
+            raise Stopped("told to stop")
 
     def _ask(self, number, frame):
         self.asked = True
@@ -853,8 +860,13 @@ def train(
     training = Training(model, tokenizer, items, config, team)
     kept = Checkpoints(checkpoints, training.what, training.params, training.optimizer, checkpoint_seconds, team=team)
     story, total = Story(training, kept, after_step if first else None), len(training.batches)
+    for layer in model.modules():
+        if hasattr(layer, "forget"):  # DoRA's scale: what was put back just now may not have been noticed
+            layer.forget()
     with (
-        training_mode(model, config.gradient_checkpointing),
+        training_mode(
+            model, config.gradient_checkpointing or team.sharded
+        ),  # autocast would keep a cast of every weight
         open(history if history and first else os.devnull, "w") as log,
         stoppable(wait=several) as signals,
     ):

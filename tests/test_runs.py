@@ -287,8 +287,10 @@ def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys):
     names = {run_name(c) for c in load_grid(grid).configs}
     assert {r["run"] for r in results} == set(predictions.run) == names and len(results) == 3 and not problems
     assert set(history.run) == {n for n in names if "base" not in n} and len(predictions) == 18
-    collect(folder, tmp_path / "report")  # without a grid: what is in the folder, and nothing else
-    assert len(read_report(tmp_path / "report")[0]) == 1
+    with pytest.raises(ValueError, match="holds 2 runs that are not in .*say with --grid"):
+        collect(folder, tmp_path / "report")
+    with pytest.raises(ValueError, match="there is no folder .*reprot"):
+        run_grid(grid, tmp_path / "tuesday", known=tmp_path / "reprot")
     (tmp_path / "report" / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="results.json is damaged"):
         run_grid(grid, tmp_path / "tuesday", known=tmp_path / "report")
