@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRACE', 'ENGINES', 'LIKENESS', 'TRIES', 'RESULTS', 'Grid', 'load_grid', 'notebook', 'need', 'Job', 'prepare', 'gpus',
            'cores', 'default_workers', 'end', 'Local', 'files_in', 'put_files', 'make_elsewhere', 'Ray', 'seconds_of',
-           'duration', 'progress_of', 'Board', 'Incomplete', 'work', 'gathered', 'run_grid']
+           'time_left', 'duration', 'progress_of', 'Board', 'Incomplete', 'work', 'gathered', 'run_grid']
 
 # %% ../nbs/13_grid.ipynb #10efb8a4
 import contextlib
@@ -412,6 +412,24 @@ def seconds_of(
 LIKENESS = ("method", "task", "train_items", "eval_items", "epochs")
 
 
+def time_left(
+    jobs: Sequence[Job],  # of a grid
+    workers: int,  # at a time
+) -> float | None:  # seconds; None if nothing is known
+    "An estimate for all of a grid."
+    done, now, guesses, left = [j.result for j in jobs if j.result], time.monotonic(), {}, [0.0]
+    for job in jobs:
+        if job.state in ("done", "failed"):
+            continue
+        kind = tuple(getattr(job.config, k) for k in LIKENESS)
+        if kind not in guesses:
+            guesses[kind] = seconds_of(job.config, done)
+        if guesses[kind] is None:
+            return None
+        left.append(max(0.0, guesses[kind] - (now - job.since if job.state == "running" else 0.0)))
+    return max(*left, sum(left) / workers)
+
+
 def duration(
     seconds: float,  # how long
 ) -> str:  # for instance 3 min
@@ -461,18 +479,8 @@ class Board:
             "waiting": "to do",
         }
         text = ", ".join(f"{count(s)} {w}" for s, w in words.items() if count(s) or s == "done")
-        done, now, guesses = [j.result for j in self.jobs if j.result], time.monotonic(), {}
-        left = []
-        for job in self.jobs:
-            if job.state in ("done", "failed"):
-                continue
-            kind = tuple(getattr(job.config, k) for k in LIKENESS)
-            if kind not in guesses:
-                guesses[kind] = seconds_of(job.config, done)
-            if guesses[kind] is None:
-                return text
-            left.append(max(0, guesses[kind] - (now - job.since if job.state == "running" else 0)))
-        return f"{text}; about {duration(max(1, max(left), sum(left) / self.workers))} left" if left else text
+        left = time_left(self.jobs, self.workers)
+        return f"{text}; about {duration(max(1, left))} left" if left else text
 
     def clear(self):
         "Wipe the block."
