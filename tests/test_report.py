@@ -22,7 +22,7 @@ from dora_nb.report import (
     render,
     verdict,
 )
-from dora_nb.runs import RunConfig
+from dora_nb.runs import RunConfig, run_name
 
 QUICK = Path(__file__).parent.parent / "reports" / "quick"
 
@@ -143,3 +143,9 @@ def test_the_committed_results_are_of_the_committed_grid():
     assert not results["problems"]
     asked = {json.dumps(asdict(c)) for c in load_grid(QUICK / "grid.toml").configs}
     assert {json.dumps(asdict(RunConfig(**r["params"]))) for r in results["results"]} == asked
+
+
+@pytest.mark.parametrize("path", sorted(QUICK.parent.glob("*/*.toml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_grid_is_one(path):
+    grid = load_grid(path)
+    assert len({run_name(c) for c in grid.configs}) == len(grid.configs)
