@@ -19,6 +19,8 @@ $(READY): constraints.txt settings.ini setup.py
 	@# an oracle of the tests; its own requirements bring a torchvision that is built for another torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps \
 	  backpack-for-pytorch curvlinops-for-pytorch einconv linear-operator unfoldnd
+	@# kept aside: transformers imports HQQ wherever it finds it, which takes two seconds of every start
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --target $(VENV)/hqq hqq termcolor
 	@touch $@
 
 reproduce: $(READY) ## LoRA against DoRA on three tasks, from nothing to reports/quick/report.md

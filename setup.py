@@ -25,7 +25,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg["requirements"]),
-    extras_require={"runs": runs, "ray": runs + ray, "compress": compress, "dev": runs + ray + compress + dev},
+    extras_require={"runs": runs, "ray": runs + ray, "compress": compress, "dev": runs + ray + dev},
     # The papermill notebooks travel inside the package, so that `dora-nb run` works from a wheel too.
     packages=["dora_nb", "dora_nb.notebooks"],
     package_dir={"dora_nb.notebooks": "nbs/runs"},

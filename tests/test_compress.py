@@ -2,10 +2,10 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
-from hqq.core.quantize import Quantizer
 from torch import nn
 
 from dora_nb.adapt import AdapterConfig, adapt, load_adapter, merge, remove_adapter, save_adapter, unmerge
@@ -22,6 +22,9 @@ from dora_nb.compress import (
 from dora_nb.decompose import row_norm
 from dora_nb.runs import RESULT, RunConfig, run, run_id
 from dora_nb.tasks import load_task
+
+sys.path.append(f"{sys.prefix}/hqq")  # where `make` puts it
+from hqq.core.quantize import Quantizer
 
 
 @pytest.mark.parametrize("bits", (8, 4, 3, 2))

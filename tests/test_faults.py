@@ -137,7 +137,10 @@ def kill_once(grid, out, victim, rng, seconds):
     return targets is not True
 
 
-@pytest.mark.parametrize("victim", ["launcher", "papermill", "kernel"])
+SLOW = pytest.mark.slow  # those that repeat what a faster one shows
+
+
+@pytest.mark.parametrize("victim", ["launcher", pytest.param("papermill", marks=SLOW), "kernel"])
 def test_killed_once(grid, tmp_path, undisturbed, victim):
     assert kill_once(grid(), tmp_path / "runs", victim, random.Random(victim), undisturbed[1] / 2)
     assert outcome(tmp_path / "runs" / "tiny") == undisturbed[0]
@@ -151,7 +154,7 @@ def test_killed_at_twenty_moments(grid, tmp_path, undisturbed, moment):
     assert outcome(tmp_path / "runs" / "tiny") == undisturbed[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=SLOW)])
 def test_told_to_stop(grid, tmp_path, undisturbed, number):
     "Ctrl-C stops a grid cleanly, with checkpoints; nothing is left running, and it goes on from there."
     folder = tmp_path / "runs" / "tiny"

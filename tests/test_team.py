@@ -154,7 +154,7 @@ def started(config, folder):
     return process
 
 
-@pytest.mark.parametrize("victim", ("member", "kernel"))
+@pytest.mark.parametrize("victim", ("member", pytest.param("kernel", marks=pytest.mark.slow)))
 def test_a_process_is_killed(model_dir, tmp_path, victim):
     "The others leave with a checkpoint, and the run counts as died."
     config = small(model_dir, train_items=2000, batch_size=4, checkpoint_seconds=0.0)
