@@ -7,6 +7,7 @@ __all__ = ['QUANTISERS', 'PRUNERS', 'round_to_nearest', 'on_grid', 'half_quadrat
            'QuantisedLinear', 'input_norms', 'prune_', 'parse_scheme', 'compress', 'weight_bits']
 
 # %% ../nbs/10_compress.ipynb #d0e67f75
+import functools
 import math
 
 import torch
@@ -61,12 +62,17 @@ def half_quadratic(
     return codes.view(W.shape).to(torch.uint8), step.half(), (-zero * step).half()
 
 # %% ../nbs/10_compress.ipynb #72f37d86
+def _to_a_byte(bits: int) -> int:
+    "How many codes share a byte: three bits take the room of four."
+    return 2 if bits == 3 else max(1, 8 // bits)
+
+
 def pack_codes(
     codes: Tensor,  # (out, in) uint8, of `bits` each
-    bits: int,  # 8; or up to 4, of which two share a byte; or up to 2, of which four do
+    bits: int,  # 1, 2, 3, 4 or 8
 ) -> Tensor:  # (out, bytes) uint8
     "As many codes to a byte as fit."
-    n = 8 // bits if bits in (1, 2, 4, 8) else 2 if bits == 3 else 1
+    n = _to_a_byte(bits)
     parts = F.pad(codes, (0, -codes.shape[1] % n)).unflatten(1, (-1, n)).int()
     return sum(parts[..., i] << (8 // n * i) for i in range(n)).to(torch.uint8)
 
@@ -77,7 +83,7 @@ def unpack_codes(
     columns: int,  # in
 ) -> Tensor:  # (out, in) uint8
     "What `pack_codes` packed."
-    n = 8 // bits if bits in (1, 2, 4, 8) else 2 if bits == 3 else 1
+    n = _to_a_byte(bits)
     if n == 1:
         return packed
     parts = [packed >> (8 // n * i) & (2 ** (8 // n) - 1) for i in range(n)]
@@ -89,11 +95,13 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, layer):
+        "(…, in) → (…, out); only the layer is kept."
         ctx.layer = layer
         return x @ layer.weight.to(x.dtype).T
 
     @staticmethod
     def backward(ctx, dy):
+        "∂L/∂x, with the weight made again."
         return dy @ ctx.layer.weight.to(dy.dtype), None
 
 # %% ../nbs/10_compress.ipynb #cc23e355
@@ -163,13 +171,11 @@ def input_norms(
     "How large the inputs of linear layers are."
     squares = {name: torch.zeros(layer.in_features, device=layer.weight.device) for name, layer in layers.items()}
 
-    def look(name):
-        def hook(layer, args):
-            squares[name] = squares[name] + args[0].float().flatten(0, -2).square().sum(0)
+    def add(name, layer, args):
+        "A hook, once it knows the name."
+        squares[name] += args[0].float().flatten(0, -2).square().sum(0)
 
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(functools.partial(add, name)) for name, layer in layers.items()]
     try:
         for item in items:
             for row in encode_item(tokenizer, item, [item["gold"]])[0]:
