@@ -220,7 +220,7 @@ def parse_scheme(
         f"compress={scheme!r} does not exist; give {' or '.join(QUANTISERS)} with 8, 4, 3 or 2 bits (rtn-4), or {' or '.join(PRUNERS)} with a share between 0 and 1 (wanda-0.5)"
     )
 
-
+# %% ../nbs/10_compress.ipynb #e53d46ef
 def compress(
     model: nn.Module,  # not adapted; changed in place
     scheme: str,  # as `parse_scheme` reads it

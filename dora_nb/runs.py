@@ -121,7 +121,7 @@ def _check_together(config):
             f"probe=true needs an objective over choices ({', '.join(OVER_CHOICES)}), not {config.objective!r}"
         )
 
-
+# %% ../nbs/11_runs.ipynb #8b678459
 def _patterns(ranks: str) -> dict[str, dict]:
     "What a file of ranks holds: rank_pattern and alpha_pattern."
     if not ranks:
@@ -524,7 +524,7 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
-
+# %% ../nbs/11_runs.ipynb #75047fb0
 def _timings(result: dict, run_dir: Path, loading: float) -> dict[str, float]:
     "Seconds by part of a run; those of tries that were stopped count in training and probing."
     probes = json.loads((run_dir / CURVATURE).read_text())["points"] if result["params"]["probe"] else []
@@ -612,7 +612,7 @@ def _check_processes(config: RunConfig, team: Team):
             f"processes={config.processes} needs as many GPUs, and this process may use {torch.cuda.device_count()}"
         )
 
-
+# %% ../nbs/11_runs.ipynb #b36c3646
 def _in_processes(config: RunConfig, run_dir: Path, progress: bool, team: Team) -> dict:
     "Make a run in as many processes as it asks for, and wait for them."
     _check_processes(config, team)
