@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRACE', 'ENGINES', 'LIKENESS', 'TRIES', 'RESULTS', 'Grid', 'load_grid', 'notebook', 'need', 'Job', 'prepare', 'gpus',
            'cores', 'default_workers', 'end', 'Local', 'files_in', 'put_files', 'make_elsewhere', 'Ray', 'seconds_of',
-           'time_left', 'duration', 'progress_of', 'Board', 'Incomplete', 'work', 'gathered', 'run_grid']
+           'time_left', 'duration', 'progress_of', 'Board', 'Incomplete', 'work', 'gathered', 'waves', 'run_grid']
 
 # %% ../nbs/13_grid.ipynb #10efb8a4
 import contextlib
@@ -42,6 +42,7 @@ from dora_nb.runs import (
     effective,
     read_result,
     run_name,
+    training_id,
     say,
     write_json,
 )
@@ -54,6 +55,7 @@ class Grid:
 
     name: str  # of the experiment
     configs: tuple[RunConfig, ...]  # one per run
+    report: dict = field(default_factory=dict)  # what its page says and shows, see 14_report
 
 
 def _matches(cell: dict, condition: dict) -> bool:
@@ -74,9 +76,28 @@ def _check_rules(spec: dict, where: str):
             raise ValueError(f"{where}: an exclude is a table of parameters, not {condition!r}")
         config_from(condition, f"{where}: condition")
 
-# %% ../nbs/13_grid.ipynb #c619a481
+# %% ../nbs/13_grid.ipynb #1e3ec93d
+def _scaled(spec: dict, scale: str | None, where: str) -> dict:
+    "A grid at one of its scales."
+    scales = spec.get("scale", {})
+    if not scales:
+        if scale:
+            raise ValueError(f"{where}: there is only one scale, and scale={scale!r} was asked for")
+        return spec
+    name = scale or next(iter(scales))
+    if name not in scales or not isinstance(scales[name], dict):
+        raise ValueError(f"{where}: there is no scale {name!r}; there are {', '.join(scales)}")
+    own = scales[name]
+    if wrong := own.keys() - {"fixed", "axes", "override", "exclude"}:
+        raise ValueError(f"{where}: scale.{name} has the unknown key {sorted(wrong)[0]!r}")
+    merged = {k: spec.get(k, {}) | own.get(k, {}) for k in ("fixed", "axes")}
+    merged |= {k: [*spec.get(k, []), *own.get(k, [])] for k in ("override", "exclude")}
+    return spec | merged | {"name": f"{spec['name']}-{name}"}
+
+# %% ../nbs/13_grid.ipynb #0b3eded7
 def load_grid(
     path: str | Path,  # a TOML file
+    scale: str | None = None,  # one of those that the file names; the first one if None
 ) -> Grid:
     "Read a grid file and check every run of it; ValueError names file, key and the nearest valid name."
     path = Path(path)
@@ -86,7 +107,7 @@ def load_grid(
         raise ValueError(f"{path}: there is no such grid file") from None
     except tomllib.TOMLDecodeError as e:
         raise ValueError(f"{path}: not TOML: {e}") from None
-    known = {"name": str, "fixed": dict, "axes": dict, "override": list, "exclude": list}
+    known = {"name": str, "fixed": dict, "axes": dict, "override": list, "exclude": list, "scale": dict, "report": dict}
     for key, value in spec.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -100,6 +121,7 @@ def load_grid(
         raise ValueError(
             f"{path}: name is missing or has other characters than letters, digits, '_', '-' and '.'; it names the folder of the runs"
         )
+    spec = _scaled(spec, scale, str(path))
     _check_rules(spec, str(path))
     fixed, axes = spec.get("fixed", {}), spec.get("axes", {})
     for key, values in axes.items():
@@ -117,7 +139,7 @@ def load_grid(
                 cell = cell | rule["set"]
         config = effective(config_from(cell, str(path)))
         configs.setdefault(json.dumps(asdict(config)), config)
-    return Grid(spec["name"], tuple(configs.values()))
+    return Grid(spec["name"], tuple(configs.values()), spec.get("report", {}))
 
 # %% ../nbs/13_grid.ipynb #aceb6c81
 def notebook(
@@ -654,7 +676,19 @@ def _writable(folder: Path):
     except OSError as e:
         raise ValueError(f"{folder} cannot be written to ({e.strerror}); choose another place with --out") from None
 
-# %% ../nbs/13_grid.ipynb #63c731f9
+# %% ../nbs/13_grid.ipynb #b50c5084
+def waves(
+    jobs: Sequence[Job],  # all of a grid
+) -> list[list[Job]]:
+    "Those that train, and those that can take over what another one of the grid has trained."
+    here, first = lambda job: (job.folder / RESULT).exists(), {}
+    for job in sorted(jobs, key=here, reverse=True):
+        if job.state != "done" or here(job):
+            first.setdefault(job.name if job.config.method == "base" else training_id(job.config), job)
+    leaders = [job.name for job in first.values()]
+    return [[j for j in jobs if j.name in leaders], [j for j in jobs if j.name not in leaders]]
+
+# %% ../nbs/13_grid.ipynb #873fa175
 def run_grid(
     path: str | Path,  # a grid file
     out: str | Path = "runs",  # the grid's folder is made in here
@@ -664,6 +698,7 @@ def run_grid(
     engine: str = "local",  # one of `ENGINES`: processes on this machine, or tasks of Ray
     address: str | None = None,  # of a Ray cluster; a new one on this machine if None
     known: str | Path | None = None,  # a report's folder; the runs whose results it holds are not made
+    scale: str | None = None,  # of the grid; its first one if None
 ) -> Path:  # the grid's folder
     "Make the runs of a grid that are not made yet; Incomplete, at the end, if any failed."
     if workers is not None and workers < 1 or timeout is not None and timeout <= 0:
@@ -672,7 +707,7 @@ def run_grid(
         raise ValueError(
             f"engine={engine!r} and address={address!r} do not go together; engines are {', '.join(ENGINES)}, and only ray has an address"
         )
-    grid = load_grid(path)
+    grid = load_grid(path, scale)
     folder = Path(out) / grid.name
     need("papermill", "ipykernel", "matplotlib", "pandas")
     jobs, results = (
@@ -701,7 +736,8 @@ def run_grid(
     if any(job.state != "done" for job in jobs):
         places = Ray(workers, timeout, address, processes) if engine == "ray" else Local(workers, timeout, processes)
         board.workers = places.workers
-        work(jobs, places, board)
+        for wave in waves(jobs):
+            work(wave, places, board)
     say(board.summary())
     if failed := [job for job in jobs if job.state == "failed"]:
         for job in failed:
