@@ -55,7 +55,7 @@ class Grid:
 
     name: str  # of the experiment
     configs: tuple[RunConfig, ...]  # one per run
-    report: dict = field(default_factory=dict)  # what its page says and shows, see 14_report
+    report: dict = field(default_factory=dict)  # what its page says and shows, see 15_report
 
 
 def _matches(cell: dict, condition: dict) -> bool:

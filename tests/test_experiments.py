@@ -11,7 +11,18 @@ from dora_nb.adapt import load_adapter, merge
 from dora_nb.assets import load_model
 from dora_nb.decompose import decompose
 from dora_nb.grid import Job, load_grid, run_grid, waves
-from dora_nb.runs import GEOMETRY, HISTORY, PREDICTIONS, RANKS, RESULT, RunConfig, config_from, run, run_name, training_id
+from dora_nb.runs import (
+    GEOMETRY,
+    HISTORY,
+    PREDICTIONS,
+    RANKS,
+    RESULT,
+    RunConfig,
+    config_from,
+    run,
+    run_name,
+    training_id,
+)
 
 SMALL = dict(rank=2, alpha=4.0, train_items=12, batch_size=4, eval_items=6, precision="float32", dropout=0.0)
 
