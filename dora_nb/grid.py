@@ -697,7 +697,7 @@ def run_grid(
     timeout: float | None = None,  # seconds for a try of a run; none if None
     engine: str = "local",  # one of `ENGINES`: processes on this machine, or tasks of Ray
     address: str | None = None,  # of a Ray cluster; a new one on this machine if None
-    known: str | Path | None = None,  # a report's folder; the runs whose results it holds are not made
+    known: Sequence[str | Path] = (),  # reports' folders; the runs whose results they hold are not made
     scale: str | None = None,  # of the grid; its first one if None
 ) -> Path:  # the grid's folder
     "Make the runs of a grid that are not made yet; Incomplete, at the end, if any failed."
@@ -710,10 +710,9 @@ def run_grid(
     grid = load_grid(path, scale)
     folder = Path(out) / grid.name
     need("papermill", "ipykernel", "matplotlib", "pandas")
-    jobs, results = (
-        [Job(config, folder / run_name(config)) for config in grid.configs],
-        gathered(known) if known else {},
-    )
+    jobs, results = [Job(config, folder / run_name(config)) for config in grid.configs], {}
+    for report in known:
+        results |= gathered(report)
     for job in jobs:
         if job.name in results:
             job.state, job.result = "done", results[job.name]

@@ -13,8 +13,8 @@ __all__ = ['ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_GEOMETRY', 'ALL_CURVATURE', 'N
 # %% ../nbs/15_report.ipynb #56f6777e
 import json
 import math
-import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ from dora_nb.compare import (
     compare,
     factors,
     holm,
+    in_order,
     majority,
     parameters,
     run_label,
@@ -76,32 +77,39 @@ def _write_parquet(path: Path, frames: list[pd.DataFrame]):
     write_whole(path, lambda p: pd.concat(frames, ignore_index=True).to_parquet(p, index=False))
 
 
-def _kept(out: Path, names: set[str]) -> Gathered:
-    "What a report holds of these runs."
-    if not names or not (out / RESULTS).exists():
-        return NOTHING
-    there = read_report(out)
-    frames = (frame[frame.run.isin(names)] for frame in there[2:5])
-    probes = {run: points for run, points in there.probes.items() if run in names}
-    return Gathered([r for r in there.results if r["run"] in names], [], *frames, probes)
+def _kept(reports: Sequence[str | Path], names: set[str]) -> Gathered:
+    "What reports hold of these runs."
+    found = NOTHING
+    for report in reports:
+        if names and (Path(report) / RESULTS).exists():
+            there = read_report(report)
+            own = names & {r["run"] for r in there.results}
+            frames = [pd.concat([f[f.run.isin(own)], g]) for f, g in zip(there[2:5], found[2:5])]
+            probes = found.probes | {run: points for run, points in there.probes.items() if run in own}
+            found = Gathered([*found.results, *(r for r in there.results if r["run"] in own)], [], *frames, probes)
+            names = names - own
+    return found
 
-
+# %% ../nbs/15_report.ipynb #76664578
 def _geometry(path: Path) -> pd.DataFrame:
     "A run's ΔM and ΔD, a row per weight and step."
     points = json.loads(path.read_text())["points"]
     return pd.DataFrame([{"step": p["step"], "steps": p["steps"]} | row for p in points for row in p["weights"]])
 
-
+# %% ../nbs/15_report.ipynb #28f0b569
 def collect(
     runs: str | Path,  # holds a folder per run
     out: str | Path,  # the report's folder
     grid: str | Path | None = None,  # a grid file: its runs, and which of them are missing; all runs if None
     scale: str | None = None,  # of the grid; its first one if None
+    known: Sequence[str | Path] = (),  # other reports; what they hold of this grid is taken from them
 ) -> list[dict]:  # the results
     "Gather results, predictions and histories of finished runs; what is missing or broken is gathered too, in words. What `out` holds of the same grid already is kept."
     runs, out = Path(runs), Path(out)
-    if not runs.is_dir():
+    if not runs.is_dir() and not known:
         raise ValueError(f"{runs} is no folder of runs; `dora-nb run GRID.toml` makes one")
+    if known and not grid:
+        raise ValueError("what other reports hold can be told apart by a grid only; give --grid with --known")
     configs = load_grid(grid, scale).configs if grid else None
     results, problems = load(runs, configs)
     folders = {r["run"]: runs / r.pop("folder") for r in results}
@@ -109,8 +117,8 @@ def collect(
         raise ValueError(
             f"{out} holds {len(lost)} runs that are not in {runs}; say with --grid which grid it is of, or choose another place with --out"
         )
-    kept, _, *frames, probed = _kept(out, {run_name(c) for c in configs or ()} - folders.keys())
-    if not results and not kept:
+    kept = _kept([out, *known], {run_name(c) for c in configs or ()} - folders.keys())
+    if not results and not kept.results:
         raise ValueError(f"{runs} holds no finished run" + "".join(f"\n  {p}" for p in problems))
     out.mkdir(parents=True, exist_ok=True)
     histories = {run: f / HISTORY for run, f in folders.items() if (f / HISTORY).exists()}
@@ -121,12 +129,12 @@ def collect(
             _geometry(f / GEOMETRY).assign(run=run) for run, f in folders.items() if (f / GEOMETRY).exists()
         ],
     }
-    for (name, table), before in zip(tables.items(), frames):
+    for (name, table), before in zip(tables.items(), kept[2:5]):
         _write_parquet(out / name, [t for t in (before, *table) if len(t)] or [before])
     looked = {name: f / CURVATURE for name, f in folders.items() if (f / CURVATURE).exists()}
-    probed |= {name: json.loads(path.read_text())["points"] for name, path in looked.items()}
-    results = sorted([*kept, *results], key=lambda r: r["run"])
-    problems = [p for p in problems if p.partition(":")[0] not in {r["run"] for r in kept}]
+    probed = kept.probes | {name: json.loads(path.read_text())["points"] for name, path in looked.items()}
+    results = sorted([*kept.results, *results], key=lambda r: r["run"])
+    problems = [p for p in problems if p.partition(":")[0] not in {r["run"] for r in kept.results}]
     write_whole(out / ALL_CURVATURE, lambda p: p.write_text(json.dumps(probed)))
     write_json(out / RESULTS, {"results": results, "problems": problems})
     return results
@@ -254,7 +262,7 @@ def sweep(
         rows = [r | {"family": f} for r in rows for f in ([_family(r["compress"])] if r["compress"] else families)]
     known = ("compress", "eval_format", "task", "protocol")
     moves = lambda r: r["method"] != "base" or against in known  # the base model knows nothing of the rest
-    order = {v: i for i, v in enumerate(sorted({r[against] for r in rows if moves(r)}, key=_size))}
+    order = {v: i for i, v in enumerate(sorted({r[against] for r in rows if moves(r)}, key=in_order))}
     several = len({r["task"] for r in rows}) > 1
     for r in rows:
         rest = {k: r[k] for k in own if k not in ("task", "method") and r[k] not in ("", None)}
@@ -266,22 +274,7 @@ def sweep(
         r["panel"] = ", ".join([*words, *([r["family"]] if "family" in r else [])])
     return pd.DataFrame(rows)
 
-
-def _size(value) -> tuple:
-    "What sorts values: nothing compressed, then numbers by size, then the size in a name, then names."
-    if isinstance(value, (int, float)):
-        return (1, "", float(value))
-    if value is None:
-        return (2, "", 0.0)  # all items
-    number = re.search(r"[\d.]+$", value)
-    # bits from many to few, shares of zeros from few to many: from gentle to harsh
-    return (
-        0 if not value else 1,
-        _family(value),
-        (-1 if float(number[0]) > 1 else 1) * float(number[0]) if number else 0.0,
-    )
-
-
+# %% ../nbs/15_report.ipynb #da0ef087
 def plot_sweep(
     rows: pd.DataFrame,  # as `sweep` makes them
 ) -> matplotlib.figure.Figure:
@@ -311,7 +304,7 @@ def plot_sweep(
     fig.tight_layout(rect=(0, 0.09, 1, 1))
     return fig
 
-
+# %% ../nbs/15_report.ipynb #e928e273
 def sweep_table(
     rows: pd.DataFrame,  # as `sweep` makes them
 ) -> pd.DataFrame:  # text, panel and value × line
@@ -481,7 +474,7 @@ def correlation(
     drawn = pearson(*(counts @ sums).T)
     return pearson(*sums.sum(0)), *np.nanquantile(drawn, [0.025, 0.975])
 
-
+# %% ../nbs/15_report.ipynb #4e645538
 def geometry_rows(
     results: list[dict],  # as `collect` returns them
     geometry: pd.DataFrame,  # likewise, gathered
@@ -516,7 +509,7 @@ def geometry_table(
         )
     return pd.DataFrame(table)
 
-
+# %% ../nbs/15_report.ipynb #576e6b79
 def plot_geometry(
     rows: pd.DataFrame,  # as `geometry_rows` makes them
 ) -> matplotlib.figure.Figure:
@@ -620,10 +613,10 @@ def _accuracy_section(out: Path, found: Gathered, protocol: str, split: str, aga
         ]
     return lines
 
-
+# %% ../nbs/15_report.ipynb #8cc89f7c
 TEST_NOTE = "An interval of several seeds draws items and seeds anew. p is of sign flips over items (of McNemar's test where there is one seed), corrected for the number of comparisons on this page (Holm); g is Cohen's. A difference is claimed where interval and p agree.\n"
 
-
+# %% ../nbs/15_report.ipynb #5706ffa6
 def _comparisons(found: Gathered, contrasts: list[tuple[dict, dict]]) -> list[str]:
     "Every contrast, with p corrected for all of them."
     rows = []
@@ -707,7 +700,7 @@ def experiment(
             return spec, path, scale
     return {}, None, None
 
-
+# %% ../nbs/15_report.ipynb #8046d633
 def _about(spec: dict, scale: str | None, found: Gathered) -> list[str]:
     "The head of a page: how large, what is claimed, how it is tested."
     trained = [r for r in found.results if r["training"]]
@@ -726,7 +719,7 @@ def _about(spec: dict, scale: str | None, found: Gathered) -> list[str]:
         lines += [f"**{key.capitalize()}.** {spec[key].strip()}\n"] if key in spec else []
     return lines + ([f"**Verdict.** {spec['verdict'].strip()}\n"] if "verdict" in spec else [])
 
-
+# %% ../nbs/15_report.ipynb #ee05155d
 def render(
     out: str | Path,  # a folder that `collect` filled; receives report.md and its figures
     title: str | None = None,  # of the page; what the grid file says, or the folder's name, if None
@@ -757,7 +750,7 @@ def render(
     write_whole(out / "report.md", lambda p: p.write_text("\n".join(page)))
     return out / "report.md"
 
-# %% ../nbs/15_report.ipynb #8046d633
+# %% ../nbs/15_report.ipynb #11106e1a
 GEOMETRY_NOTE = "ΔM is the mean change of the rows' lengths, ΔD the mean of 1 − cos between a row before and after, per weight. Intervals draw weights anew, each with all its checkpoints and seeds. The paper's figures are of VL-BART, six layers and four checkpoints.\n"
 
 
@@ -797,7 +790,7 @@ def reports_in(
     "The reports in a folder, and one folder below them."
     return sorted(p.parent for pattern in (f"*/{RESULTS}", f"*/*/{RESULTS}") for p in Path(folder).glob(pattern))
 
-
+# %% ../nbs/15_report.ipynb #0aa2841f
 def overview(
     folder: str | Path,  # of reports, each experiment with its grid file
 ) -> Path:  # README.md

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RUN_METHODS', 'CHOICES', 'COUNTS', 'IGNORED', 'MANNER', 'LATER', 'ASKED', 'HERE', 'SCHEMA', 'RESULT', 'HISTORY',
            'PREDICTIONS', 'CURVATURE', 'GEOMETRY', 'RANKS', 'CHECKPOINTS', 'ERROR', 'CALIBRATION', 'LOST', 'RunConfig',
-           'config_from', 'effective', 'checksums', 'run_id', 'run_name', 'training_id', 'say', 'write_json',
-           'read_result', 'run', 'ProcessDied', 'ProbeConfig', 'run_probe', 'load']
+           'trained_tasks', 'config_from', 'effective', 'checksums', 'run_id', 'run_name', 'training_id', 'say',
+           'write_json', 'read_result', 'run', 'ProcessDied', 'ProbeConfig', 'run_probe', 'load']
 
 # %% ../nbs/11_runs.ipynb #1bcc8cd3
 import contextlib
@@ -115,7 +115,7 @@ def _check_together(config):
         raise ValueError(
             f"checkpoint_seconds={config.checkpoint_seconds} and geometry={config.geometry} must be at least 0"
         )
-    if wrong := [t for t in config.tasks if t not in assets.TASK_NAMES]:
+    if wrong := [t for t in trained_tasks(config) if t not in assets.TASK_NAMES]:
         raise ValueError(f"mixture: {wrong[0]!r} is no task; there are {', '.join(assets.TASK_NAMES)}")
     if (config.eval_format or format_of(config.protocol)) != "instruction" and config.protocol == "generate":
         raise ValueError("protocol='generate' needs eval_format='instruction'")
@@ -220,16 +220,18 @@ class RunConfig:
             return None
         return AdapterConfig(**_some(self, AdapterConfig) | {"target_modules": targets} | _patterns(self.ranks))
 
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        "What is trained on."
-        return tuple(t.strip() for t in self.mixture.split(",")) if self.mixture else (self.task,)
-
     def training(self) -> TrainConfig:
         "How it is trained."
         return TrainConfig(**_some(self, TrainConfig), end=self.format == "instruction")
 
 # %% ../nbs/11_runs.ipynb #88cf6c28
+def trained_tasks(
+    config: RunConfig,  # a run
+) -> tuple[str, ...]:
+    "What it trains on."
+    return tuple(t.strip() for t in config.mixture.split(",")) if config.mixture else (config.task,)
+
+
 def _some(config: RunConfig, target: type) -> dict:
     "The fields of a run that `target` has too."
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(target) if hasattr(config, f.name)}
@@ -305,7 +307,7 @@ def checksums(
     data = lambda task: _digest([task, origin(assets.asset_of(task))])
     found = {"model": _digest(model), "data": data(config.task)}
     if config.mixture:
-        found["mixture"] = _digest([data(task) for task in config.tasks])
+        found["mixture"] = _digest([data(task) for task in trained_tasks(config)])
     return found | ({"ranks": _digest(_patterns(config.ranks))} if config.ranks else {})
 
 # %% ../nbs/11_runs.ipynb #6e6d10ea
@@ -532,7 +534,7 @@ def _twin(config: RunConfig, run_dir: Path) -> Path | None:
             return path.parent
     return None
 
-
+# %% ../nbs/11_runs.ipynb #232e2767
 def _copy(source: str, target: str):
     "A second name for a file, or a copy where that cannot be."
     Path(target).unlink(missing_ok=True)
@@ -557,7 +559,7 @@ def _take_over(config: RunConfig, model, run_dir: Path, twin: Path, team: Team) 
     taken = read_result(twin)
     return taken["training"] | dict(seconds_of_earlier_tries=0.0, trained_by=taken["run"])
 
-
+# %% ../nbs/11_runs.ipynb #1243b2d7
 def _settle(config: RunConfig, model):
     "Merge the adapter for evaluation, where that can be."
     if not config.fsdp and not config.compress.startswith(PRUNERS):  # those are used with the adapter on
@@ -567,7 +569,7 @@ def _settle(config: RunConfig, model):
 def _fit(config: RunConfig, model, tokenizer, run_dir: Path, progress: bool, team: Team) -> dict:
     "Adapt and train a model, save what was learnt, and leave the model merged; returns what it took."
     draw = lambda task: load_task(task, "train", config.format, config.train_items, config.seed, config.source)
-    items = datasets.concatenate_datasets([draw(task) for task in config.tasks])
+    items = datasets.concatenate_datasets([draw(task) for task in trained_tasks(config)])
     adapt(model, _adapter(config, model, tokenizer, items, run_dir))
     trainable, total = count_parameters(model)
     if config.fsdp:
@@ -648,7 +650,7 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
     items = load_task(config.task, config.eval_split, format, config.eval_items, source=config.source)
     model, tokenizer = load_model(config.model, config.source, device="cpu" if config.fsdp else device)
     if config.compress:
-        seen = load_task(config.tasks[0], "train", limit=CALIBRATION, source=config.source)
+        seen = load_task(trained_tasks(config)[0], "train", limit=CALIBRATION, source=config.source)
         compress(model, config.compress, tokenizer, seen)
     if config.fsdp and config.method == "base":
         shard(model, team)

@@ -280,7 +280,7 @@ def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys):
     assert len(read_report(tmp_path / "report")[0]) == 2
     grid.write_text(whole)
     capsys.readouterr()
-    folder = run_grid(grid, tmp_path / "tuesday", known=tmp_path / "report")
+    folder = run_grid(grid, tmp_path / "tuesday", known=[tmp_path / "report"])
     assert len(list(folder.iterdir())) == 1 and capsys.readouterr().err.count(": running") == 1
     collect(folder, tmp_path / "report", grid)
     results, problems, predictions, history, _ = read_report(tmp_path / "report")
@@ -290,10 +290,10 @@ def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys):
     with pytest.raises(ValueError, match="holds 2 runs that are not in .*say with --grid"):
         collect(folder, tmp_path / "report")
     with pytest.raises(ValueError, match="there is no folder .*reprot"):
-        run_grid(grid, tmp_path / "tuesday", known=tmp_path / "reprot")
+        run_grid(grid, tmp_path / "tuesday", known=[tmp_path / "reprot"])
     (tmp_path / "report" / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="results.json is damaged"):
-        run_grid(grid, tmp_path / "tuesday", known=tmp_path / "report")
+        run_grid(grid, tmp_path / "tuesday", known=[tmp_path / "report"])
 
 
 def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
