@@ -211,11 +211,8 @@ class RunConfig:
 
     def adapter(self) -> AdapterConfig | None:
         "How the model is adapted; None for the base model."
-        targets = (
-            self.target_modules
-            if self.target_modules == "all-linear"
-            else tuple(t.strip() for t in self.target_modules.split(","))
-        )
+        names = tuple(t.strip() for t in self.target_modules.split(","))
+        targets = "all-linear" if names == ("all-linear",) else names
         if self.method == "base":
             return None
         return AdapterConfig(**_some(self, AdapterConfig) | {"target_modules": targets} | _patterns(self.ranks))
