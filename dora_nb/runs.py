@@ -119,8 +119,8 @@ def _check_together(config):
         raise ValueError(f"mixture: {wrong[0]!r} is no task; there are {', '.join(assets.TASK_NAMES)}")
     if (config.eval_format or format_of(config.protocol)) != "instruction" and config.protocol == "generate":
         raise ValueError("protocol='generate' needs eval_format='instruction'")
-    if config.allocate and (config.ranks or config.processes > 1 or config.method not in ("lora", "dora")):
-        raise ValueError("allocate finds ranks for lora and dora, in one process, and goes not with a file of ranks")
+    if config.allocate and (config.ranks or config.processes > 1):
+        raise ValueError("allocate finds ranks in one process, and does not go with a file of ranks")
     if config.fsdp and (config.processes == 1 or config.probe or config.geometry or config.protocol == "generate"):
         raise ValueError(
             "fsdp=true needs processes of 2 or more, and goes neither with probe or geometry nor with generate"

@@ -28,3 +28,43 @@ def test_the_page_is_made_from_the_results(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     same = (tmp_path / "report.md").read_text() == (ROOT / "reports" / "speed" / "report.md").read_text()
     assert same, "run `python benchmarks/report.py`"
+
+
+SLICE = """
+name = "x"
+[fixed]
+model = "{model}"
+rank = 2
+train_items = 8
+batch_size = 4
+eval_items = 6
+precision = "float32"
+[axes]
+method = ["base", "lora"]
+eval_split = ["validation", "dev"]
+"""
+
+
+def test_a_slice_and_what_it_brings_back(tmp_path, tiny_model_dir):
+    from dora_nb.assets import cache_dir
+    from dora_nb.runs import load
+
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "cache").symlink_to(cache_dir().resolve())
+    (tmp_path / "grid.toml").write_text(SLICE.format(model=tiny_model_dir))
+    tool = [sys.executable, ROOT / "benchmarks" / "slices.py"]
+
+    def go(out, seconds):
+        command = [*tool, "run", tmp_path / "stage", tmp_path / out, tmp_path / "grid.toml", "--workers", "2"]
+        done = subprocess.run([*command, "--seconds", seconds], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.splitlines()
+
+    assert go("none", "0")[-1] == "4 runs are left to do"
+    assert go("first", "300")[-1] == "0 runs are left to do"
+    done = subprocess.run([*tool, "fetch", tmp_path / "first", tmp_path / "runs"], capture_output=True, text=True)
+    assert done.stdout.startswith("4 runs in"), done.stderr
+    results, problems = load(tmp_path / "runs" / "x")
+    assert len(results) == 4 and not problems
+    assert sum("trained_by" in (r["training"] or {}) for r in results) == 1
+    assert not list((tmp_path / "runs").rglob("adapter"))  # too large to bring back

