@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help reproduce test test-slow speed reliability notebooks readme clean
+.PHONY: help reproduce report test test-slow speed reliability notebooks readme clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -26,6 +26,12 @@ $(READY): constraints.txt settings.ini setup.py
 reproduce: $(READY) ## LoRA against DoRA on three tasks, from nothing to reports/quick/report.md
 	$(BIN)/dora-nb run reports/quick/grid.toml
 	$(BIN)/dora-nb report runs/quick --grid reports/quick/grid.toml --out reports/quick
+
+report: $(READY) ## every page, table and figure in reports/ again, from the stored results
+	$(BIN)/dora-nb report reports
+	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/report_rank.py
+	$(BIN)/python benchmarks/report_reliability.py
 
 test: $(READY) ## everything that CI runs
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal

@@ -7,8 +7,8 @@ __all__ = ['ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_GEOMETRY', 'ALL_CURVATURE', 'N
            'PAPER_CORRELATIONS', 'COST_NOTE', 'TEST_NOTE', 'CURVATURE_NOTE', 'CERTAIN_NOTE', 'SPEC', 'GEOMETRY_NOTE',
            'OVERVIEW', 'Gathered', 'collect', 'read_report', 'cost_table', 'plot_accuracy', 'sweep', 'plot_sweep',
            'sweep_table', 'plot_learning_curves', 'curvature_rows', 'curvature_table', 'plot_sharpness', 'counted',
-           'plot_density', 'plot_layers', 'correlation', 'geometry_rows', 'geometry_table', 'plot_geometry',
-           'sharpness_table', 'experiment', 'render', 'reports_in', 'overview']
+           'plot_density', 'plot_layers', 'correlation', 'geometry_rows', 'geometry_table', 'plot_geometry', 'diverged',
+           'stability_table', 'sharpness_table', 'experiment', 'render', 'reports_in', 'overview']
 
 # %% ../nbs/15_report.ipynb #56f6777e
 import json
@@ -321,18 +321,22 @@ def plot_learning_curves(
     results: list[dict],  # as `collect` returns them
     history: pd.DataFrame,  # likewise, gathered
 ) -> matplotlib.figure.Figure:
-    "Training loss by step, a panel per task, a line per method (and seed)."
-    trained = [r for r in results if r["training"]]
+    "Training loss by step, mean over seeds and a tenth of the steps, a panel per task, a line per kind of run."
+    trained, names = [r for r in results if r["training"]], factors(results)
     tasks = list(dict.fromkeys(r["params"]["task"] for r in trained))
     fig, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks) + 1, 2.6), dpi=110, squeeze=False)
     for ax, task in zip(axes[0], tasks):
         for method in COLORS:
-            for i, r in enumerate(
-                r for r in trained if r["params"]["task"] == task and r["params"]["method"] == method
-            ):
-                curve = history[history.run == r["run"]]
+            kinds = {}
+            for r in trained:
+                if (r["params"]["task"], r["params"]["method"]) == (task, method):
+                    kinds.setdefault(run_label(parameters(r), names, (*ALWAYS[:3], "rank")), []).append(r["run"])
+            for i, (label, runs) in enumerate(kinds.items()):
+                curve = history[history.run.isin(runs)].groupby("step").loss.mean()
+                curve = curve.rolling(max(1, len(curve) // 10), min_periods=1).mean()
                 style = dict(lw=4, alpha=0.35) if method == "lora" else dict(lw=1.2)  # both show where they agree
-                ax.plot(curve.step, curve.loss, color=COLORS[method], label=None if i else LABELS[method], **style)
+                words = label if len(kinds) <= 2 else None if i else f"{LABELS[method]} ({len(kinds)} kinds)"
+                ax.plot(curve.index, curve, color=COLORS[method], label=words, **style)
         ax.set(title=TASK_LABELS[task], xlabel="optimiser step")
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes[0, 0].set_ylabel("training loss (nats)")
@@ -443,11 +447,14 @@ def plot_density(
     "How many eigenvalues of a block's Hessian are beyond a size, above zero and below, a panel per method."
     name = max(n for n, b in rows.probe.iloc[0]["blocks"].items() if "hessian" in b)
     labels = list(dict.fromkeys(rows.label))
-    fig, axes = plt.subplots(1, len(labels), figsize=(2.6 * len(labels) + 1, 2.8), dpi=110, squeeze=False, sharey=True)
+    columns = min(3, len(labels))
+    lines = -(-len(labels) // columns)
+    size = dict(figsize=(2.6 * columns + 1, 2.5 * lines + 0.3), dpi=110)
+    fig, axes = plt.subplots(lines, columns, **size, squeeze=False, sharex=True, sharey=True)
     blocks = [p["blocks"][name] for p in rows.probe]
     most = max(np.abs(b["hessian"]["nodes"]).max() for b in blocks)
     grid = most * np.logspace(-5, 0, 120)
-    for ax, label in zip(axes[0], labels):
+    for ax, label in zip(axes.flat, labels):
         for shade, at in zip((0.3, 0.6, 1.0), ("warm-up", "middle", "end")):
             here = rows[(rows.label == label) & (rows["at"] == at)]
             for sign, style in ((1, "-"), (-1, "--")):
@@ -457,10 +464,11 @@ def plot_density(
                 ]
                 color, words = COLORS[here.method.iloc[0]], f"{at}, λ {'>' if sign > 0 else '<'} 0"
                 ax.plot(grid, np.mean(each, 0), ls=style, color=color, alpha=shade, lw=1.2, label=words)
-        ax.set(title=label, xscale="log", yscale="log", xlabel="size of λ")
+        ax.set(title=label, xscale="log", yscale="log")
         ax.title.set_fontsize(9)
-    axes[0, 0].set_ylabel(f"eigenvalues beyond it\n(Hessian of {name})")
-    axes[0, -1].legend(frameon=False, fontsize=7)
+    fig.supxlabel("size of λ", fontsize=9)
+    fig.supylabel(f"eigenvalues beyond it (Hessian of {name})", fontsize=9)
+    axes[0, 0].legend(frameon=False, fontsize=7)
     fig.tight_layout()
     return fig
 
@@ -519,9 +527,10 @@ def geometry_rows(
     results: list[dict],  # as `collect` returns them
     geometry: pd.DataFrame,  # likewise, gathered
 ) -> pd.DataFrame:  # geometry with task, method, seed, part (of the training) and relative change
-    "ΔM and ΔD with the parameters of their runs."
-    keys = ("task", "method", "seed")
-    runs = pd.DataFrame([{"run": r["run"]} | {k: r["params"][k] for k in keys} for r in results])
+    "ΔM and ΔD with the parameters of their runs, and what these are called."
+    keys, names = ("task", "method", "seed"), factors(results)
+    label = lambda r: run_label(parameters(r), names, ("protocol", "eval_split", "eval_format", "task", "rank"))
+    runs = pd.DataFrame([{"run": r["run"], "label": label(r)} | {k: r["params"][k] for k in keys} for r in results])
     rows = geometry.merge(runs, on="run")
     return rows.assign(
         part=rows.step / rows.steps, relative=rows.delta_m / rows.m0, kind=rows.weight.str.rpartition(".")[2]
@@ -533,12 +542,12 @@ def geometry_table(
 ) -> pd.DataFrame:  # text, a row per task and method
     "How ΔM and ΔD go together."
     text, table = lambda c: f"{c[0]:+.2f} [{c[1]:+.2f}, {c[2]:+.2f}]", []
-    for (task, method), group in rows.groupby(["task", "method"], sort=False):
+    for (task, method, label), group in rows.groupby(["task", "method", "label"], sort=False):
         end, points = group.part == 1, lambda key: group.assign(x=group.delta_d, y=group[key])
         table.append(
             {
                 "task": TASK_LABELS[task],
-                "method": LABELS[method],
+                "method": label,
                 "ΔM, ΔD at the end": f"{group.relative[end].mean():.2%}, {group.delta_d[end].mean():.1e}",
                 "correlation": text(correlation(points("delta_m"))),
                 "in the paper": f"{PAPER_CORRELATIONS[method]:+.2f}",
@@ -553,23 +562,55 @@ def geometry_table(
 def plot_geometry(
     rows: pd.DataFrame,  # as `geometry_rows` makes them
 ) -> matplotlib.figure.Figure:
-    "ΔM against ΔD, a panel per task and method, darker towards the end of the training."
-    tasks, methods = list(dict.fromkeys(rows.task)), [m for m in LABELS if m in set(rows.method)]
-    size = (2.6 * len(methods) + 0.8, 2.4 * len(tasks) + 0.3)
-    fig, axes = plt.subplots(len(tasks), len(methods), figsize=size, dpi=110, squeeze=False)
-    for line, task in zip(axes, tasks):
-        for ax, method in zip(line, methods):
-            for part, group in rows[(rows.task == task) & (rows.method == method)].groupby("part"):
-                dots = dict(s=5, lw=0, color=COLORS[method], alpha=0.15 + 0.6 * part, label=f"{part:.0%} of the steps")
-                ax.scatter(group.delta_d, group.delta_m, **dots)
-            ax.set(title=f"{LABELS[method]}, {TASK_LABELS[task]}", xscale="log", yscale="log")
-            ax.title.set_fontsize(9)
-        line[0].set_ylabel("ΔM (units of the weight)")
-    for ax in axes[-1]:
-        ax.set_xlabel("ΔD (1 − cos)")
-    axes[0, -1].legend(frameon=False, fontsize=7, markerscale=2)
+    "ΔM against ΔD, a panel per task and kind of run, darker towards the end of the training."
+    panels = list(rows.groupby(["task", "method", "label"], sort=False))
+    columns = min(5, max(1, len(panels) // rows.task.nunique()))
+    lines = -(-len(panels) // columns)
+    fig, axes = plt.subplots(lines, columns, figsize=(2.4 * columns + 0.6, 2.3 * lines + 0.4), dpi=110, squeeze=False)
+    for ax, ((task, method, label), own) in zip(axes.flat, panels):
+        for part, group in own.groupby(own.part.round(2)):
+            dots = dict(s=5, lw=0, color=COLORS[method], alpha=0.15 + 0.6 * part, label=f"{part:.0%} of the steps")
+            ax.scatter(group.delta_d, group.delta_m, **dots)
+        ax.set(title=f"{TASK_LABELS[task]}, {label}", xscale="log", yscale="log")
+        ax.title.set_fontsize(8)
+        ax.tick_params(labelsize=7, which="both")
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    fig.supxlabel("ΔD (1 − cos)", fontsize=9)
+    fig.supylabel("ΔM (units of the weight)", fontsize=9)
+    axes.flat[len(panels) - 1].legend(frameon=False, fontsize=6, markerscale=2)
     fig.tight_layout()
     return fig
+
+# %% ../nbs/15_report.ipynb #3f595cd7
+def diverged(
+    losses: np.ndarray,  # by step
+) -> bool:
+    "Whether a training ended above where it began."
+    n = max(1, len(losses) // 10)
+    return not losses[-n:].mean() <= losses[:n].mean()
+
+
+def stability_table(
+    results: list[dict],  # as `collect` returns them
+    history: pd.DataFrame,  # likewise, gathered
+    against: str,  # a factor
+) -> pd.DataFrame:  # text, task, method and rest × values of the factor
+    "The loss at the end of the training, mean over seeds, and how many seeds diverged."
+    names, losses = factors(results), {run: h.sort_values("step").loss.to_numpy() for run, h in history.groupby("run")}
+    cells, values = {}, {}
+    for r in results:
+        if r["run"] in losses:
+            params = parameters(r)
+            label = f"{TASK_LABELS[params['task']]}, {run_label(params, names, ('protocol', 'eval_split', 'task', against))}"
+            values[params[against]] = value_label(against, params[against])
+            cells.setdefault((label, params[against]), []).append(losses[r["run"]])
+    text = lambda each: (
+        f"{np.mean([x[-max(1, len(x) // 10) :].mean() for x in each]):.2f}, {sum(map(diverged, each))} of {len(each)}"
+    )
+    order, labels = sorted(values, key=in_order), list(dict.fromkeys(label for label, _ in cells))
+    rows = [[text(cells[label, v]) if (label, v) in cells else "–" for v in order] for label in labels]
+    return pd.DataFrame(rows, labels, [values[v] for v in order])
 
 # %% ../nbs/15_report.ipynb #be51f7ca
 def sharpness_table(
@@ -754,9 +795,9 @@ def _about(spec: dict, scale: str | None, found: Gathered) -> list[str]:
         f"**Scale{f' `{scale}`' if scale else ''}: {size}{asked} items asked, {seeds} seed{'s' * (seeds > 1)}.**\n"
     ]
     if found.problems:
-        lines += [
-            f"**{len(found.problems)} runs of this grid are missing:** {'; '.join(p.partition(':')[0] for p in found.problems)}\n"
-        ]
+        names = [p.partition(":")[0] for p in found.problems]
+        shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
+        lines += [f"**{len(names)} runs of this grid are missing:** {shown}\n"]
     for key in ("claim", "method"):
         lines += [f"**{key.capitalize()}.** {spec[key].strip()}\n"] if key in spec else []
     return lines + ([f"**Verdict.** {spec['verdict'].strip()}\n"] if "verdict" in spec else [])
@@ -774,6 +815,9 @@ def render(
         page += _accuracy_section(out, found, protocol, split, spec.get("against", ""))
     contrasts = [(c["a"], c["b"]) for c in spec["contrasts"]] if "contrasts" in spec else [METHODS_APART]
     page += _comparisons(found, contrasts)
+    if spec.get("against") == "learning_rate":
+        page += ["## Stability\n", "Training loss at the end (nats, mean over seeds), and seeds that diverged.\n"]
+        page += [stability_table(found.results, found.history, "learning_rate").to_markdown(), ""]
     if "doubts" in spec:
         page += ["## What else could explain it\n", *(f"- {d}" for d in spec["doubts"]), ""]
     if spec.get("published", not spec):
