@@ -26,6 +26,7 @@ import pandas as pd
 
 from .adapt import write_whole
 from dora_nb.compare import (
+    ALWAYS,
     COLORS,
     LABELS,
     METHODS_APART,
@@ -532,6 +533,9 @@ def geometry_rows(
     label = lambda r: run_label(parameters(r), names, ("protocol", "eval_split", "eval_format", "task", "rank"))
     runs = pd.DataFrame([{"run": r["run"], "label": label(r)} | {k: r["params"][k] for k in keys} for r in results])
     rows = geometry.merge(runs, on="run")
+    place = lambda r: (list(LABELS).index(r["params"]["method"]), [in_order(parameters(r)[k]) for k in names[4:]])
+    order = {r["run"]: i for i, r in enumerate(sorted(results, key=place))}
+    rows = rows.sort_values(["run", "step"], key=lambda c: c.map(order) if c.name == "run" else c, kind="stable")
     return rows.assign(
         part=rows.step / rows.steps, relative=rows.delta_m / rows.m0, kind=rows.weight.str.rpartition(".")[2]
     )
