@@ -890,7 +890,7 @@ def overview(
         spec = tomllib.loads(path.read_text()).get("report", {})
         if "claim" not in spec:
             continue
-        made = [p for p in reports_in(folder) if path.parent in (p, p.parent)]
+        made = [p for p in reports_in(folder) if experiment(p)[1] == path.resolve()]
         links = ", ".join(
             f"[{p.name if p != path.parent else 'report'}]({p.relative_to(folder)}/report.md)" for p in made
         )

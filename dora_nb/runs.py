@@ -148,11 +148,11 @@ def _patterns(ranks: str) -> dict[str, dict]:
     keys = {"rank_pattern", "alpha_pattern"}
     if (
         not isinstance(patterns, dict)
-        or set(patterns) != keys
-        or not all(isinstance(v, dict) for v in patterns.values())
+        or not keys <= patterns.keys()
+        or not all(isinstance(patterns[key], dict) for key in keys)
     ):
         raise ValueError(f"ranks={ranks!r} must hold rank_pattern and alpha_pattern, as `dora-nb ranks` writes them")
-    return patterns
+    return {key: patterns[key] for key in keys}
 
 # %% ../nbs/11_runs.ipynb #1d42da3d
 @dataclass(frozen=True)
@@ -512,28 +512,31 @@ def _adapter(config: RunConfig, model, tokenizer, items, run_dir: Path) -> Adapt
     adapter, path = config.adapter(), run_dir / RANKS
     if not config.allocate:
         return adapter
-    if not path.exists():
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("training_id") != training_id(config):
         ranks = warm_ranks(model, tokenizer, items, config.training(), adapter, config.allocate)
-        write_json(path, as_patterns(ranks, adapter))
+        write_json(path, as_patterns(ranks, adapter) | dict(training_id=training_id(config)))
         transformers.set_seed(config.seed)  # as if nothing had been trained
     return dataclasses.replace(adapter, **_patterns(str(path)))
 
 # %% ../nbs/11_runs.ipynb #7e1e0896
 def _twin(config: RunConfig, run_dir: Path) -> Path | None:
     "A finished run beside this one that has trained the same, and kept it."
-    wanted = training_id(config)
+    if run_dir.name != run_name(config):  # a place of its own was asked for: a repetition, perhaps
+        return None
     for path in sorted(run_dir.parent.glob(f"*/{RESULT}")):
         try:
-            same = path.parent != run_dir and read_result(path.parent).get("training_id") == wanted
+            result = read_result(path.parent, path.parent.name)
         except ValueError:
             continue
+        same = path.parent != run_dir and result.get("training_id") == training_id(config)
         if same and (path.parent / "adapter").is_dir():
             return path.parent
     return None
 
 # %% ../nbs/11_runs.ipynb #232e2767
 def _copy(source: str, target: str):
-    "A second name for a file, or a copy where that cannot be."
+    "A second name for a file that is only ever replaced, or a copy where that cannot be."
     Path(target).unlink(missing_ok=True)
     try:
         os.link(source, target)
@@ -547,7 +550,7 @@ def _take_over(config: RunConfig, model, run_dir: Path, twin: Path, team: Team) 
         shutil.copytree(twin / "adapter", run_dir / "adapter", copy_function=_copy, dirs_exist_ok=True)
         for name in (HISTORY, CURVATURE, GEOMETRY, RANKS):
             if (twin / name).exists():
-                _copy(twin / name, run_dir / name)
+                shutil.copyfile(twin / name, run_dir / name)
     if config.method == "full":
         model.load_state_dict(load_model(str(twin / "adapter"))[0].state_dict())
     else:

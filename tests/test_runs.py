@@ -283,7 +283,7 @@ def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys):
     folder = run_grid(grid, tmp_path / "tuesday", known=[tmp_path / "report"])
     assert len(list(folder.iterdir())) == 1 and capsys.readouterr().err.count(": running") == 1
     collect(folder, tmp_path / "report", grid)
-    results, problems, predictions, history, _ = read_report(tmp_path / "report")
+    results, problems, predictions, history, *_ = read_report(tmp_path / "report")
     names = {run_name(c) for c in load_grid(grid).configs}
     assert {r["run"] for r in results} == set(predictions.run) == names and len(results) == 3 and not problems
     assert set(history.run) == {n for n in names if "base" not in n} and len(predictions) == 18
