@@ -5,29 +5,30 @@
     python benchmarks/slices.py run STAGE OUT --seconds 540 --scale full GRID.toml …   # there, until all is done
     python benchmarks/slices.py fetch OUT runs             # here: archives to folders of runs, for `dora-nb report`
 
-A slice that is killed loses nothing that was finished: archives are written anew, whole, after every run. What was in the
-making goes on from its checkpoint if the stage is still there, and starts again if it is not.
+A slice that is killed loses nothing that was finished: archives are written anew, whole, after every run, and what an
+earlier slice has finished on the same stage is put into them once more. What was in the making goes on from its
+checkpoint if the stage is still there, and starts again if it is not.
 """
 
 import argparse
 import io
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 import zipfile
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package is not installed
 
 WHEELS = ("datasets", "dill", "multiprocess", "xxhash", "gguf")  # that a machine with torch and transformers may lack
 PART, ARCHIVE = 47 * 2**20, 15 * 2**20  # bytes of a part on its way there, of an archive on its way back
+ARCHIVES = 3  # full ones, after which a slice ends: so much comes back from one trip
 LEFT_THERE = ("adapter", "checkpoints")  # too large to bring back
 
 
@@ -88,29 +89,69 @@ def unpack(options):
     print(*sorted(p.name for p in cache.iterdir() if not p.name.startswith(".")) if cache.exists() else ())
 
 
-def make(params: dict, folder: str) -> str:
-    "One run, in a process of the pool."
+def work(pipe):
+    "A process that makes the runs that it is sent, one after another, and sends back what went wrong."
     from dora_nb.runs import RunConfig, run
 
-    run(RunConfig(**params), folder, progress=False)
-    return folder
+    while True:
+        params, folder = pipe.recv()
+        try:
+            run(RunConfig(**params), folder, progress=False)
+            pipe.send("")
+        except KeyboardInterrupt:  # Stopped is one: there is a checkpoint now
+            return
+        except Exception as e:
+            pipe.send(f"{type(e).__name__}: {e}")
+
+
+class Worker:
+    "A process for runs, and the run that it is at."
+
+    def __init__(self):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process, self.job = context.Process(target=work, args=(other,), daemon=True), None
+        self.process.start()
+        other.close()  # so that the end of the process is noticed
+
+    def give(self, job):
+        "Start a run."
+        self.job = job
+        self.pipe.send((vars(job.config), str(job.folder)))
+
+    def take(self):
+        "The run that ended, and what went wrong with it."
+        job, self.job = self.job, None
+        try:
+            return job, self.pipe.recv()
+        except EOFError:
+            return job, "its process died"
+
+    def end(self):
+        "Wait for a process that was told to stop, and then no longer."
+        self.process.join(20)
+        self.process.kill()
 
 
 class Archives:
     "Finished runs, in as few files as their size allows."
 
     def __init__(self, out: Path):
-        self.out, self.members, self.count = out, [], len(list(out.glob("runs-*.tar")))
+        self.out, self.members, self.count, self.there = out, [], 0, set()
+        self.name = f"runs-{time.time_ns()}"  # of this slice, among those of others
 
     def add(self, folder: Path):
         "Put a run's files into the current archive, and write that anew."
+        if folder in self.there:
+            return
+        self.there.add(folder)
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
         files = [p for p in files if p.relative_to(folder).parts[0] not in LEFT_THERE]
         fresh = [(f"{folder.parent.name}/{folder.name}/{p.relative_to(folder)}", p.read_bytes()) for p in files]
         if self.members and sum(len(data) + 1024 for _, data in [*self.members, *fresh]) > ARCHIVE:
             self.members, self.count = [], self.count + 1
         self.members += fresh
-        path = self.out / f"runs-{self.count}.tar"
+        path = self.out / f"{self.name}-{self.count}.tar"
         with tarfile.open(path.with_suffix(".part"), "w") as tar:
             for name, data in self.members:
                 info = tarfile.TarInfo(name)
@@ -120,40 +161,48 @@ class Archives:
 
 
 def run_slice(options):
-    "Make runs until the time is up."
+    "Make runs until the time is up, or as much has been written as one trip takes back."
     from dora_nb.grid import Job, gathered, load_grid, waves
     from dora_nb.runs import RESULT, run_name
 
-    start, done = time.monotonic(), {name for folder in options.known for name in gathered(folder)}
+    start, known = time.monotonic(), {name for folder in options.known for name in gathered(folder)}
     options.out.mkdir(parents=True, exist_ok=True)
     archives, sets = Archives(options.out), []
     for path in options.grids:
         grid = load_grid(path, options.scale)
         jobs = [Job(c, options.stage / "runs" / grid.name / run_name(c)) for c in grid.configs]
-        sets += waves([job for job in jobs if job.name not in done])
-    left = lambda: options.seconds - (time.monotonic() - start)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, context) as pool:
-        for jobs in sets:
-            todo = [job for job in jobs if not (job.folder / RESULT).exists()]
-            running = {}
-            while (todo or running) and left() > 0:
-                while todo and len(running) < options.workers:
-                    job = todo.pop(0)
-                    running[pool.submit(make, vars(job.config), str(job.folder))] = job
-                for future in wait(running, timeout=max(0, left()), return_when=FIRST_COMPLETED).done:
-                    job = running.pop(future)
-                    if error := future.exception():
-                        print(f"{job.name}: FAILED: {type(error).__name__}: {error}", flush=True)
-                        continue
+        sets += waves([job for job in jobs if job.name not in known])
+    done, failed = lambda job: (job.folder / RESULT).exists(), set()
+    for job in filter(done, (job for jobs in sets for job in jobs)):
+        archives.add(job.folder)  # of an earlier slice, whose archives may not have arrived
+    left = lambda: options.seconds - (time.monotonic() - start) if archives.count < ARCHIVES else 0
+    workers = [Worker() for _ in range(options.workers if left() > 0 else 0)]
+    for jobs in sets:
+        todo = [job for job in jobs if not done(job)]
+        while (todo or any(w.job for w in workers)) and left() > 0:
+            for worker in workers:
+                if todo and worker.job is None:
+                    worker.give(todo.pop(0))
+            busy = {w.pipe: w for w in workers if w.job}
+            for pipe in multiprocessing.connection.wait(list(busy), max(0, left())):
+                job, error = busy[pipe].take()
+                if error:
+                    failed.add(job.name)
+                    print(f"{job.name}: FAILED: {error}", flush=True)
+                else:
                     archives.add(job.folder)
                     print(f"{time.monotonic() - start:5.0f} s  {job.name}", flush=True)
-            if left() <= 0:
-                break
-        for pid in list(pool._processes) if left() <= 0 else ():
-            os.kill(pid, signal.SIGTERM)  # a training writes a checkpoint and stops
-    missing = sum(not (job.folder / RESULT).exists() for jobs in sets for job in jobs)
-    print(f"{missing} runs are left to do")
+                if not busy[pipe].process.is_alive():
+                    workers[workers.index(busy[pipe])] = Worker()
+    unfinished = [w.job for w in workers if w.job]
+    for worker in workers:
+        worker.process.terminate()  # once: a second signal may come while a checkpoint is written
+    for worker in workers:
+        worker.end()
+    for job in filter(done, unfinished):
+        archives.add(job.folder)
+    missing = sum(not done(job) for jobs in sets for job in jobs)
+    print(f"{missing} runs are left to do" + (f", of which {len(failed)} failed" if failed else ""))
 
 
 def fetch_results(options):

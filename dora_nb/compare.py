@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'COLORS', 'TASK_LABELS', 'ALWAYS', 'LOOKS', 'DRAWS', 'METHODS_APART', 'parameters', 'factors', 'value_label',
-           'in_order', 'run_label', 'crossed_bootstrap', 'rights', 'accuracies', 'majority', 'cell', 'accuracy_table',
-           'holm', 'compare', 'side_labels', 'clear', 'verdict']
+           'in_order', 'run_label', 'crossed_bootstrap', 'freedom', 'mean_interval', 'rights', 'accuracies', 'majority',
+           'cell', 'accuracy_table', 'holm', 'compare', 'side_labels', 'clear', 'verdict']
 
 # %% ../nbs/14_compare.ipynb #5199aced
 import json
@@ -46,8 +46,8 @@ def parameters(
 def factors(
     results: list[dict],  # of runs
 ) -> list[str]:  # protocol, split, task and method, and what else tells runs apart
-    "The parameters in which trained runs differ, without those that follow from others; seeds are none."
-    params = [p for p in map(parameters, results) if p["method"] != "base"]
+    "The parameters in which runs differ, without those that follow from others; seeds are none."
+    params = [parameters(r) for r in results]
     first = ("rank", "compress", "mixture", "allocate", "eval_format", "train_items", "learning_rate")
     rest = sorted({name for p in params for name in p} - {*ALWAYS, *first, *MANNER, *LOOKS, "seed"})
     found = list(ALWAYS)
@@ -74,9 +74,13 @@ def value_label(
     if name == "protocol":
         return "ranked" if value == "loglikelihood" else "generated"
     if value in ("", None):
-        return {"compress": "as it comes", "allocate": "same rank everywhere", "train_items": "all"}.get(
-            name, f"{name} –"
-        )
+        words = {
+            "compress": "as it comes",
+            "allocate": "same rank everywhere",
+            "train_items": "all",
+            "eval_format": "usual",
+        }
+        return words.get(name, f"{name} –")
     words = {"rank": "rank {}", "learning_rate": "rate {:g}", "train_items": "{:,} items", "allocate": "ranks by {}"}
     return words.get(name, "{}" if isinstance(value, str) else name + " {}").format(value)
 
@@ -106,22 +110,44 @@ def run_label(
     return ", ".join(value_label(n, params[n]) for n in shown if params[n] not in ("", None) or n == "method")
 
 # %% ../nbs/14_compare.ipynb #9839a99d
-DRAWS = 4_000
+DRAWS = 2_000
 
 
 def crossed_bootstrap(
     values: np.ndarray,  # (seeds, items), two seeds or more
     draws: int = DRAWS,  # bootstrap samples
     seed: int = 0,  # of the draws
-) -> tuple[float, float]:  # the 2.5 % and 97.5 % quantiles of the mean
-    "The interval of a mean over seeds and items, both drawn anew."
+) -> float:  # standard error of the mean
+    "How much a mean over seeds and items varies, when both are drawn anew."
     (s, n), rng = values.shape, np.random.default_rng(seed)
     means = []
     for _ in range(0, draws, 500):  # so that the counts fit in memory
         seeds = rng.multinomial(s - 1, np.full(s, 1 / s), 500) / (s - 1)
         items = rng.multinomial(n, np.full(n, 1 / n), 500) / n
         means.append(((seeds @ values) * items).sum(1))
-    return tuple(np.quantile(np.concatenate(means), [0.025, 0.975]))
+    return float(np.concatenate(means).std())
+
+
+def freedom(
+    values: np.ndarray,  # (seeds, items), two of each or more
+) -> float:  # between the smaller of seeds and items, less one, and infinity
+    "Satterthwaite's degrees of freedom of a mean over a table whose rows and columns were drawn at random."
+    s, n = values.shape
+    row, column, mean = values.mean(1), values.mean(0), values.mean()
+    seeds, items = n * row.var(ddof=1), s * column.var(ddof=1)
+    rest = ((values - row[:, None] - column + mean) ** 2).sum() / ((s - 1) * (n - 1))
+    total = max(seeds + items - rest, seeds, items)
+    parts = seeds**2 / (s - 1) + items**2 / (n - 1) + rest**2 / ((s - 1) * (n - 1))
+    return max(total**2 / parts, min(s, n) - 1) if parts else float(n - 1)
+
+
+def mean_interval(
+    values: np.ndarray,  # (seeds, items), two of each or more
+) -> tuple[float, float, float]:  # the ends, and p for a mean of zero
+    "The 95 % interval of a mean over seeds and items."
+    mean, error, df = values.mean(), crossed_bootstrap(values), freedom(values)
+    half = stats.t.ppf(0.975, df) * error
+    return mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, df)) if error else float(mean == 0)
 
 # %% ../nbs/14_compare.ipynb #4f14dc5f
 def rights(
@@ -134,6 +160,11 @@ def rights(
     return own.assign(right=own[answer] == own.gold).pivot(index="run", columns="doc_index", values="right").loc[runs]
 
 # %% ../nbs/14_compare.ipynb #b2497881
+def _frame(rows: list[dict], names: list[str]) -> pd.DataFrame:
+    "Rows as a table whose factors stay what they are: None, which means all, must not become a number."
+    return pd.DataFrame(rows).assign(**{k: pd.Series([r[k] for r in rows], dtype=object) for k in names})
+
+
 def accuracies(
     results: list[dict],  # of runs
     predictions: pd.DataFrame,  # their answers
@@ -157,12 +188,12 @@ def accuracies(
             low, high = wilson(round(shares[0] * n), n)
         else:
             answer = {"acc": "pred", "acc_norm": "pred_norm"}[metric]
-            low, high = crossed_bootstrap(rights([r["run"] for _, r in group], predictions, answer).to_numpy(float))
+            low, high, _ = mean_interval(rights([r["run"] for _, r in group], predictions, answer).to_numpy(float))
         found = dict(n=n, seeds=len(group), share=np.mean(shares), low=low, high=high)
         spread = np.std(shares, ddof=1) if len(group) > 1 else math.nan
         rows.append({k: params[k] for k in names} | found | dict(spread=spread, label=run_label(params, names)))
     key = lambda row: [list(LABELS).index(row[k]) if k == "method" else in_order(row[k]) for k in names if k != "task"]
-    return pd.DataFrame(sorted(rows, key=key))
+    return _frame(sorted(rows, key=key), names)
 
 # %% ../nbs/14_compare.ipynb #8ddf3625
 def majority(
@@ -177,10 +208,12 @@ def majority(
 # %% ../nbs/14_compare.ipynb #10f76252
 def cell(
     r,  # a row of `accuracies`
+    most: int = 1,  # seeds of any row
 ) -> str:  # for instance 62.1 [59.0, 65.1] ± 0.8
-    "Accuracy in percent, its 95 % interval, and the standard deviation over seeds."
+    "Accuracy in percent, its 95 % interval, and the standard deviation over seeds; how many these are if some are missing."
     spread = f" ± {100 * r.spread:.1f}" if r.seeds > 1 else ""
-    return f"{100 * r.share:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]{spread}"
+    fewer = f" ({r.seeds} of {most} seeds)" if r.seeds < most and r.method != "base" else ""
+    return f"{100 * r.share:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]{spread}{fewer}"
 
 
 def _order(labels):
@@ -195,7 +228,7 @@ def accuracy_table(
     "Accuracy in percent with its 95 % interval."
     column = lambda r: f"{TASK_LABELS[r.task]} (n = {r.n})"
     keys = list(dict.fromkeys(zip(table.method, table.label)))
-    found = {(r.label, column(r)): cell(r) for r in table.itertuples()}
+    found = {(r.label, column(r)): cell(r, table.seeds.max()) for r in table.itertuples()}
     columns = list(dict.fromkeys(column(r) for r in table.itertuples()))
     labels = [keys[i][1] for i in _order(keys)]
     wide = pd.DataFrame([[found.get((x, c), "–") for c in columns] for x in labels], labels, columns)
@@ -215,9 +248,9 @@ def _difference(d: np.ndarray) -> dict:
     only_a, only_b, n = int((d < 0).sum()), int((d > 0).sum()), d.shape[1]
     together = stats.binomtest(only_b, only_a + only_b).pvalue if only_a + only_b else 1.0
     if len(d) == 1:
-        (low, high), p = _bonett_price(n, only_a, only_b), together
+        low, high, p = *_bonett_price(n, only_a, only_b), together
     else:
-        (low, high), p = crossed_bootstrap(d), _sign_flips(d.mean(0))
+        low, high, p = mean_interval(d)
     g = only_b / (only_a + only_b) - 0.5 if only_a + only_b else 0.0
     return dict(
         n=n,
@@ -238,15 +271,6 @@ def _bonett_price(n: int, only_a: int, only_b: int) -> tuple[float, float]:
     p1, p2 = (only_b + 1) / (n + 2), (only_a + 1) / (n + 2)
     half = 1.96 * math.sqrt((p1 + p2 - (p1 - p2) ** 2) / (n + 2))
     return p1 - p2 - half, p1 - p2 + half
-
-
-def _sign_flips(d: np.ndarray, draws: int = 9_999) -> float:
-    "How often the mean of items whose signs are tossed is as far from zero as theirs."
-    d, rng = d[d != 0], np.random.default_rng(0)
-    if not len(d):
-        return 1.0
-    tossed = np.concatenate([rng.choice((-1.0, 1.0), (500, len(d))) @ d for _ in range(0, draws, 500)])[:draws]
-    return (1 + (np.abs(tossed) >= abs(d.sum()) - 1e-9).sum()) / (1 + draws)
 
 # %% ../nbs/14_compare.ipynb #8a62fa19
 def holm(
@@ -277,7 +301,10 @@ def compare(
         params = parameters(r)
         for side, condition in zip(sides, (a, b)):
             if _matches(params, condition):
-                side.setdefault(json.dumps([params[k] for k in names]), {})[params["seed"]] = r["run"]
+                seeds = side.setdefault(json.dumps([params[k] for k in names]), {})
+                if params["seed"] in seeds:
+                    raise ValueError(f"{r['run']} and {seeds[params['seed']]} are on the same side of {a} against {b}")
+                seeds[params["seed"]] = r["run"]
     rows = []
     for key in sides[0].keys() & sides[1].keys():
         seeds = sorted(sides[0][key].keys() & sides[1][key].keys())
@@ -288,9 +315,7 @@ def compare(
             rows.append(dict(zip(names, json.loads(key))) | _difference(d))
     if not rows:
         return pd.DataFrame()
-    return pd.DataFrame(rows).sort_values(
-        names, ignore_index=True, key=lambda c: c.map(str) if c.dtype == object else c
-    )
+    return _frame(sorted(rows, key=lambda row: [in_order(row[k]) for k in names]), names)
 
 
 def side_labels(
@@ -305,7 +330,7 @@ def side_labels(
 def clear(
     row: dict,  # of `compare`, with its corrected p in `p_holm`
 ) -> bool:
-    "Whether a difference may be claimed: the interval and the corrected test agree."
+    "Whether a difference may be claimed: the interval and the corrected p agree."
     return (row["low"] > 0 or row["high"] < 0) and row.get("p_holm", row["p"]) < 0.05
 
 # %% ../nbs/14_compare.ipynb #f21c2bb2
@@ -317,7 +342,7 @@ def verdict(
     "What a comparison lets us say, in a sentence or two."
     a, b = labels
     head = head or ", ".join(value_label(k, row[k]) for k in ("task", "rank") if k in row)
-    several = f" (McNemar over all seeds: p = {row['mcnemar']:.2g})" if row["seeds"] > 1 else ""
+    several = f" (McNemar, seeds taken for independent: {row['mcnemar']:.2g})" if row["seeds"] > 1 else ""
     text = (
         f"{head}: {b} − {a} is {100 * row['difference']:+.1f} points [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}] on {row['n']} items and {row['seeds']} seed(s); "
         f"{b} alone is right {row['only_b']} times, {a} alone {row['only_a']} times, g = {row['g']:+.2f}, p = {row.get('p_holm', row['p']):.2g}{several}."

@@ -681,7 +681,7 @@ def waves(
     jobs: Sequence[Job],  # all of a grid
 ) -> list[list[Job]]:
     "Those that train, and those that can take over what another one of the grid has trained."
-    here, first = lambda job: (job.folder / RESULT).exists(), {}
+    here, first = lambda job: (job.folder / RESULT).exists() and (job.folder / "adapter").is_dir(), {}
     for job in sorted(jobs, key=here, reverse=True):
         if job.state != "done" or here(job):
             first.setdefault(job.name if job.config.method == "base" else training_id(job.config), job)

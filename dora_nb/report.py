@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_GEOMETRY', 'ALL_CURVATURE', 'NOTHING', 'PUBLISHED', 'FOOTNOTES',
            'PAPER_CORRELATIONS', 'COST_NOTE', 'TEST_NOTE', 'CURVATURE_NOTE', 'CERTAIN_NOTE', 'SPEC', 'GEOMETRY_NOTE',
-           'OVERVIEW', 'Gathered', 'collect', 'read_report', 'cost_table', 'plot_accuracy', 'sweep', 'plot_sweep',
-           'sweep_table', 'plot_learning_curves', 'curvature_rows', 'curvature_table', 'plot_sharpness', 'counted',
-           'plot_density', 'plot_layers', 'correlation', 'geometry_rows', 'geometry_table', 'plot_geometry', 'diverged',
-           'stability_table', 'sharpness_table', 'experiment', 'render', 'reports_in', 'overview']
+           'OVERVIEW', 'Gathered', 'collect', 'read_report', 'own_trainings', 'cost_table', 'plot_accuracy', 'sweep',
+           'plot_sweep', 'sweep_table', 'plot_learning_curves', 'curvature_rows', 'curvature_table', 'plot_sharpness',
+           'counted', 'plot_density', 'plot_layers', 'correlation', 'geometry_rows', 'geometry_table', 'plot_geometry',
+           'diverged', 'stability_table', 'sharpness_table', 'experiment', 'render', 'reports_in', 'overview']
 
 # %% ../nbs/15_report.ipynb #56f6777e
+import dataclasses
 import json
 import math
 import tomllib
@@ -46,7 +47,7 @@ from dora_nb.compare import (
     verdict,
 )
 from .grid import RESULTS, gathered, load_grid
-from .runs import CURVATURE, GEOMETRY, HISTORY, PREDICTIONS, load, run_name, write_json
+from .runs import CURVATURE, GEOMETRY, HISTORY, PREDICTIONS, RunConfig, load, run_name, write_json
 
 # %% ../nbs/15_report.ipynb #52a0ccfb
 ALL_PREDICTIONS, ALL_HISTORY, ALL_GEOMETRY = "predictions.parquet", "history.parquet", "geometry.parquet"
@@ -109,6 +110,8 @@ def collect(
     runs, out = Path(runs), Path(out)
     if not runs.is_dir() and not known:
         raise ValueError(f"{runs} is no folder of runs; `dora-nb run GRID.toml` makes one")
+    if lost := [k for k in known if not Path(k).is_dir()]:
+        raise ValueError(f"there is no folder {lost[0]}; --known wants that of a report")
     if known and not grid:
         raise ValueError("what other reports hold can be told apart by a grid only; give --grid with --known")
     configs = load_grid(grid, scale).configs if grid else None
@@ -158,6 +161,14 @@ def read_report(
         json.loads((out / ALL_CURVATURE).read_text()) if (out / ALL_CURVATURE).exists() else {},
     )
 
+# %% ../nbs/15_report.ipynb #e423a0f8
+def own_trainings(
+    results: list[dict],  # as `collect` returns them
+) -> list[dict]:  # without those that took over what a run that is here, too, has trained
+    "One run for each training."
+    here = {r["run"] for r in results}
+    return [r for r in results if (r["training"] or {}).get("trained_by") not in here]
+
 # %% ../nbs/15_report.ipynb #27ee7658
 PUBLISHED = pd.DataFrame(
     [
@@ -180,7 +191,8 @@ PUBLISHED
 def cost_table(
     results: list[dict],  # as `collect` returns them
 ) -> pd.DataFrame:  # text, a row per task and method
-    "What the runs took: parameters, seconds, tokens a second, peak memory; means over seeds."
+    "What the runs took: parameters, seconds, tokens a second, peak memory; means over seeds, each training once."
+    own = own_trainings(results)
     rows = [
         r["params"]
         | {
@@ -188,6 +200,7 @@ def cost_table(
             for k in ("trainable", "total", "tokens_per_second", "seconds", "items", "steps")
         }
         | {"evaluate": r["metrics"]["seconds"], "memory": r["peak_memory_bytes"] / 2**30}
+        | ({} if r in own else dict.fromkeys(("tokens_per_second", "seconds", "memory"), math.nan))
         for r in results
     ]
     names = factors(results)
@@ -312,18 +325,25 @@ def sweep_table(
     "Accuracy in percent along a factor."
     lines, moving = list(dict.fromkeys(rows.line)), rows.dropna(subset="x").sort_values(["panel", "x"])
     still = {(r.panel, r.line): cell(r) for r in rows[rows.x.isna()].itertuples()}
-    found = {(r.panel, r.at, r.line): cell(r) for r in moving.itertuples()}
+    most = moving.seeds.max()
+    found = {(r.panel, r.at, r.line): cell(r, most) for r in moving.itertuples()}
     index = list(dict.fromkeys((r.panel, r.at) for r in moving.itertuples()))
     text = [[found.get((p, at, line), still.get((p, line), "–")) for line in lines] for p, at in index]
-    return pd.DataFrame(text, [f"{p}, {at}" for p, at in index], lines)
+    sizes = ", ".join(map(str, sorted(set(rows.n))))
+    return pd.DataFrame(text, [f"{p}, {at}" for p, at in index], lines).rename_axis(index=f"n = {sizes}")
 
 # %% ../nbs/15_report.ipynb #f5477580
+def _if_one(names: list[str]) -> tuple[str, ...]:
+    "The rank goes without saying if there is only one."
+    return () if "rank" in names else ("rank",)
+
+
 def plot_learning_curves(
     results: list[dict],  # as `collect` returns them
     history: pd.DataFrame,  # likewise, gathered
 ) -> matplotlib.figure.Figure:
     "Training loss by step, mean over seeds and a tenth of the steps, a panel per task, a line per kind of run."
-    trained, names = [r for r in results if r["training"]], factors(results)
+    trained, names = [r for r in own_trainings(results) if r["training"]], factors(results)
     tasks = list(dict.fromkeys(r["params"]["task"] for r in trained))
     fig, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks) + 1, 2.6), dpi=110, squeeze=False)
     for ax, task in zip(axes[0], tasks):
@@ -331,7 +351,9 @@ def plot_learning_curves(
             kinds = {}
             for r in trained:
                 if (r["params"]["task"], r["params"]["method"]) == (task, method):
-                    kinds.setdefault(run_label(parameters(r), names, (*ALWAYS[:3], "rank")), []).append(r["run"])
+                    kinds.setdefault(run_label(parameters(r), names, (*ALWAYS[:3], *_if_one(names))), []).append(
+                        r["run"]
+                    )
             for i, (label, runs) in enumerate(kinds.items()):
                 curve = history[history.run.isin(runs)].groupby("step").loss.mean()
                 curve = curve.rolling(max(1, len(curve) // 10), min_periods=1).mean()
@@ -355,7 +377,7 @@ def curvature_rows(
     rows = [
         {k: r["params"][k] for k in keys}
         | {"label": run_label(r["params"], names), "at": p["at"], "step": p["step"], "probe": p}
-        for r in results
+        for r in own_trainings(results)
         for p in probes.get(r["run"], [])
         if "error" not in p
     ]
@@ -446,7 +468,8 @@ def plot_density(
     rows: pd.DataFrame,  # as `curvature_rows` makes them
 ) -> matplotlib.figure.Figure:
     "How many eigenvalues of a block's Hessian are beyond a size, above zero and below, a panel per method."
-    name = max(n for n, b in rows.probe.iloc[0]["blocks"].items() if "hessian" in b)
+    name = max(set.intersection(*({n for n, b in p["blocks"].items() if "hessian" in b} for p in rows.probe)))
+    rows = rows.assign(label=[f"{TASK_LABELS[r.task]}, {r.label}" for r in rows.itertuples()])
     labels = list(dict.fromkeys(rows.label))
     columns = min(3, len(labels))
     lines = -(-len(labels) // columns)
@@ -458,6 +481,8 @@ def plot_density(
     for ax, label in zip(axes.flat, labels):
         for shade, at in zip((0.3, 0.6, 1.0), ("warm-up", "middle", "end")):
             here = rows[(rows.label == label) & (rows["at"] == at)]
+            if not len(here):
+                continue
             for sign, style in ((1, "-"), (-1, "--")):
                 each = [
                     counted(p["blocks"][name]["hessian"], p["blocks"][name]["parameters"], grid, sign)
@@ -530,8 +555,9 @@ def geometry_rows(
 ) -> pd.DataFrame:  # geometry with task, method, seed, part (of the training) and relative change
     "ΔM and ΔD with the parameters of their runs, and what these are called."
     keys, names = ("task", "method", "seed"), factors(results)
-    label = lambda r: run_label(parameters(r), names, ("protocol", "eval_split", "eval_format", "task", "rank"))
-    runs = pd.DataFrame([{"run": r["run"], "label": label(r)} | {k: r["params"][k] for k in keys} for r in results])
+    label = lambda r: run_label(parameters(r), names, (*ALWAYS[:3], "eval_format", *_if_one(names)))
+    own = own_trainings(results)
+    runs = pd.DataFrame([{"run": r["run"], "label": label(r)} | {k: r["params"][k] for k in keys} for r in own])
     rows = geometry.merge(runs, on="run")
     place = lambda r: (list(LABELS).index(r["params"]["method"]), [in_order(parameters(r)[k]) for k in names[4:]])
     order = {r["run"]: i for i, r in enumerate(sorted(results, key=place))}
@@ -599,16 +625,18 @@ def stability_table(
     results: list[dict],  # as `collect` returns them
     history: pd.DataFrame,  # likewise, gathered
     against: str,  # a factor
+    broken: Sequence[dict] = (),  # parameters of runs that left no result, as their loss was no number
 ) -> pd.DataFrame:  # text, task, method and rest × values of the factor
     "The loss at the end of the training, mean over seeds, and how many seeds diverged."
     names, losses = factors(results), {run: h.sort_values("step").loss.to_numpy() for run, h in history.groupby("run")}
     cells, values = {}, {}
-    for r in results:
-        if r["run"] in losses:
-            params = parameters(r)
-            label = f"{TASK_LABELS[params['task']]}, {run_label(params, names, ('protocol', 'eval_split', 'task', against))}"
-            values[params[against]] = value_label(against, params[against])
-            cells.setdefault((label, params[against]), []).append(losses[r["run"]])
+    each = [(parameters(r), losses[r["run"]]) for r in own_trainings(results) if r["run"] in losses]
+    for params, found in [*each, *((p, np.array([math.nan])) for p in broken)]:
+        label = (
+            f"{TASK_LABELS[params['task']]}, {run_label(params, names, ('protocol', 'eval_split', 'task', against))}"
+        )
+        values[params[against]] = value_label(against, params[against])
+        cells.setdefault((label, params[against]), []).append(found)
     text = lambda each: (
         f"{np.mean([x[-max(1, len(x) // 10) :].mean() for x in each]):.2f}, {sum(map(diverged, each))} of {len(each)}"
     )
@@ -634,19 +662,25 @@ def sharpness_table(
     return pd.DataFrame(found)
 
 # %% ../nbs/15_report.ipynb #669f627a
-COST_NOTE = "Seconds and tokens/s are of single runs on one machine, not a benchmark; peak memory is the process's on a CPU, the allocator's on a GPU, and includes probes where there were some.\n"
+COST_NOTE = "Seconds and tokens/s are of runs that may have shared a machine, not a benchmark; peak memory is the process's on a CPU, the allocator's on a GPU, and includes probes where there were some.\n"
 
 
 def _settings(results: list[dict]) -> str:
     "What was run, in sentences, from the parameters."
-    params = [r["params"] for r in results]
+    params = [parameters(r) for r in results]
     each = lambda key: sorted({p[key] for p in params if p["method"] != "base"} or {p[key] for p in params}, key=str)
     words = lambda key: ", ".join(
         "all" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in each(key)
     )
-    used = lambda key: ", ".join(sorted({r["precision"][key] for r in results}))
-    items = sorted({(p["task"], p["train_items"]) for p in params if p["method"] != "base"}, key=str)
-    items = ", ".join(f"{TASK_LABELS[t]} {'all' if n is None else n}" for t, n in items)
+    used = lambda key: ", ".join(sorted({(r["precision"] | (r["training"] or {}))[key] for r in results}))
+    asked = lambda p: p["mixture"].split(",") if p["mixture"] else [p["task"]]
+    items = {(t.strip(), p["train_items"]) for p in params if p["method"] != "base" for t in asked(p)}
+    items = ", ".join(f"{TASK_LABELS[t]} {'all' if n is None else n}" for t, n in sorted(items, key=str))
+    mixed = sorted({p["mixture"] for p in params if p["mixture"]})
+    shared = [p["allocate"] or "the same everywhere" for p in params if p["method"] in ("lora", "dora")]
+    more = [f"format {words('format')}"] if each("format") != ["cloze"] else []
+    more += [f"trained together: {'; '.join(mixed)}"] if mixed else []
+    more += [f"ranks by layer: {', '.join(sorted(set(shared)))}"] if len(set(shared)) > 1 else []
     rates = sorted({(p["method"], p["learning_rate"]) for p in params if p["method"] != "base"})
     machines = sorted(
         {f"{r['machine']['gpu'] or r['machine']['cpu']} ({r['machine']['threads']} threads)" for r in results}
@@ -661,7 +695,7 @@ def _settings(results: list[dict]) -> str:
     smaller = f" Compressed by: {', '.join(schemes)} (chapter 10)." if schemes else ""
     return f"""\
 - Model: {words("model")}, from: {words("source")}.{weights}{smaller}
-- Training: objective {words("objective")}, items: {items}, {words("epochs")} epoch(s), batches of {words("batch_size")}, dropout {words("dropout")}, α {words("alpha")}, init {words("init")}, targets {words("target_modules")}, warm-up {words("warmup_ratio")} of the steps, precision {used("precision")}; learning rate {", ".join(f"{LABELS[m]} {lr:g}" for m, lr in rates)}; seeds {words("seed")}.
+- Training: {"".join(f"{m}, " for m in more)}objective {words("objective")}, items: {items}, {words("epochs")} epoch(s), batches of {words("batch_size")}, dropout {words("dropout")}, α {words("alpha")}, init {words("init")}, targets {words("target_modules")}, warm-up {words("warmup_ratio")} of the steps, precision {used("precision")}; learning rate {", ".join(f"{LABELS[m]} {lr:g}" for m, lr in rates)}; seeds {words("seed")}.
 - Evaluation: split {words("eval_split")}, protocol {words("protocol")}, precision {used("eval_precision")}; items drawn by seed, the same for every run.
 - Machine: {"; ".join(machines)}. Versions: {", ".join(versions)}."""
 
@@ -679,7 +713,8 @@ def _accuracy_section(out: Path, found: Gathered, protocol: str, split: str, aga
     table, figure = accuracies(results, predictions), f"accuracy-{protocol}-{split}.png"
     name = "log-likelihood ranking" if protocol == "loglikelihood" else "generate and match"
     several = (table.seeds > 1).any()
-    kind = "over items and seeds, and ± the standard deviation over seeds" if several else "(Wilson's)"
+    kind = "(Wilson's; over items and seeds where there are several, with ± the standard deviation over seeds)"
+    kind = kind if several else "(Wilson's)"
     lines = [f"## Accuracy by {name}, {split} split\n", f"Percent, with 95 % intervals {kind}.\n"]
     if against in table.columns:
         rows = sweep(table, against)
@@ -699,7 +734,7 @@ def _accuracy_section(out: Path, found: Gathered, protocol: str, split: str, aga
     return lines
 
 # %% ../nbs/15_report.ipynb #8cc89f7c
-TEST_NOTE = "An interval of several seeds draws items and seeds anew. p is of sign flips over items (of McNemar's test where there is one seed), corrected for the number of comparisons on this page (Holm); g is Cohen's. A difference is claimed where interval and p agree.\n"
+TEST_NOTE = "Interval and p are of the mean over items and seeds, both drawn anew (of McNemar's test where there is one seed); p is corrected for the number of comparisons on this page (Holm); g is Cohen's. A difference is claimed where interval and p agree.\n"
 
 # %% ../nbs/15_report.ipynb #5706ffa6
 def _comparisons(found: Gathered, contrasts: list[tuple[dict, dict]]) -> list[str]:
@@ -739,7 +774,9 @@ def _curvature_section(out: Path, results: list[dict], probes: dict[str, list[di
         return lines
     _savefig(plot_sharpness(rows), out / "curvature-steps.png")
     _savefig(plot_layers(rows), out / "curvature-layers.png")
-    _savefig(plot_density(rows), out / "curvature-density.png")
+    bent = [{n for n, b in p["blocks"].items() if "hessian" in b} for p in rows.probe]
+    if density := bool(set.intersection(*bent)):
+        _savefig(plot_density(rows), out / "curvature-density.png")
     updates = [u for p in rows[rows["at"] == "end"].probe for u in p["updates"].values()]
     censored, items = sum(u["censored"] for u in updates), sorted({p["items"] for p in rows.probe})
     certain = [
@@ -753,14 +790,14 @@ def _curvature_section(out: Path, results: list[dict], probes: dict[str, list[di
         CURVATURE_NOTE + "\n",
         *(f"{TASK_LABELS[t]}: {CERTAIN_NOTE}\n" for t in certain),
         "![Largest eigenvalues along training](curvature-steps.png)\n",
-        "![How many eigenvalues are beyond a size](curvature-density.png)\n",
+        *(["![How many eigenvalues are beyond a size](curvature-density.png)\n"] if density else []),
         f"Below, by layer at the end of training: the curvature of the weights themselves (by Kronecker factors, so whatever the rank), and how many components make up 99 % of an update's energy in that metric; means over a layer's projections. Of {len(updates)} updates {censored} need all that they have, or all that so few items can show; for these the figure is a lower bound.\n",
         "![Curvature and effective rank by layer](curvature-layers.png)\n",
     ]
 
 # %% ../nbs/15_report.ipynb #d4304f1f
 SPEC = {
-    "number": int,
+    "number": (int, float),
     "title": str,
     "claim": str,
     "method": str,
@@ -768,7 +805,7 @@ SPEC = {
     "contrasts": list,
     "published": bool,
     "doubts": list,
-    "verdict": str,
+    "verdict": (str, dict),  # a text, or one for each scale
 }
 
 
@@ -780,9 +817,20 @@ def experiment(
     for path, scale in ((out / "grid.toml", None), (out.parent / "grid.toml", out.name)):
         if path.exists() and (scale is None or scale in tomllib.loads(path.read_text()).get("scale", {})):
             spec = load_grid(path, scale).report
+            contrasts = spec.get("contrasts", [])
+            known = {f.name for f in dataclasses.fields(RunConfig)}
+            good = lambda c: isinstance(c, dict) and set(c) == {"a", "b"} and c["a"].keys() | c["b"].keys() <= known
+            if wrong := [c for c in contrasts if not good(c)]:
+                raise ValueError(
+                    f"{path}: a contrast is a table with a and b, both of a run's parameters, not {wrong[0]}"
+                )
             if wrong := [k for k, v in spec.items() if not isinstance(v, SPEC.get(k, ()))]:
                 raise ValueError(
                     f"{path}: report.{wrong[0]} is unknown or of the wrong type; there are {', '.join(SPEC)}"
+                )
+            if isinstance(spec.get("verdict"), dict):
+                spec = {k: v for k, v in spec.items() if k != "verdict"} | (
+                    {"verdict": spec["verdict"][scale]} if scale in spec["verdict"] else {}
                 )
             return spec, path, scale
     return {}, None, None
@@ -821,7 +869,10 @@ def render(
     page += _comparisons(found, contrasts)
     if spec.get("against") == "learning_rate":
         page += ["## Stability\n", "Training loss at the end (nats, mean over seeds), and seeds that diverged.\n"]
-        page += [stability_table(found.results, found.history, "learning_rate").to_markdown(), ""]
+        configs = {run_name(c): dataclasses.asdict(c) for c in (load_grid(grid, scale).configs if grid else ())}
+        broken = [p.partition(":")[0] for p in found.problems if "Diverged" in p]
+        broken = [configs[name] for name in broken if name in configs]
+        page += [stability_table(found.results, found.history, "learning_rate", broken).to_markdown(), ""]
     if "doubts" in spec:
         page += ["## What else could explain it\n", *(f"- {d}" for d in spec["doubts"]), ""]
     if spec.get("published", not spec):
@@ -865,7 +916,12 @@ def _sharpness_section(found: Gathered) -> list[str]:
 
 def _source(out: Path, grid: Path | None, scale: str | None) -> str:
     "How the page is made again."
-    where = f"{grid.parent.name}{f'/{scale}' if scale else ''}" if grid else out.resolve().name
+    out = out.resolve()
+    where = (
+        f"{grid.parent.name}{f'/{scale}' if scale else ''}"
+        if grid
+        else f"{out.parent.name}/{out.name}".removeprefix("reports/")
+    )
     made = (
         f"; `dora-nb run reports/{grid.parent.name}/grid.toml{f' --scale {scale}' if scale else ''}` makes the runs"
         if grid
@@ -894,9 +950,10 @@ def overview(
         links = ", ".join(
             f"[{p.name if p != path.parent else 'report'}]({p.relative_to(folder)}/report.md)" for p in made
         )
+        verdicts = [f"{p.name}: {v}" for p in made if (v := experiment(p)[0].get("verdict"))]
         words = [
             spec["claim"],
-            spec.get("verdict", "Not measured yet."),
+            " ".join(verdicts) or ("Under way." if made else "Not measured yet."),
             links or f"[the grid]({path.relative_to(folder)})",
         ]
         cells = " | ".join(

@@ -557,7 +557,8 @@ def _take_over(config: RunConfig, model, run_dir: Path, twin: Path, team: Team) 
         load_adapter(model, twin / "adapter")
         _settle(config, model)
     taken = read_result(twin)
-    return taken["training"] | dict(seconds_of_earlier_tries=0.0, trained_by=taken["run"])
+    first = dict(trained_by=taken["run"], precision=taken["precision"]["precision"], machine=taken["machine"])
+    return first | taken["training"] | dict(seconds_of_earlier_tries=0.0)
 
 # %% ../nbs/11_runs.ipynb #1243b2d7
 def _settle(config: RunConfig, model):
@@ -585,6 +586,8 @@ def _fit(config: RunConfig, model, tokenizer, run_dir: Path, progress: bool, tea
     start = time.perf_counter()
     records = train(model, tokenizer, items, config.training(), run_dir / HISTORY, look, progress, **keep)
     earlier = max(0.0, records[-1]["seconds"] - (time.perf_counter() - start))  # in tries that were stopped
+    if team.rank == 0:
+        shutil.rmtree(run_dir / "adapter", ignore_errors=True)  # which may be another run's, too
     save_adapter(model, run_dir / "adapter", write=team.rank == 0)
     if config.method == "full" and team.rank == 0:  # a whole model, which is to be loaded as one
         tokenizer.save_pretrained(run_dir / "adapter")

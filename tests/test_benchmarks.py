@@ -61,7 +61,9 @@ def test_a_slice_and_what_it_brings_back(tmp_path, tiny_model_dir):
         return done.stdout.splitlines()
 
     assert go("none", "0")[-1] == "4 runs are left to do"
-    assert go("first", "300")[-1] == "0 runs are left to do"
+    said = go("first", "300")
+    assert said[-1] == "0 runs are left to do", said
+    assert go("again", "0")[-1] == "0 runs are left to do" and list((tmp_path / "again").glob("*.tar"))
     done = subprocess.run([*tool, "fetch", tmp_path / "first", tmp_path / "runs"], capture_output=True, text=True)
     assert done.stdout.startswith("4 runs in"), done.stderr
     results, problems = load(tmp_path / "runs" / "x")

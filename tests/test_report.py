@@ -17,8 +17,10 @@ from dora_nb.compare import (
     compare,
     crossed_bootstrap,
     factors,
+    freedom,
     holm,
     majority,
+    mean_interval,
     verdict,
 )
 from dora_nb.grid import load_grid
@@ -94,9 +96,27 @@ def test_the_crossed_bootstrap_is_as_wide_as_theory_says():
     "Variance of a mean: seeds' part over S, items' part over n, the rest over both."
     rng = np.random.default_rng(0)
     seeds, items = rng.normal(0, 0.2, (12, 1)), rng.normal(0, 1, (1, 300))
-    low, high = crossed_bootstrap(seeds + items, draws=8_000)
-    sd = (seeds.var(ddof=1) / 12 + items.var(ddof=1) / 300) ** 0.5
-    assert (high - low) / (2 * 1.96) == pytest.approx(sd, rel=0.06)
+    error = crossed_bootstrap(seeds + items, draws=8_000)
+    assert error == pytest.approx((seeds.var(ddof=1) / 12 + items.var(ddof=1) / 300) ** 0.5, rel=0.05)
+
+
+def test_degrees_of_freedom():
+    rng = np.random.default_rng(0)
+    seeds, items = rng.normal(0, 1, (3, 1)), rng.normal(0, 1, (1, 500))
+    assert freedom(seeds + 0.01 * items) == pytest.approx(2, rel=0.01)  # seeds make the difference
+    assert freedom(0.001 * seeds + items) == pytest.approx(499, rel=0.01)  # items do
+
+
+def test_three_seeds_that_agree_are_no_proof():
+    "Seeds far apart, all on one side: the interval of three of them holds zero all the same."
+    d = np.zeros((3, 1000))
+    for row, share in zip(d, (0.01, 0.04, 0.09)):
+        row[: int(1000 * share)] = 1
+    rng = np.random.default_rng(0)
+    for row in d:
+        rng.shuffle(row)
+    low, high, p = mean_interval(d)
+    assert low < 0 < high and p > 0.05
 
 
 def test_holm():
@@ -290,7 +310,7 @@ def test_a_page_s_words_come_from_the_grid_file(tmp_path):
     spec, path, scale = experiment(folder)
     assert (spec["title"], path.name, scale) == ("A title", "grid.toml", "small")
     page = overview(tmp_path / "reports").read_text()
-    assert "| A title | A \\| claim. | Undecided. | [the grid](words/grid.toml) |" in page
+    assert "| A title | A \\| claim. | Not measured yet. | [the grid](words/grid.toml) |" in page
     (folder.parent / "grid.toml").write_text(SPEC.replace("claim =", "klaim ="))
     with pytest.raises(ValueError, match="report.klaim is unknown"):
         experiment(folder)
