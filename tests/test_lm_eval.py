@@ -12,7 +12,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from dora_nb.assets import load_items
+from dora_nb.assets import load_items, splits_of
 from dora_nb.cli import main
 
 FOLDER = Path(lm_eval.__file__).parent / "tasks"
@@ -20,15 +20,40 @@ FILES = {
     "boolq": "super_glue/boolq/default.yaml",
     "hellaswag": "hellaswag/hellaswag.yaml",
     "winogrande": "winogrande/default.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "social_iqa": "siqa/siqa.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+}
+
+
+def lettered(row, question):
+    "A row with letters for its choices."
+    letters = list("ABCDE")[: len(row["choices"])]
+    choices = {"text": row["choices"], "label": letters}
+    return {question: row["question"], "choices": choices, "answerKey": letters[row["label"]]}
+
+
+def social(row):
+    "A row of SIQA; context and question are one text here, cut anywhere."
+    context, question = row["question"].split(" ", 1)
+    answers = dict(zip(("answerA", "answerB", "answerC"), row["choices"]))
+    return {"context": context, "question": question, "label": str(row["label"] + 1)} | answers
+
+
+ORIGINAL = {  # one of our rows, in the columns of the original data set
+    "winogrande": lambda r: {k: v for k, v in r.items() if k != "label"} | {"answer": str(r["label"] + 1)},
+    "piqa": lambda r: {"goal": r["question"], "label": r["label"]} | dict(zip(("sol1", "sol2"), r["choices"])),
+    "social_iqa": social,
+    "arc_easy": lambda r: lettered(r, "question"),
+    "openbookqa": lambda r: lettered(r, "question_stem"),
 }
 N, SUM, MARGIN = 12, 2e-3, 4e-3
 
 
 def harness_task(name, tmp_path):
     "lm-eval's own task over our parquet, in the columns of the original data set."
-    rows = load_items(name, "validation").to_list()
-    if name == "winogrande":
-        rows = [{k: v for k, v in r.items() if k != "label"} | {"answer": str(r["label"] + 1)} for r in rows]
+    rows = map(ORIGINAL.get(name, dict), load_items(name, splits_of(name)[-1]).to_list())
     file = tmp_path / "validation.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     config = load_yaml(FOLDER / FILES[name])
@@ -37,8 +62,11 @@ def harness_task(name, tmp_path):
         dataset_name=None,
         dataset_kwargs={"data_files": {"validation": str(file)}},
         training_split=None,
+        test_split=None,
+        validation_split="validation",
     )
     config.pop("tag", None)
+    config["should_decontaminate"] = False
     if name == "hellaswag":  # rows are cleaned already (test_tasks checks by lm-eval's own function)
         config.pop("process_docs")
         config |= dict(doc_to_target="label")

@@ -15,8 +15,13 @@ from dora_nb.train import choice_logprobs, shares_prompts
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_splits(name):
     train, dev, validation = (load_task(name, split) for split in ("train", "dev", "validation"))
-    assert len(train) + len(dev) == TASKS[name].counts["train"] and len(validation) == TASKS[name].counts["validation"]
-    assert not set(train["doc_index"]) & set(dev["doc_index"])
+    counts = TASKS[name].counts
+    if "test" in counts:  # nothing is cut from train
+        assert [len(train), len(dev), len(validation)] == [counts[k] for k in ("train", "validation", "test")]
+        assert train[0] != dev[0] != validation[0]
+    else:
+        assert len(train) + len(dev) == counts["train"] and len(validation) == counts["validation"]
+        assert not set(train["doc_index"]) & set(dev["doc_index"])
     assert validation["doc_index"] == list(range(len(validation)))
     few = load_task(name, "validation", limit=50)
     assert (
@@ -65,9 +70,11 @@ def test_hellaswag_is_cleaned_as_lm_eval_does():
 @pytest.mark.parametrize("name", TASK_NAMES)
 @pytest.mark.parametrize("format", ("cloze", "instruction"))
 def test_formats(name, format):
-    for row in load_items(name, "validation").select(range(0, 1000, 50)):
-        item = format_item(TASKS[name], row, format)
-        assert len(item["contexts"]) == len(item["continuations"]) == len(TASKS[name].answers) > item["gold"] >= 0
+    rows = load_items(name, "validation")
+    for row in rows.select(range(0, len(rows), len(rows) // 20)):
+        item, choices = format_item(TASKS[name], row, format), len(row.get("choices", TASKS[name].answers))
+        assert len(item["contexts"]) == len(item["continuations"]) == choices > item["gold"] >= 0
+        assert choices <= len(TASKS[name].answers)
         assert len(set(item["contexts"])) == (2 if (name, format) == ("winogrande", "cloze") else 1)
 
 
@@ -183,3 +190,12 @@ def test_a_file_that_is_not_the_benchmark_s(monkeypatch, change, named):
     monkeypatch.setattr("dora_nb.tasks.load_items", lambda *_: changed)
     with pytest.raises(ValueError, match=named + ".*fetch --force tasks"):
         load_task("winogrande", "train", limit=4)
+
+
+def test_items_with_fewer_and_more_choices():
+    rows = [r for r in load_items("arc_easy", "train") if len(r["choices"]) != 4]
+    assert {len(r["choices"]) for r in rows} == {3, 5}
+    for row in rows:
+        n, item = len(row["choices"]), format_item(TASKS["arc_easy"], row, "instruction")
+        assert item["continuations"][-1] == f"the correct answer is answer{n}" and len(item["continuations"]) == n
+        assert item["contexts"][0].endswith(f"answer{n}\n\n### Response:\n")
