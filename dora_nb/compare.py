@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LABELS', 'COLORS', 'TASK_LABELS', 'ALWAYS', 'LOOKS', 'DRAWS', 'METHODS_APART', 'parameters', 'factors', 'value_label',
            'in_order', 'run_label', 'crossed_bootstrap', 'freedom', 'mean_interval', 'rights', 'accuracies', 'majority',
-           'cell', 'accuracy_table', 'holm', 'compare', 'side_labels', 'clear', 'verdict']
+           'cell', 'accuracy_table', 'choice_losses', 'loss_table', 'holm', 'compare', 'side_labels', 'clear',
+           'verdict']
 
 # %% ../nbs/14_compare.ipynb #5199aced
 import json
@@ -15,6 +16,7 @@ import re
 import numpy as np
 import pandas as pd
 from scipy import stats
+from scipy.special import logsumexp
 
 from .evaluate import wilson
 from .runs import LATER, MANNER, RunConfig
@@ -237,6 +239,32 @@ def accuracy_table(
             column(r): f"{100 * constant[r.task]:.1f}" for r in table.itertuples()
         }
     return wide.rename_axis(index="method")
+
+# %% ../nbs/14_compare.ipynb #b6cc46cf
+def choice_losses(
+    predictions: pd.DataFrame,  # answers by ranking: run, loglikelihood (a list, nats), gold
+) -> pd.Series:  # run → nats
+    "The mean cross-entropy over the choices, of each run."
+    loss = [logsumexp(each) - each[g] for each, g in zip(predictions.loglikelihood, predictions.gold)]
+    return pd.Series(loss, predictions.run.to_numpy()).groupby(level=0).mean()
+
+
+def loss_table(
+    results: list[dict],  # of runs that ranked
+    predictions: pd.DataFrame,  # their answers
+) -> pd.DataFrame:  # text, kinds of runs × tasks
+    "Cross-entropy over the choices in nats, mean over seeds; the best of a method in bold."
+    names, losses = factors(results), choice_losses(predictions[predictions.run.isin([r["run"] for r in results])])
+    rows = [
+        {"task": p["task"], "method": p["method"], "label": run_label(p, names), "loss": losses[r["run"]]}
+        for r, p in sorted(((r, parameters(r)) for r in results), key=lambda x: [in_order(x[1][k]) for k in names])
+    ]
+    mean = pd.DataFrame(rows).groupby(["task", "method", "label"], as_index=False, sort=False).loss.mean()
+    best = (mean.groupby(["task", "method"]).loss.transform("min") == mean.loss) & (mean.method != "base")
+    mean["text"] = [f"**{x:.3f}**" if b else f"{x:.3f}" for x, b in zip(mean.loss, best)]
+    wide = mean.pivot(index=["method", "label"], columns="task", values="text").fillna("–")
+    wide = wide.loc[sorted(wide.index, key=lambda k: (list(LABELS).index(k[0]), mean.label.tolist().index(k[1])))]
+    return wide.droplevel(0).rename(columns=TASK_LABELS).rename_axis(index="kind", columns=None)
 
 # %% ../nbs/14_compare.ipynb #9a49d81c
 def _matches(params: dict, condition: dict) -> bool:

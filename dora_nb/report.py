@@ -39,6 +39,7 @@ from dora_nb.compare import (
     factors,
     holm,
     in_order,
+    loss_table,
     majority,
     parameters,
     run_label,
@@ -716,14 +717,19 @@ def _accuracy_section(out: Path, found: Gathered, protocol: str, split: str, aga
     kind = "(Wilson's; over items and seeds where there are several, with ± the standard deviation over seeds)"
     kind = kind if several else "(Wilson's)"
     lines = [f"## Accuracy by {name}, {split} split\n", f"Percent, with 95 % intervals {kind}.\n"]
+    losses = []
+    if split == "dev" and protocol == "loglikelihood":
+        losses = ["Cross-entropy over the choices (nats); the lowest of each method in bold:\n"]
+        losses += [loss_table(results, predictions).to_markdown(disable_numparse=True), ""]
     if against in table.columns:
         rows = sweep(table, against)
         _savefig(plot_sweep(rows), out / figure)
-        return lines + [sweep_table(rows).to_markdown(), "", f"![Accuracy along the experiment's factor]({figure})\n"]
+        lines += [sweep_table(rows).to_markdown(), "", f"![Accuracy along the experiment's factor]({figure})\n"]
+        return lines + losses
     constant = majority(results, predictions)
     _savefig(plot_accuracy(table, constant), out / figure)
     lines += [accuracy_table(table, constant).to_markdown(), ""]
-    lines += [f"![Accuracy by method and task, with intervals]({figure})\n"]
+    lines += [f"![Accuracy by method and task, with intervals]({figure})\n", *losses]
     normed = [r for r in results if r["params"]["task"] == "hellaswag" and "acc_norm" in r["metrics"]]
     if normed:
         lines += [
