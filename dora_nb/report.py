@@ -579,7 +579,7 @@ def geometry_table(
             {
                 "task": TASK_LABELS[task],
                 "method": label,
-                "ΔM, ΔD at the end": f"{group.relative[end].mean():.2%}, {group.delta_d[end].mean():.1e}",
+                "ΔM / row length, ΔD at the end": f"{group.relative[end].mean():.1e}, {group.delta_d[end].mean():.1e}",
                 "correlation": text(correlation(points("delta_m"))),
                 "in the paper": f"{PAPER_CORRELATIONS[method]:+.2f}",
                 "ΔM relative": text(correlation(points("relative"))),
