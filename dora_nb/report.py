@@ -852,6 +852,10 @@ def _about(spec: dict, scale: str | None, found: Gathered) -> list[str]:
     lines = [
         f"**Scale{f' `{scale}`' if scale else ''}: {size}{asked} items asked, {seeds} seed{'s' * (seeds > 1)}.**\n"
     ]
+    if seeds == 1 and max(r["metrics"]["n"] for r in found.results) < 1000:
+        lines += [
+            "This is a small experiment. It shows that everything works; read the intervals before the figures.\n"
+        ]
     if found.problems:
         names = [p.partition(":")[0] for p in found.problems]
         shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
@@ -893,7 +897,7 @@ def render(
         page += _sharpness_section(found)
     page += ["## What was run\n", _settings(found.results), "", "## Cost\n"]
     page += [cost_table(found.results).to_markdown(index=False, disable_numparse=True), "", COST_NOTE, "---\n"]
-    page += [_source(out, grid, scale)]
+    page += [_source(grid, scale)]
     write_whole(out / "report.md", lambda p: p.write_text("\n".join(page)))
     return out / "report.md"
 
@@ -920,20 +924,12 @@ def _sharpness_section(found: Gathered) -> list[str]:
     return ["## Sharpness and the learning rate\n", table.to_markdown(index=False, disable_numparse=True), ""]
 
 
-def _source(out: Path, grid: Path | None, scale: str | None) -> str:
+def _source(grid: Path | None, scale: str | None) -> str:
     "How the page is made again."
-    out = out.resolve()
-    where = (
-        f"{grid.parent.name}{f'/{scale}' if scale else ''}"
-        if grid
-        else f"{out.parent.name}/{out.name}".removeprefix("reports/")
-    )
-    made = (
-        f"; `dora-nb run reports/{grid.parent.name}/grid.toml{f' --scale {scale}' if scale else ''}` makes the runs"
-        if grid
-        else ""
-    )
-    return f"Made from the JSON and parquet files in this folder without training anything: `dora-nb report reports/{where}`{made}.\n"
+    page = "Made from the JSON and parquet files in this folder; `dora-nb report` on it makes the page again, without training anything"
+    if not grid:
+        return f"{page}.\n"
+    return f"{page}, and `dora-nb run reports/{grid.parent.name}/grid.toml{f' --scale {scale}' if scale else ''}` makes the runs.\n"
 
 
 def reports_in(
