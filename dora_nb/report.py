@@ -8,7 +8,7 @@ __all__ = ['ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_GEOMETRY', 'ALL_CURVATURE', 'N
            'OVERVIEW', 'Gathered', 'collect', 'read_report', 'own_trainings', 'cost_table', 'plot_accuracy', 'sweep',
            'plot_sweep', 'sweep_table', 'plot_learning_curves', 'curvature_rows', 'curvature_table', 'plot_sharpness',
            'counted', 'plot_density', 'plot_layers', 'correlation', 'geometry_rows', 'geometry_table', 'plot_geometry',
-           'diverged', 'stability_table', 'sharpness_table', 'experiment', 'render', 'reports_in', 'overview']
+           'stability_table', 'sharpness_table', 'experiment', 'render', 'reports_in', 'overview']
 
 # %% ../nbs/15_report.ipynb #56f6777e
 import dataclasses
@@ -35,6 +35,7 @@ from dora_nb.compare import (
     accuracies,
     accuracy_table,
     cell,
+    choice_losses,
     compare,
     factors,
     holm,
@@ -87,7 +88,8 @@ def _kept(reports: Sequence[str | Path], names: set[str]) -> Gathered:
         if names and (Path(report) / RESULTS).exists():
             there = read_report(report)
             own = names & {r["run"] for r in there.results}
-            frames = [pd.concat([f[f.run.isin(own)], g]) for f, g in zip(there[2:5], found[2:5])]
+            both = [[f[f.run.isin(own)], g] for f, g in zip(there[2:5], found[2:5])]
+            frames = [pd.concat([f for f in pair if len(f)] or pair) for pair in both]
             probes = found.probes | {run: points for run, points in there.probes.items() if run in own}
             found = Gathered([*found.results, *(r for r in there.results if r["run"] in own)], [], *frames, probes)
             names = names - own
@@ -614,33 +616,22 @@ def plot_geometry(
     return fig
 
 # %% ../nbs/15_report.ipynb #3f595cd7
-def diverged(
-    losses: np.ndarray,  # by step
-) -> bool:
-    "Whether a training ended above where it began."
-    n = max(1, len(losses) // 10)
-    return not losses[-n:].mean() <= losses[:n].mean()
-
-
 def stability_table(
-    results: list[dict],  # as `collect` returns them
-    history: pd.DataFrame,  # likewise, gathered
+    found: Gathered,  # of a report, with the base model among its runs
     against: str,  # a factor
     broken: Sequence[dict] = (),  # parameters of runs that left no result, as their loss was no number
 ) -> pd.DataFrame:  # text, task, method and rest × values of the factor
-    "The loss at the end of the training, mean over seeds, and how many seeds diverged."
-    names, losses = factors(results), {run: h.sort_values("step").loss.to_numpy() for run, h in history.groupby("run")}
+    "The cross-entropy over the choices, mean over seeds, and how many seeds diverged."
+    names, losses = factors(found.results), choice_losses(found.predictions)
+    start = {r["params"]["task"]: losses[r["run"]] for r in found.results if r["params"]["method"] == "base"}
+    each = [(parameters(r), losses[r["run"]]) for r in own_trainings(found.results) if r["training"]]
     cells, values = {}, {}
-    each = [(parameters(r), losses[r["run"]]) for r in own_trainings(results) if r["run"] in losses]
-    for params, found in [*each, *((p, np.array([math.nan])) for p in broken)]:
-        label = (
-            f"{TASK_LABELS[params['task']]}, {run_label(params, names, ('protocol', 'eval_split', 'task', against))}"
-        )
+    for params, loss in [*each, *((p, math.nan) for p in broken)]:
+        label = f"{TASK_LABELS[params['task']]}, {run_label(params, names, (*ALWAYS[:3], against))}"
         values[params[against]] = value_label(against, params[against])
-        cells.setdefault((label, params[against]), []).append(found)
-    text = lambda each: (
-        f"{np.mean([x[-max(1, len(x) // 10) :].mean() for x in each]):.2f}, {sum(map(diverged, each))} of {len(each)}"
-    )
+        worse = not loss <= start.get(params["task"], math.inf)
+        cells.setdefault((label, params[against]), []).append((loss, worse))
+    text = lambda c: f"{np.mean([loss for loss, _ in c]):.2f}, {sum(worse for _, worse in c)} of {len(c)}"
     order, labels = sorted(values, key=in_order), list(dict.fromkeys(label for label, _ in cells))
     rows = [[text(cells[label, v]) if (label, v) in cells else "–" for v in order] for label in labels]
     return pd.DataFrame(rows, labels, [values[v] for v in order])
@@ -878,11 +869,14 @@ def render(
     contrasts = [(c["a"], c["b"]) for c in spec["contrasts"]] if "contrasts" in spec else [METHODS_APART]
     page += _comparisons(found, contrasts)
     if spec.get("against") == "learning_rate":
-        page += ["## Stability\n", "Training loss at the end (nats, mean over seeds), and seeds that diverged.\n"]
+        page += [
+            "## Stability\n",
+            "Cross-entropy over the choices after training (nats, mean over seeds), and seeds that diverged: that end above the base model.\n",
+        ]
         configs = {run_name(c): dataclasses.asdict(c) for c in (load_grid(grid, scale).configs if grid else ())}
         broken = [p.partition(":")[0] for p in found.problems if "Diverged" in p]
         broken = [configs[name] for name in broken if name in configs]
-        page += [stability_table(found.results, found.history, "learning_rate", broken).to_markdown(), ""]
+        page += [stability_table(found, "learning_rate", broken).to_markdown(), ""]
     if "doubts" in spec:
         page += ["## What else could explain it\n", *(f"- {d}" for d in spec["doubts"]), ""]
     if spec.get("published", not spec):
