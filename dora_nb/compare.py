@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'COLORS', 'TASK_LABELS', 'ALWAYS', 'LOOKS', 'DRAWS', 'METHODS_APART', 'parameters', 'factors', 'value_label',
-           'in_order', 'run_label', 'crossed_bootstrap', 'freedom', 'mean_interval', 'rights', 'accuracies', 'majority',
-           'cell', 'accuracy_table', 'choice_losses', 'loss_table', 'holm', 'compare', 'side_labels', 'clear',
-           'verdict']
+           'in_order', 'place', 'run_label', 'crossed_bootstrap', 'freedom', 'mean_interval', 'rights', 'accuracies',
+           'majority', 'cell', 'accuracy_table', 'choice_losses', 'loss_table', 'holm', 'compare', 'side_labels',
+           'clear', 'verdict']
 
 # %% ../nbs/14_compare.ipynb #5199aced
 import json
@@ -97,6 +97,14 @@ def in_order(value) -> tuple:  # a parameter's
     if not re.fullmatch(r"[\d.]+", size):
         return (2 if value else 0, value, 0.0)
     return (2, family, float(size) if float(size) < 1 else -float(size))  # shares of zeros rise, bits fall
+
+
+def place(
+    params: dict,  # of a run
+    names: list[str],  # its experiment's `factors`
+) -> list:
+    "What sorts runs: methods in their order, whatever the task, and then the other factors."
+    return [list(LABELS).index(params[k]) if k == "method" else in_order(params[k]) for k in names if k != "task"]
 
 # %% ../nbs/14_compare.ipynb #0d6e32f9
 def run_label(
@@ -194,8 +202,7 @@ def accuracies(
         found = dict(n=n, seeds=len(group), share=np.mean(shares), low=low, high=high)
         spread = np.std(shares, ddof=1) if len(group) > 1 else math.nan
         rows.append({k: params[k] for k in names} | found | dict(spread=spread, label=run_label(params, names)))
-    key = lambda row: [list(LABELS).index(row[k]) if k == "method" else in_order(row[k]) for k in names if k != "task"]
-    return _frame(sorted(rows, key=key), names)
+    return _frame(sorted(rows, key=lambda row: place(row, names)), names)
 
 # %% ../nbs/14_compare.ipynb #8ddf3625
 def majority(
@@ -218,21 +225,15 @@ def cell(
     return f"{100 * r.share:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]{spread}{fewer}"
 
 
-def _order(labels):
-    "Methods in their order, then as they came."
-    return sorted(range(len(labels)), key=lambda i: (list(LABELS).index(labels[i][0]), i))
-
-
 def accuracy_table(
     table: pd.DataFrame,  # as `accuracies` makes it, of one protocol and split
     constant: dict[str, float] | None = None,  # as `majority` makes it, for a last row
 ) -> pd.DataFrame:  # text, methods × tasks
     "Accuracy in percent with its 95 % interval."
     column = lambda r: f"{TASK_LABELS[r.task]} (n = {r.n})"
-    keys = list(dict.fromkeys(zip(table.method, table.label)))
     found = {(r.label, column(r)): cell(r, table.seeds.max()) for r in table.itertuples()}
     columns = list(dict.fromkeys(column(r) for r in table.itertuples()))
-    labels = [keys[i][1] for i in _order(keys)]
+    labels = list(dict.fromkeys(table.label))
     wide = pd.DataFrame([[found.get((x, c), "–") for c in columns] for x in labels], labels, columns)
     if constant:
         wide.loc["always the most frequent answer"] = {
@@ -257,14 +258,13 @@ def loss_table(
     names, losses = factors(results), choice_losses(predictions[predictions.run.isin([r["run"] for r in results])])
     rows = [
         {"task": p["task"], "method": p["method"], "label": run_label(p, names), "loss": losses[r["run"]]}
-        for r, p in sorted(((r, parameters(r)) for r in results), key=lambda x: [in_order(x[1][k]) for k in names])
+        for r, p in sorted(((r, parameters(r)) for r in results), key=lambda x: place(x[1], names))
     ]
     mean = pd.DataFrame(rows).groupby(["task", "method", "label"], as_index=False, sort=False).loss.mean()
     best = (mean.groupby(["task", "method"]).loss.transform("min") == mean.loss) & (mean.method != "base")
     mean["text"] = [f"**{x:.3f}**" if b else f"{x:.3f}" for x, b in zip(mean.loss, best)]
-    wide = mean.pivot(index=["method", "label"], columns="task", values="text").fillna("–")
-    wide = wide.loc[sorted(wide.index, key=lambda k: (list(LABELS).index(k[0]), mean.label.tolist().index(k[1])))]
-    return wide.droplevel(0).rename(columns=TASK_LABELS).rename_axis(index="kind", columns=None)
+    wide = mean.pivot(index="label", columns="task", values="text").fillna("–").loc[list(dict.fromkeys(mean.label))]
+    return wide.rename(columns=TASK_LABELS).rename_axis(index="kind", columns=None)
 
 # %% ../nbs/14_compare.ipynb #9a49d81c
 def _matches(params: dict, condition: dict) -> bool:
@@ -278,7 +278,8 @@ def _difference(d: np.ndarray) -> dict:
     if len(d) == 1:
         low, high, p = *_bonett_price(n, only_a, only_b), together
     else:
-        low, high, p = mean_interval(d)
+        ones = np.ones((len(d), 1))
+        low, high, p = mean_interval(np.hstack([d, ones, -ones]))
     g = only_b / (only_a + only_b) - 0.5 if only_a + only_b else 0.0
     return dict(
         n=n,

@@ -43,6 +43,7 @@ from dora_nb.compare import (
     loss_table,
     majority,
     parameters,
+    place,
     run_label,
     side_labels,
     value_label,
@@ -537,11 +538,10 @@ PAPER_CORRELATIONS = {"full": -0.62, "lora": 0.83, "dora": -0.31}
 
 def correlation(
     points: pd.DataFrame,  # weight, x, y
-    ranks: bool = False,  # Spearman's instead of Pearson's
     draws: int = 1_000,  # bootstrap samples
 ) -> tuple[float, float, float]:  # and its 95 % interval, weights drawn anew
-    "A correlation over points that belong to weights."
-    x, y = (points[k].rank() if ranks else points[k] for k in ("x", "y"))
+    "Pearson's correlation over points that belong to weights."
+    x, y = points.x, points.y
     sums = pd.DataFrame(dict(n=1.0, x=x, y=y, xx=x * x, yy=y * y, xy=x * y)).groupby(points.weight).sum().to_numpy()
     counts = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), draws)
 
@@ -562,12 +562,9 @@ def geometry_rows(
     own = own_trainings(results)
     runs = pd.DataFrame([{"run": r["run"], "label": label(r)} | {k: r["params"][k] for k in keys} for r in own])
     rows = geometry.merge(runs, on="run")
-    place = lambda r: (list(LABELS).index(r["params"]["method"]), [in_order(parameters(r)[k]) for k in names[4:]])
-    order = {r["run"]: i for i, r in enumerate(sorted(results, key=place))}
+    order = {r["run"]: i for i, r in enumerate(sorted(results, key=lambda r: place(parameters(r), names)))}
     rows = rows.sort_values(["run", "step"], key=lambda c: c.map(order) if c.name == "run" else c, kind="stable")
-    return rows.assign(
-        part=rows.step / rows.steps, relative=rows.delta_m / rows.m0, kind=rows.weight.str.rpartition(".")[2]
-    )
+    return rows.assign(part=rows.step / rows.steps, relative=rows.delta_m / rows.m0)
 
 
 def geometry_table(
@@ -581,12 +578,12 @@ def geometry_table(
             {
                 "task": TASK_LABELS[task],
                 "method": label,
-                "ΔM / row length, ΔD at the end": f"{group.relative[end].mean():.1e}, {group.delta_d[end].mean():.1e}",
-                "correlation": text(correlation(points("delta_m"))),
+                "ΔM / row length and ΔD": f"{group.relative[end].mean():.1e}, {group.delta_d[end].mean():.1e}",
                 "in the paper": f"{PAPER_CORRELATIONS[method]:+.2f}",
-                "ΔM relative": text(correlation(points("relative"))),
-                "by ranks": text(correlation(points("delta_m"), ranks=True)),
-                "at the end only": text(correlation(points("delta_m")[end])),
+                "correlation with ΔM": text(correlation(points("delta_m"))),
+                "last checkpoint": text(correlation(points("delta_m")[end])),
+                "with ΔM / row length": text(correlation(points("relative"))),
+                "last checkpoint ": text(correlation(points("relative")[end])),
             }
         )
     return pd.DataFrame(table)
