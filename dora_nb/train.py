@@ -663,6 +663,7 @@ class Checkpoints:
             write_whole(path, lambda p: save_file(tensors, p, meta))
             for old in sorted(self.folder.glob("step-*.safetensors"))[: -self.keep]:
                 old.unlink()
+        self.team.gather(None)  # no process ends before the file stands: its launcher would stop the one that writes
         self.written = time.monotonic()
 
     @property

@@ -165,6 +165,8 @@ def test_generate(tiny_model_dir, tmp_path, capsys):
         (["train", "--task", "boolqq"], 1, "boolq, hellaswag"),
         (["run", "nowhere.toml"], 1, "no such grid file"),
         (["report", "nowhere"], 1, "no folder of runs"),
+        (["report", "nowhere", "--scale", "full"], 1, "give --grid"),
+        (["report", "reports", "--out", "elsewhere"], 1, "made in place"),
         (["evaluate", "--task", "boolq", "--limit", "0"], 1, "limit=0"),
         (["evaluate", "--task", "boolq", "--limit", "2", "--adapter", "nowhere"], 1, "holds no adapter_config.json"),
         (["evaluate", "--task", "boolq", "--limit", "2", "--model", "no/model"], 1, "none of ours"),
