@@ -319,11 +319,14 @@ def report_command(args: argparse.Namespace):
     from dora_nb.report import collect, overview, render, reports_in
 
     out = Path(args.out or Path("reports") / Path(args.runs).name)
-    if (Path(args.runs) / RESULTS).exists():  # gathered already
-        if args.out or args.grid:
-            raise ValueError(f"{args.runs} is a report's folder; its page is made in place, without --out and --grid")
+    gathered, several = (Path(args.runs) / RESULTS).exists(), reports_in(args.runs)
+    if (gathered or several) and (args.out or args.grid):
+        raise ValueError(f"{args.runs} holds reports; their pages are made in place, without --out and --grid")
+    if not args.grid and (args.scale or args.known):
+        raise ValueError("--scale and --known say which runs of a grid are meant: give --grid GRID.toml as well")
+    if gathered:
         out = Path(args.runs)
-    elif several := reports_in(args.runs):
+    elif several:
         for folder in several:
             print(render(folder))
         print(overview(args.runs))

@@ -346,10 +346,12 @@ def plot_learning_curves(
     results: list[dict],  # as `collect` returns them
     history: pd.DataFrame,  # likewise, gathered
 ) -> matplotlib.figure.Figure:
-    "Training loss by step, mean over seeds and a tenth of the steps, a panel per task, a line per kind of run."
-    trained, names = [r for r in own_trainings(results) if r["training"]], factors(results)
+    "Training loss by step, mean over seeds and a tenth of the steps, a panel per task, a line per kind of run, paler for earlier ones."
+    names = factors(results)
+    trained = [r for r in own_trainings(results) if r["training"]]
+    trained.sort(key=lambda r: place(parameters(r), names))
     tasks = list(dict.fromkeys(r["params"]["task"] for r in trained))
-    fig, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks) + 1, 2.6), dpi=110, squeeze=False)
+    fig, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks) + 2.4, 2.6), dpi=110, squeeze=False)
     for ax, task in zip(axes[0], tasks):
         for method in COLORS:
             kinds = {}
@@ -362,12 +364,19 @@ def plot_learning_curves(
                 curve = history[history.run.isin(runs)].groupby("step").loss.mean()
                 curve = curve.rolling(max(1, len(curve) // 10), min_periods=1).mean()
                 style = dict(lw=4, alpha=0.35) if method == "lora" else dict(lw=1.2)  # both show where they agree
-                words = label if len(kinds) <= 2 else None if i else f"{LABELS[method]} ({len(kinds)} kinds)"
+                style["alpha"] = style.get("alpha", 1) * (i + 1) / len(kinds)  # from the first kind to the last
+                words = (
+                    label
+                    if len(kinds) <= 2
+                    else f"{LABELS[method]} ({len(kinds)} kinds, pale to full)"
+                    if label == list(kinds)[-1]
+                    else None
+                )
                 ax.plot(curve.index, curve, color=COLORS[method], label=words, **style)
         ax.set(title=TASK_LABELS[task], xlabel="optimiser step")
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes[0, 0].set_ylabel("training loss (nats)")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    axes[0, -1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     fig.tight_layout()
     return fig
 
@@ -622,8 +631,9 @@ def stability_table(
     names, losses = factors(found.results), choice_losses(found.predictions)
     start = {r["params"]["task"]: losses[r["run"]] for r in found.results if r["params"]["method"] == "base"}
     each = [(parameters(r), losses[r["run"]]) for r in own_trainings(found.results) if r["training"]]
+    each = sorted([*each, *((p, math.nan) for p in broken)], key=lambda x: (x[0]["task"], place(x[0], names)))
     cells, values = {}, {}
-    for params, loss in [*each, *((p, math.nan) for p in broken)]:
+    for params, loss in each:
         label = f"{TASK_LABELS[params['task']]}, {run_label(params, names, (*ALWAYS[:3], against))}"
         values[params[against]] = value_label(against, params[against])
         worse = not loss <= start.get(params["task"], math.inf)
