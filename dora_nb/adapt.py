@@ -60,7 +60,7 @@ class AdapterConfig:
     dropout_form: str = "lowrank"  # DoRA: what sees the dropped input, lowrank (torchtune) or delta (the authors, PEFT)
     plan: str = "auto"  # how the product is made: auto (the cheaper), factored, dense, or plain (the formula)
     rank_pattern: dict[str, int] = field(
-        default_factory=dict
+        default_factory=dict, hash=False
     )  # layers with another r: name ending, or regular expression of one → r
     alpha_pattern: dict[str, float] = field(default_factory=dict, hash=False)  # layers with another α
 
@@ -249,7 +249,9 @@ def count_parameters(
     model: nn.Module,  # adapted or not
 ) -> tuple[int, int]:  # trainable, and all, adapters included
     "How many numbers are trained, of how many."
-    return sum(p.numel() for p in trainable_parameters(model).values()), sum(p.numel() for p in model.parameters())
+    coded = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "stored"))  # held as buffers
+    trained = sum(p.numel() for p in trainable_parameters(model).values())
+    return trained, sum(p.numel() for p in model.parameters()) + coded
 
 # %% ../nbs/03_adapt.ipynb #af11c212
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -263,6 +265,7 @@ _INERT = {
     "inference_mode",
     "peft_version",
     "megatron_core",
+    "eva_config",
     "qalora_group_size",
     "runtime_config",
 }

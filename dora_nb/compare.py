@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'COLORS', 'TASK_LABELS', 'ALWAYS', 'LOOKS', 'DRAWS', 'METHODS_APART', 'parameters', 'factors', 'value_label',
-           'in_order', 'place', 'run_label', 'crossed_bootstrap', 'freedom', 'mean_interval', 'rights', 'accuracies',
-           'majority', 'cell', 'accuracy_table', 'choice_losses', 'loss_table', 'holm', 'compare', 'side_labels',
-           'clear', 'verdict']
+           'in_order', 'place', 'run_label', 'mean_squares', 'crossed_bootstrap', 'freedom', 'mean_interval', 'rights',
+           'accuracies', 'majority', 'cell', 'accuracy_table', 'choice_losses', 'loss_table', 'holm', 'compare',
+           'side_labels', 'clear', 'verdict']
 
 # %% ../nbs/14_compare.ipynb #5199aced
+import itertools
 import json
 import math
 import re
@@ -19,7 +20,7 @@ from scipy import stats
 from scipy.special import logsumexp
 
 from .evaluate import wilson
-from .runs import LATER, MANNER, RunConfig
+from .runs import IGNORED, LATER, MANNER, RunConfig
 
 # %% ../nbs/14_compare.ipynb #b1a041fa
 LABELS = {"base": "base model", "lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}
@@ -113,39 +114,46 @@ def run_label(
     aside: tuple = ("protocol", "eval_split", "task"),  # said elsewhere
 ) -> str:  # for instance DoRA, rank 16
     "What a run is called in a table."
-    trained = params["method"] != "base"
     shown = ["method", *(["rank"] if params["method"] in ("lora", "dora") and "rank" not in aside else [])]
-    known = {"compress", "eval_format"}  # what the base model has, too
-    shown += [n for n in names if n not in {*aside, *shown} and (trained or n in known)]
+    shown += [n for n in names if n not in {*aside, *shown, *IGNORED[params["method"]]}]
     return ", ".join(value_label(n, params[n]) for n in shown if params[n] not in ("", None) or n == "method")
 
 # %% ../nbs/14_compare.ipynb #9839a99d
 DRAWS = 2_000
 
 
+def mean_squares(
+    values: np.ndarray,  # (seeds, items), two of each or more
+) -> tuple[float, float, float]:  # between seeds, between items, and of the rest
+    "The analysis of variance of a table with one value a cell."
+    s, n = values.shape
+    row, column, mean = values.mean(1), values.mean(0), values.mean()
+    rest = ((values - row[:, None] - column + mean) ** 2).sum() / ((s - 1) * (n - 1))
+    return n * row.var(ddof=1), s * column.var(ddof=1), rest
+
+
 def crossed_bootstrap(
-    values: np.ndarray,  # (seeds, items), two seeds or more
+    values: np.ndarray,  # (seeds, items), two of each or more
     draws: int = DRAWS,  # bootstrap samples
     seed: int = 0,  # of the draws
 ) -> float:  # standard error of the mean
     "How much a mean over seeds and items varies, when both are drawn anew."
     (s, n), rng = values.shape, np.random.default_rng(seed)
+    between_seeds, between_items, rest = mean_squares(values)
     means = []
     for _ in range(0, draws, 500):  # so that the counts fit in memory
         seeds = rng.multinomial(s - 1, np.full(s, 1 / s), 500) / (s - 1)
         items = rng.multinomial(n, np.full(n, 1 / n), 500) / n
         means.append(((seeds @ values) * items).sum(1))
-    return float(np.concatenate(means).std())
+    variance = np.concatenate(means).var() - 2 * rest / (s * n)
+    return math.sqrt(max(variance, between_seeds / (s * n), between_items / (s * n)))
 
 
 def freedom(
     values: np.ndarray,  # (seeds, items), two of each or more
 ) -> float:  # between the smaller of seeds and items, less one, and infinity
     "Satterthwaite's degrees of freedom of a mean over a table whose rows and columns were drawn at random."
-    s, n = values.shape
-    row, column, mean = values.mean(1), values.mean(0), values.mean()
-    seeds, items = n * row.var(ddof=1), s * column.var(ddof=1)
-    rest = ((values - row[:, None] - column + mean) ** 2).sum() / ((s - 1) * (n - 1))
+    (s, n), (seeds, items, rest) = values.shape, mean_squares(values)
     total = max(seeds + items - rest, seeds, items)
     parts = seeds**2 / (s - 1) + items**2 / (n - 1) + rest**2 / ((s - 1) * (n - 1))
     return max(total**2 / parts, min(s, n) - 1) if parts else float(n - 1)
@@ -264,6 +272,10 @@ def loss_table(
     best = (mean.groupby(["task", "method"]).loss.transform("min") == mean.loss) & (mean.method != "base")
     mean["text"] = [f"**{x:.3f}**" if b else f"{x:.3f}" for x, b in zip(mean.loss, best)]
     wide = mean.pivot(index="label", columns="task", values="text").fillna("–").loc[list(dict.fromkeys(mean.label))]
+    tasks = {r["run"]: r["params"]["task"] for r in results}
+    own = predictions[predictions.run.isin(tasks.keys())]
+    guess = own.loglikelihood.map(lambda each: math.log(np.isfinite(each).sum())).groupby(own.run.map(tasks)).mean()
+    wide.loc["guessing"] = guess.map("{:.3f}".format)
     return wide.rename(columns=TASK_LABELS).rename_axis(index="kind", columns=None)
 
 # %% ../nbs/14_compare.ipynb #9a49d81c
@@ -324,8 +336,9 @@ def compare(
 ) -> (
     pd.DataFrame
 ):  # a row per combination of the other factors: n, seeds, difference (b − a), low, high, only_a, only_b, g, mcnemar, p
-    "Two kinds of runs on the same items and seeds: the paired difference in accuracy, its interval and its test."
+    "Two kinds of runs on the same items and seeds: the paired difference in accuracy, its interval and its test. What a side's method ignores, the base model its seed for instance, keeps nothing apart."
     names, sides = [k for k in factors(results) if k not in a.keys() | b.keys()], ({}, {})
+    blind = [IGNORED[side["method"]] if "method" in side else set() for side in (a, b)]
     for r in results:
         params = parameters(r)
         for side, condition in zip(sides, (a, b)):
@@ -335,13 +348,17 @@ def compare(
                     raise ValueError(f"{r['run']} and {seeds[params['seed']]} are on the same side of {a} against {b}")
                 seeds[params["seed"]] = r["run"]
     rows = []
-    for key in sides[0].keys() & sides[1].keys():
-        seeds = sorted(sides[0][key].keys() & sides[1][key].keys())
-        if seeds:
-            right = [rights([side[key][s] for s in seeds], predictions) for side in sides]
+    for (key, one), (other, two) in itertools.product(sides[0].items(), sides[1].items()):
+        each = list(zip(names, json.loads(key), json.loads(other)))
+        if any(x != y and k not in blind[0] | blind[1] for k, x, y in each):
+            continue
+        one = dict.fromkeys(two, *one.values()) if "seed" in blind[0] else one
+        two = dict.fromkeys(one, *two.values()) if "seed" in blind[1] else two
+        if seeds := sorted(one.keys() & two.keys()):
+            right = [rights(list(dict.fromkeys(side[s] for s in seeds)), predictions) for side in (one, two)]
             items = right[0].columns.intersection(right[1].columns)
             d = right[1][items].to_numpy(float) - right[0][items].to_numpy(float)
-            rows.append(dict(zip(names, json.loads(key))) | _difference(d))
+            rows.append({k: x if k in blind[1] else y for k, x, y in each} | _difference(d))
     if not rows:
         return pd.DataFrame()
     return _frame(sorted(rows, key=lambda row: [in_order(row[k]) for k in names]), names)
@@ -377,5 +394,6 @@ def verdict(
         f"{b} alone is right {row['only_b']} times, {a} alone {row['only_a']} times, g = {row['g']:+.2f}, p = {row.get('p_holm', row['p']):.2g}{several}."
     )
     if not clear(row):
-        return f"{text} These data cannot tell the two apart."
+        most = 100 * max(-row["low"], row["high"])
+        return f"{text} These data cannot tell the two apart; a difference of more than {most:.1f} points is outside the interval."
     return f"{text} {b if row['difference'] > 0 else a} is ahead here, on these items and settings."

@@ -231,7 +231,8 @@ def compress(
     "Compress the linear layers of a model's blocks."
     method, level = parse_scheme(scheme)
     layers = find_targets(model, "all-linear")
-    if getattr(model, "dora_nb_config", None) or any(type(layer) is not nn.Linear for layer in layers.values()):
+    before = getattr(model, "dora_nb_config", None) or getattr(model, "dora_nb_compressed", "")
+    if before or any(type(layer) is not nn.Linear for layer in layers.values()):
         raise RuntimeError("this model is adapted or compressed already; compress it first, and once")
     if method == "wanda" and (tokenizer is None or not items):
         raise ValueError("wanda has to see inputs; give compress a tokenizer and some items of the train split")

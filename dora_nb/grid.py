@@ -38,6 +38,7 @@ from dora_nb.runs import (
     HISTORY,
     RESULT,
     RunConfig,
+    check_params,
     config_from,
     effective,
     read_result,
@@ -74,7 +75,7 @@ def _check_rules(spec: dict, where: str):
     for condition in [r["when"] for r in spec.get("override", [])] + spec.get("exclude", []):
         if not isinstance(condition, dict):
             raise ValueError(f"{where}: an exclude is a table of parameters, not {condition!r}")
-        config_from(condition, f"{where}: condition")
+        check_params(condition, f"{where}: condition")
 
 # %% ../nbs/13_grid.ipynb #1e3ec93d
 def _scaled(spec: dict, scale: str | None, where: str) -> dict:
@@ -139,6 +140,8 @@ def load_grid(
                 cell = cell | rule["set"]
         config = effective(config_from(cell, str(path)))
         configs.setdefault(json.dumps(asdict(config)), config)
+    if not configs:
+        raise ValueError(f"{path}: every combination is excluded; no run is left")
     return Grid(spec["name"], tuple(configs.values()), spec.get("report", {}))
 
 # %% ../nbs/13_grid.ipynb #aceb6c81
@@ -271,9 +274,10 @@ class Local:
         workers: int | None = None,  # `default_workers()` if None
         timeout: float | None = None,  # seconds for a try of a run; none if None
         processes: int = 1,  # most that a run has, each with a GPU of its own
+        threads: int | None = None,  # of each process; an equal share of the cores if None
     ):
         self.workers, self.timeout, self.busy = workers or default_workers(processes), timeout, {}
-        self.gpus, self.each = gpus(), processes
+        self.gpus, self.each, self.threads = gpus(), processes, threads or max(1, cores() // self.workers)
 
     @property
     def free(self) -> list[int]:
@@ -283,8 +287,7 @@ class Local:
     def start(self, job: Job):
         "Start a run's process; everything it says goes to run.log."
         slot = self.free[0]
-        threads = str(max(1, cores() // self.workers))
-        env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
         if self.gpus:
             own = [self.gpus[(slot * self.each + i) % len(self.gpus)] for i in range(job.config.processes)]
             env["CUDA_VISIBLE_DEVICES"] = ",".join(own)
@@ -347,7 +350,13 @@ def make_elsewhere(
     "Make a run in a folder that is thrown away, and bring its files back."
     with tempfile.TemporaryDirectory(prefix="dora-nb-", ignore_cleanup_errors=True) as folder:
         job = Job(config, Path(folder) / name, tries=1, since=time.monotonic())
-        engine = Local(1, timeout, config.processes)
+        if run_name(config) != name:
+            raise ValueError(
+                f"{config.model} is not the same here as where {name} was planned; copy it with its files' times"
+            )
+        engine = Local(
+            1, timeout, config.processes, int(os.environ.get("OMP_NUM_THREADS", 0))
+        )  # as Ray shares cores out
         job.folder.mkdir()
         engine.start(job)
         while (outcome := engine.poll(job)) is None:
@@ -735,7 +744,7 @@ def run_grid(
     if any(job.state != "done" for job in jobs):
         places = Ray(workers, timeout, address, processes) if engine == "ray" else Local(workers, timeout, processes)
         board.workers = places.workers
-        for wave in waves(jobs):
+        for wave in [jobs] if engine == "ray" else waves(jobs):  # other machines have nothing to take over
             work(wave, places, board)
     say(board.summary())
     if failed := [job for job in jobs if job.state == "failed"]:

@@ -7,8 +7,9 @@ __all__ = ['ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_GEOMETRY', 'ALL_CURVATURE', 'N
            'PAPER_CORRELATIONS', 'COST_NOTE', 'TEST_NOTE', 'CURVATURE_NOTE', 'CERTAIN_NOTE', 'SPEC', 'GEOMETRY_NOTE',
            'OVERVIEW', 'Gathered', 'collect', 'read_report', 'own_trainings', 'cost_table', 'plot_accuracy', 'sweep',
            'plot_sweep', 'sweep_table', 'plot_learning_curves', 'curvature_rows', 'curvature_table', 'plot_sharpness',
-           'counted', 'plot_density', 'plot_layers', 'correlation', 'geometry_rows', 'geometry_table', 'plot_geometry',
-           'stability_table', 'sharpness_table', 'experiment', 'render', 'reports_in', 'overview']
+           'counted', 'plot_density', 'plot_layers', 'correlation', 'partial_rank_correlation', 'geometry_rows',
+           'geometry_table', 'plot_geometry', 'stability_table', 'sharpness_table', 'experiment', 'render',
+           'reports_in', 'overview']
 
 # %% ../nbs/15_report.ipynb #56f6777e
 import dataclasses
@@ -24,6 +25,7 @@ import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
 import pandas as pd
+from scipy.stats import rankdata
 
 from .adapt import write_whole
 from dora_nb.compare import (
@@ -50,7 +52,7 @@ from dora_nb.compare import (
     verdict,
 )
 from .grid import RESULTS, gathered, load_grid
-from .runs import CURVATURE, GEOMETRY, HISTORY, PREDICTIONS, RunConfig, load, run_name, write_json
+from .runs import CURVATURE, GEOMETRY, HISTORY, IGNORED, PREDICTIONS, RunConfig, load, run_name, write_json
 
 # %% ../nbs/15_report.ipynb #52a0ccfb
 ALL_PREDICTIONS, ALL_HISTORY, ALL_GEOMETRY = "predictions.parquet", "history.parquet", "geometry.parquet"
@@ -168,10 +170,12 @@ def read_report(
 # %% ../nbs/15_report.ipynb #e423a0f8
 def own_trainings(
     results: list[dict],  # as `collect` returns them
-) -> list[dict]:  # without those that took over what a run that is here, too, has trained
+) -> list[dict]:  # without those that took over what another one has trained
     "One run for each training."
-    here = {r["run"] for r in results}
-    return [r for r in results if (r["training"] or {}).get("trained_by") not in here]
+    own, trained = {}, lambda r: r.get("training_id", r["run"])
+    for r in sorted(results, key=lambda r: "trained_by" in (r["training"] or {})):
+        own.setdefault(trained(r), r)
+    return [r for r in results if r is own[trained(r)]]
 
 # %% ../nbs/15_report.ipynb #27ee7658
 PUBLISHED = pd.DataFrame(
@@ -189,7 +193,6 @@ FOOTNOTES = """\
 ¹ These figures are from the authors' README, not the paper: its Table 1 quotes 68.9 / 78.1 / 78.8 from LLM-Adapters.
 ² 81.9 is the paper's ARC-e column; its WinoGrande is 81.0.
 The paper trains LLaMA-7B on a mixture of eight tasks, 170,000 examples, and counts by generate-and-match; the poster trains one task at a time. Neither is comparable with the table above in model, data or metric: they are here for the claim, DoRA above LoRA, not as targets."""
-PUBLISHED
 
 # %% ../nbs/15_report.ipynb #15884990
 def cost_table(
@@ -278,15 +281,13 @@ def sweep(
     if against == "compress":
         families = list(dict.fromkeys(_family(r["compress"]) for r in rows if r["compress"]))
         rows = [r | {"family": f} for r in rows for f in ([_family(r["compress"])] if r["compress"] else families)]
-    known = ("compress", "eval_format", "task", "protocol")
-    moves = lambda r: r["method"] != "base" or against in known  # the base model knows nothing of the rest
+    moves = lambda r: against not in IGNORED[r["method"]]
     order = {v: i for i, v in enumerate(sorted({r[against] for r in rows if moves(r)}, key=in_order))}
     several = len({r["task"] for r in rows}) > 1
     for r in rows:
-        rest = {k: r[k] for k in own if k not in ("task", "method") and r[k] not in ("", None)}
-        r["line"] = ", ".join(
-            [LABELS[r["method"]], *(value_label(k, v) for k, v in rest.items() if r["method"] != "base")]
-        )
+        aside = {"task", "method", *IGNORED[r["method"]]}
+        rest = {k: r[k] for k in own if k not in aside and r[k] not in ("", None)}
+        r["line"] = ", ".join([LABELS[r["method"]], *(value_label(k, v) for k, v in rest.items())])
         r["x"], r["at"] = (order[r[against]], value_label(against, r[against])) if moves(r) else (math.nan, "")
         words = [TASK_LABELS[r["task"]]] if several or "family" not in r else []
         r["panel"] = ", ".join([*words, *([r["family"]] if "family" in r else [])])
@@ -389,7 +390,7 @@ def curvature_rows(
     keys, names = ("task", "method", "rank", "seed", "eval_split", "learning_rate"), factors(results)
     rows = [
         {k: r["params"][k] for k in keys}
-        | {"label": run_label(r["params"], names), "at": p["at"], "step": p["step"], "probe": p}
+        | {"label": run_label(parameters(r), names), "at": p["at"], "step": p["step"], "probe": p}
         for r in own_trainings(results)
         for p in probes.get(r["run"], [])
         if "error" not in p
@@ -560,12 +561,37 @@ def correlation(
     drawn = pearson(*(counts @ sums).T)
     return pearson(*sums.sum(0)), *np.nanquantile(drawn, [0.025, 0.975])
 
+
+def partial_rank_correlation(
+    points: pd.DataFrame,  # kind, x, y, z; a row per weight
+    draws: int = 1_000,  # bootstrap samples
+) -> tuple[float, float, float]:  # and its 95 % interval, weights drawn anew within their kind
+    "Spearman's correlation of x and y with z held constant, among weights of a kind; the mean over kinds."
+    rng, found = np.random.default_rng(0), []
+    for _, group in points.groupby("kind"):
+        if len(group) < 4:  # nothing is left to correlate once the third is held
+            continue
+        own = group[["x", "y", "z"]].to_numpy().T
+        drawn = rng.integers(own.shape[1], size=(draws, own.shape[1]))
+        drawn[0] = np.arange(own.shape[1])  # the first sample is what was seen
+        ranks = rankdata(own[:, drawn], axis=2)
+        ranks -= ranks.mean(2, keepdims=True)
+        r = lambda a, b: (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
+        xy, xz, yz = r(ranks[0], ranks[1]), r(ranks[0], ranks[2]), r(ranks[1], ranks[2])
+        with np.errstate(invalid="ignore", divide="ignore"):  # where a sample repeats one weight too often
+            found.append((xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2)))
+    if not found:
+        return math.nan, math.nan, math.nan
+    mean = np.nanmean(found, 0)
+    return mean[0], *np.nanquantile(mean[1:], [0.025, 0.975])
+
 # %% ../nbs/15_report.ipynb #4e645538
 def geometry_rows(
     results: list[dict],  # as `collect` returns them
     geometry: pd.DataFrame,  # likewise, gathered
-) -> pd.DataFrame:  # geometry with task, method, seed, part (of the training) and relative change
-    "ΔM and ΔD with the parameters of their runs, and what these are called."
+    history: pd.DataFrame,  # likewise
+) -> pd.DataFrame:  # geometry with task, method, seed, part (of the training), and ΔM against three yardsticks
+    "ΔM and ΔD with the parameters of their runs, what these are called, and how far ΔM is of the length, of a random step and of a random walk."
     keys, names = ("task", "method", "seed"), factors(results)
     label = lambda r: run_label(parameters(r), names, (*ALWAYS[:3], "eval_format", *_if_one(names)))
     own = own_trainings(results)
@@ -573,7 +599,14 @@ def geometry_rows(
     rows = geometry.merge(runs, on="run")
     order = {r["run"]: i for i, r in enumerate(sorted(results, key=lambda r: place(parameters(r), names)))}
     rows = rows.sort_values(["run", "step"], key=lambda c: c.map(order) if c.name == "run" else c, kind="stable")
-    return rows.assign(part=rows.step / rows.steps, relative=rows.delta_m / rows.m0)
+    squares = history.assign(squared=history.learning_rate**2).groupby("run").squared.cumsum()
+    walks = history[["run", "step"]].assign(walk=np.sqrt(2 / np.pi * squares))
+    rows = rows.merge(walks, on=["run", "step"], how="left")
+    relative = rows.delta_m / rows.m0
+    turned = 2 * np.sqrt(rows.delta_d / rows.inputs / np.pi)
+    return rows.assign(
+        part=rows.step / rows.steps, relative=relative, of_step=relative / turned, of_walk=rows.delta_m / rows.walk
+    )
 
 
 def geometry_table(
@@ -582,17 +615,20 @@ def geometry_table(
     "How ΔM and ΔD go together."
     text, table = lambda c: f"{c[0]:+.2f} [{c[1]:+.2f}, {c[2]:+.2f}]", []
     for (task, method, label), group in rows.groupby(["task", "method", "label"], sort=False):
-        end, points = group.part == 1, lambda key: group.assign(x=group.delta_d, y=group[key])
+        end, points = group.part == 1, group.assign(x=group.delta_d, y=group.delta_m)
+        each = group[end].groupby("weight")[["delta_d", "delta_m", "m0"]].mean().set_axis(["x", "y", "z"], axis=1)
+        each["kind"] = each.index.str.rpartition(".").get_level_values(-1)
         table.append(
             {
                 "task": TASK_LABELS[task],
                 "method": label,
                 "ΔM / row length and ΔD": f"{group.relative[end].mean():.1e}, {group.delta_d[end].mean():.1e}",
                 "in the paper": f"{PAPER_CORRELATIONS[method]:+.2f}",
-                "correlation with ΔM": text(correlation(points("delta_m"))),
-                "last checkpoint": text(correlation(points("delta_m")[end])),
-                "with ΔM / row length": text(correlation(points("relative"))),
-                "last checkpoint ": text(correlation(points("relative")[end])),
+                "correlation": text(correlation(points)),
+                "at the last checkpoint": text(correlation(points[end])),
+                "of ranks, by kind, given the length": text(partial_rank_correlation(each)),
+                "ΔM ÷ a random step's": f"{group.of_step[end].median():.2f}",
+                "ΔM ÷ a random walk's": f"{group.of_walk[end].median():.2f}" if method == "dora" else "–",
             }
         )
     return pd.DataFrame(table)
@@ -601,24 +637,33 @@ def geometry_table(
 def plot_geometry(
     rows: pd.DataFrame,  # as `geometry_rows` makes them
 ) -> matplotlib.figure.Figure:
-    "ΔM against ΔD, a panel per task and kind of run, darker towards the end of the training."
+    "ΔM, relative to the length of the rows, against ΔD, a panel per task and kind of run, darker towards the end of the training; and what random steps would make."
     panels = list(rows.groupby(["task", "method", "label"], sort=False))
     columns = min(5, max(1, len(panels) // rows.task.nunique()))
     lines = -(-len(panels) // columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(2.4 * columns + 0.6, 2.3 * lines + 0.4), dpi=110, squeeze=False)
+    height = 2.3 * lines + 0.6
+    size = dict(figsize=(2.4 * columns + 0.6, height), dpi=110)
+    fig, axes = plt.subplots(lines, columns, sharex=True, sharey=True, squeeze=False, **size)
+    span = np.array([rows.delta_d[rows.delta_d > 0].min(), rows.delta_d.max()])
     for ax, ((task, method, label), own) in zip(axes.flat, panels):
         for part, group in own.groupby(own.part.round(2)):
             dots = dict(s=5, lw=0, color=COLORS[method], alpha=0.15 + 0.6 * part, label=f"{part:.0%} of the steps")
-            ax.scatter(group.delta_d, group.delta_m, **dots)
+            ax.scatter(group.delta_d, group.relative, **dots)
+        for inputs, style in zip(sorted(own.inputs.unique()), ("-", "--", ":")):
+            words = f"random steps, {inputs:.0f} inputs"
+            ax.plot(span, 2 * np.sqrt(span / inputs / np.pi), color="0.3", ls=style, lw=0.8, label=words)
         ax.set(title=f"{TASK_LABELS[task]}, {label}", xscale="log", yscale="log")
         ax.title.set_fontsize(8)
         ax.tick_params(labelsize=7, which="both")
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    fig.supxlabel("ΔD (1 − cos)", fontsize=9)
-    fig.supylabel("ΔM (units of the weight)", fontsize=9)
-    axes.flat[len(panels) - 1].legend(frameon=False, fontsize=6, markerscale=2)
-    fig.tight_layout()
+    for ax in axes[-1]:
+        ax.set_xlabel("ΔD (1 − cos)", fontsize=8)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("ΔM / row length", fontsize=8)
+    handles, words = axes.flat[len(panels) - 1].get_legend_handles_labels()
+    fig.legend(handles, words, loc="lower center", ncols=3, frameon=False, fontsize=7, markerscale=2)
+    fig.tight_layout(rect=(0, 0.4 / height, 1, 1))
     return fig
 
 # %% ../nbs/15_report.ipynb #3f595cd7
@@ -627,18 +672,23 @@ def stability_table(
     against: str,  # a factor
     broken: Sequence[dict] = (),  # parameters of runs that left no result, as their loss was no number
 ) -> pd.DataFrame:  # text, task, method and rest × values of the factor
-    "The cross-entropy over the choices, mean over seeds, and how many seeds diverged."
-    names, losses = factors(found.results), choice_losses(found.predictions)
-    start = {r["params"]["task"]: losses[r["run"]] for r in found.results if r["params"]["method"] == "base"}
-    each = [(parameters(r), losses[r["run"]]) for r in own_trainings(found.results) if r["training"]]
+    "The cross-entropy over the choices, mean over seeds, and how many seeds diverged, where there is a base model to tell."
+    names = factors(found.results)
+    ranked = [r for r in found.results if r["params"]["protocol"] == "loglikelihood"]
+    losses = choice_losses(found.predictions[found.predictions.run.isin([r["run"] for r in ranked])])
+    place_of = lambda p: json.dumps([p[k] for k in names if k != "method" and k not in IGNORED["base"]])
+    start = {place_of(parameters(r)): losses[r["run"]] for r in ranked if r["params"]["method"] == "base"}
+    each = [(parameters(r), losses[r["run"]]) for r in ranked if r["training"]]
     each = sorted([*each, *((p, math.nan) for p in broken)], key=lambda x: (x[0]["task"], place(x[0], names)))
     cells, values = {}, {}
     for params, loss in each:
         label = f"{TASK_LABELS[params['task']]}, {run_label(params, names, (*ALWAYS[:3], against))}"
         values[params[against]] = value_label(against, params[against])
-        worse = not loss <= start.get(params["task"], math.inf)
+        worse = not loss <= start[place_of(params)] if place_of(params) in start else None
         cells.setdefault((label, params[against]), []).append((loss, worse))
-    text = lambda c: f"{np.mean([loss for loss, _ in c]):.2f}, {sum(worse for _, worse in c)} of {len(c)}"
+    known = lambda c: all(worse is not None for _, worse in c)
+    count = lambda c: f", {sum(worse for _, worse in c)} of {len(c)}" if known(c) else ""
+    text = lambda c: f"{np.mean([loss for loss, _ in c]):.2f}{count(c)}"
     order, labels = sorted(values, key=in_order), list(dict.fromkeys(label for label, _ in cells))
     rows = [[text(cells[label, v]) if (label, v) in cells else "–" for v in order] for label in labels]
     return pd.DataFrame(rows, labels, [values[v] for v in order])
@@ -719,22 +769,22 @@ def _accuracy_section(out: Path, found: Gathered, protocol: str, split: str, aga
     if split == "dev" and protocol == "loglikelihood":
         losses = ["Cross-entropy over the choices (nats); the lowest of each method in bold:\n"]
         losses += [loss_table(results, predictions).to_markdown(disable_numparse=True), ""]
-    if against in table.columns:
-        rows = sweep(table, against)
-        _savefig(plot_sweep(rows), out / figure)
-        lines += [sweep_table(rows).to_markdown(), "", f"![Accuracy along the experiment's factor]({figure})\n"]
-        return lines + losses
-    constant = majority(results, predictions)
-    _savefig(plot_accuracy(table, constant), out / figure)
-    lines += [accuracy_table(table, constant).to_markdown(), ""]
-    lines += [f"![Accuracy by method and task, with intervals]({figure})\n", *losses]
+    along, constant = against in table.columns, majority(results, predictions)
+    wide = lambda t, *last: sweep_table(sweep(t, against)) if along else accuracy_table(t, *last)
+    _savefig(plot_sweep(sweep(table, against)) if along else plot_accuracy(table, constant), out / figure)
+    what = "along the experiment's factor" if along else "by method and task, with intervals"
+    lines += [wide(table, constant).to_markdown(), "", f"![Accuracy {what}]({figure})\n", *losses]
     normed = [r for r in results if r["params"]["task"] == "hellaswag" and "acc_norm" in r["metrics"]]
     if normed:
-        lines += [
-            "HellaSwag by length-normalised log-likelihood (acc_norm):\n",
-            accuracy_table(accuracies(normed, predictions, "acc_norm")).to_markdown(),
-            "",
-        ]
+        lines += ["HellaSwag by length-normalised log-likelihood (acc_norm):\n"]
+        lines += [wide(accuracies(normed, predictions, "acc_norm")).to_markdown(), ""]
+    if protocol == "generate":
+        names, unread = factors(results), {}
+        for r in results:
+            label = f"{TASK_LABELS[r['params']['task']]}, {run_label(parameters(r), names)}"
+            unread.setdefault(label, []).append(100 * r["metrics"]["unparsed"] / r["metrics"]["n"])
+        words = ", ".join(f"{label} {np.mean(shares):.1f}" for label, shares in unread.items())
+        lines += [f"Answers that name no choice, and count as wrong, in percent: {words}.\n"]
     return lines
 
 # %% ../nbs/15_report.ipynb #8cc89f7c
@@ -823,7 +873,8 @@ def experiment(
             spec = load_grid(path, scale).report
             contrasts = spec.get("contrasts", [])
             known = {f.name for f in dataclasses.fields(RunConfig)}
-            good = lambda c: isinstance(c, dict) and set(c) == {"a", "b"} and c["a"].keys() | c["b"].keys() <= known
+            side = lambda s: isinstance(s, dict) and s.keys() <= known
+            good = lambda c: isinstance(c, dict) and set(c) == {"a", "b"} and side(c["a"]) and side(c["b"])
             if wrong := [c for c in contrasts if not good(c)]:
                 raise ValueError(
                     f"{path}: a contrast is a table with a and b, both of a run's parameters, not {wrong[0]}"
@@ -880,9 +931,9 @@ def render(
             "## Stability\n",
             "Cross-entropy over the choices after training (nats, mean over seeds), and seeds that diverged: that end above the base model.\n",
         ]
-        configs = {run_name(c): dataclasses.asdict(c) for c in (load_grid(grid, scale).configs if grid else ())}
         broken = [p.partition(":")[0] for p in found.problems if "Diverged" in p]
-        broken = [configs[name] for name in broken if name in configs]
+        there = load_grid(grid, scale).configs if broken and grid else ()
+        broken = [dataclasses.asdict(c) for c in there if run_name(c) in broken]
         page += [stability_table(found, "learning_rate", broken).to_markdown(), ""]
     if "doubts" in spec:
         page += ["## What else could explain it\n", *(f"- {d}" for d in spec["doubts"]), ""]
@@ -891,7 +942,8 @@ def render(
         page += [FOOTNOTES.replace("\n", "\n\n"), ""]
     if any(r["training"] for r in found.results):
         _savefig(plot_learning_curves(found.results, found.history), out / "learning-curves.png")
-        page += ["## Learning curves\n", "![Training loss by step](learning-curves.png)\n"]
+        page += ["## Learning curves\n", "Mean over seeds, running mean over a tenth of the steps.\n"]
+        page += ["![Training loss by step](learning-curves.png)\n"]
     page += _geometry_section(out, found)
     if any(found.probes.values()):
         page += _curvature_section(out, found.results, found.probes)
@@ -903,14 +955,14 @@ def render(
     return out / "report.md"
 
 # %% ../nbs/15_report.ipynb #11106e1a
-GEOMETRY_NOTE = "ΔM is the mean change of the rows' lengths, ΔD the mean of 1 − cos between a row before and after, per weight. Intervals draw weights anew, each with all its checkpoints and seeds. The paper's figures are of VL-BART, six layers and four checkpoints.\n"
+GEOMETRY_NOTE = "ΔM is the mean change of the rows' lengths, ΔD the mean of 1 − cos between a row before and after, per weight. Pearson's correlation as in the paper, over all checkpoints and at the last one; then Spearman's at the last one, among weights of a kind and with the length of the rows held constant, averaged over kinds. Intervals draw weights anew, with all their checkpoints and seeds; seeds are not drawn. A random step turns a row as far in a random direction, a random walk takes AdamW's steps up or down by chance (chapter 15); the medians over weights at the last checkpoint are given. The paper's figures are of VL-BART, six layers and four checkpoints.\n"
 
 
 def _geometry_section(out: Path, found: Gathered) -> list[str]:
     "Table and figure of ΔM and ΔD."
     if not len(found.geometry):
         return []
-    rows = geometry_rows(found.results, found.geometry)
+    rows = geometry_rows(found.results, found.geometry, found.history)
     _savefig(plot_geometry(rows), out / "geometry.png")
     table = geometry_table(rows).to_markdown(index=False, disable_numparse=True)
     return ["## Lengths and directions\n", table, "", GEOMETRY_NOTE, "![ΔM against ΔD by method](geometry.png)\n"]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RUN_METHODS', 'CHOICES', 'COUNTS', 'IGNORED', 'MANNER', 'LATER', 'ASKED', 'HERE', 'SCHEMA', 'RESULT', 'HISTORY',
            'PREDICTIONS', 'CURVATURE', 'GEOMETRY', 'RANKS', 'CHECKPOINTS', 'ERROR', 'CALIBRATION', 'LOST', 'RunConfig',
-           'trained_tasks', 'config_from', 'effective', 'checksums', 'run_id', 'run_name', 'training_id', 'say',
-           'write_json', 'read_result', 'run', 'ProcessDied', 'ProbeConfig', 'run_probe', 'load']
+           'trained_tasks', 'check_params', 'config_from', 'effective', 'checksums', 'run_id', 'run_name',
+           'training_id', 'say', 'write_json', 'read_result', 'run', 'ProcessDied', 'ProbeConfig', 'run_probe', 'load']
 
 # %% ../nbs/11_runs.ipynb #1bcc8cd3
 import contextlib
@@ -31,6 +31,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import datasets
@@ -240,12 +241,21 @@ def _fits(value, kind) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def config_from(
-    params: dict,  # names and values
+@contextlib.contextmanager
+def _said(where: str):
+    "A message says where its culprit stands."
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
+
+
+def check_params(
+    params: dict,  # names and values; not all that a configuration has
     where: str = "parameters",  # where they come from, for the message
     kind: type = RunConfig,  # what they configure: RunConfig, or ProbeConfig
-):  # a configuration of that kind
-    "A checked configuration; ValueError names an unknown name (and the nearest known one), a wrong type or an impossible value."
+):
+    "ValueError names an unknown name (and the nearest known one), a wrong type or a value that there is not."
     fields = {f.name: f.type for f in dataclasses.fields(kind)}
     for name, value in params.items():
         if name not in fields:
@@ -257,10 +267,20 @@ def config_from(
         if not _fits(value, fields[name]):
             wanted = getattr(fields[name], "__name__", str(fields[name]))
             raise ValueError(f"{where}: {name}={value!r} is of type {type(value).__name__}; it must be {wanted}")
-    try:
-        return kind(**{k: float(v) if fields[k] is float else v for k, v in params.items()})
-    except ValueError as e:
-        raise ValueError(f"{where}: {e}") from None
+    with _said(where):
+        _check_values(SimpleNamespace(**params))
+
+
+def config_from(
+    params: dict,  # names and values
+    where: str = "parameters",  # where they come from, for the message
+    kind: type = RunConfig,  # what they configure: RunConfig, or ProbeConfig
+):  # a configuration of that kind
+    "A checked configuration; ValueError as from `check_params`, and for values that do not go together."
+    check_params(params, where, kind)
+    types = {f.name: f.type for f in dataclasses.fields(kind)}
+    with _said(where):
+        return kind(**{k: float(v) if types[k] is float else v for k, v in params.items()})
 
 # %% ../nbs/11_runs.ipynb #e5be314f
 _ADAPTER, _TRAIN = ({f.name for f in dataclasses.fields(t)} for t in (AdapterConfig, TrainConfig))
@@ -322,7 +342,8 @@ def run_id(
     config: RunConfig,  # the run
 ) -> str:  # ten hexadecimal digits
     "The identity of a run."
-    params = {k: v for k, v in asdict(effective(config)).items() if k not in MANNER and (v or k not in LATER)}
+    config = effective(config)
+    params = {k: v for k, v in asdict(config).items() if k not in MANNER and (v or k not in LATER)}
     return _digest([params, checksums(config), dora_nb.__version__])[:10]
 
 
@@ -498,6 +519,7 @@ def _geometer(config: RunConfig, model, run_dir: Path) -> Callable[[dict], None]
                 delta_m=delta_magnitude(W0, W).item(),
                 delta_d=delta_direction(W0, W).item(),
                 m0=row_norm(W0).mean().item(),
+                inputs=W0.shape[1],
             )
             for n, W0, W in weights()
         ]

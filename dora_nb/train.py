@@ -641,7 +641,7 @@ class Checkpoints:
         self.every, self.keep, self.written, self.team = every, keep, time.monotonic(), team or Team()
         self.facts, self.random, self.device = {"records": []}, {}, next(iter(params.values())).device
         # sums are added up in another order with other numbers of these
-        self.by = {"threads": torch.get_num_threads(), "processes": self.team.size}
+        self.by = {"threads": torch.get_num_threads(), "processes": self.team.size, "device": self.device.type}
 
     def mark(self, **facts):
         "This is a moment to go on from: remember the random numbers, and facts that JSON can hold."
@@ -677,10 +677,8 @@ class Checkpoints:
         if (path := self.team.gather(path and str(path))[0]) is not None:
             _, facts, tensors = _read(Path(path))
             for name, now in self.by.items():
-                if (then := facts.pop(name)) != now:
-                    warnings.warn(
-                        f"going on with {now} {name} where {then} began; the last bits may differ", stacklevel=2
-                    )
+                if (then := facts.pop(name, now)) != now:
+                    warnings.warn(f"{name}: {then} began, {now} goes on; what comes out may differ", stacklevel=2)
             _put_back(tensors, self.params, self.optimizer, self.team.rank)
             self.mark(**facts)
         return self.facts
@@ -860,6 +858,7 @@ def train(
     first, several = team.rank == 0, team.size > 1
     training = Training(model, tokenizer, items, config, team)
     kept = Checkpoints(checkpoints, training.what, training.params, training.optimizer, checkpoint_seconds, team=team)
+    kept.by["precision"] = resolve_precision(config.precision, kept.device)
     story, total = Story(training, kept, after_step if first else None), len(training.batches)
     for layer in model.modules():
         if hasattr(layer, "forget"):  # DoRA's scale: what was put back just now may not have been noticed

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from dora_nb.adapt import AdapterConfig, adapt, load_adapter, merge, remove_adapter, save_adapter, unmerge
+from dora_nb.adapt import (
+    AdapterConfig,
+    adapt,
+    count_parameters,
+    load_adapter,
+    merge,
+    remove_adapter,
+    save_adapter,
+    unmerge,
+)
 from dora_nb.compress import (
     QuantisedLinear,
     compress,
@@ -150,6 +159,18 @@ def test_wanda_against_its_formula(tiny_model_dir):
         assert sorted((pruned == 0).nonzero()[:, 0].tolist()) == sorted(gone)
     with pytest.raises(ValueError, match="wanda has to see inputs"):
         compress(model, "wanda-0.5")
+
+
+def test_compressed_once(llama):
+    "What is pruned or coded already is refused, and every weight of the coded model is counted."
+    model = llama()
+    trained, whole = count_parameters(model)
+    with pytest.raises(RuntimeError, match="compressed already"):
+        compress(compress(llama(), "magnitude-0.5"), "rtn-4")
+    coded = compress(model, "rtn-4")
+    assert count_parameters(coded)[1] == whole
+    with pytest.raises(RuntimeError, match="compressed already"):
+        compress(coded, "magnitude-0.5")
 
 
 def test_a_pruned_base_stays_pruned(llama):

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from dora_nb.compare import (
     accuracies,
@@ -23,18 +24,24 @@ from dora_nb.compare import (
     mean_interval,
     verdict,
 )
+from dora_nb.decompose import delta_direction, delta_magnitude
 from dora_nb.grid import load_grid
 from dora_nb.report import (
+    NOTHING,
     RESULTS,
+    Gathered,
     collect,
     correlation,
     cost_table,
     experiment,
+    geometry_rows,
     overview,
+    partial_rank_correlation,
     plot_sweep,
     read_report,
     render,
     reports_in,
+    stability_table,
     sweep,
     sweep_table,
 )
@@ -98,6 +105,8 @@ def test_the_crossed_bootstrap_is_as_wide_as_theory_says():
     seeds, items = rng.normal(0, 0.2, (12, 1)), rng.normal(0, 1, (1, 300))
     error = crossed_bootstrap(seeds + items, draws=8_000)
     assert error == pytest.approx((seeds.var(ddof=1) / 12 + items.var(ddof=1) / 300) ** 0.5, rel=0.05)
+    errors = [crossed_bootstrap(rng.normal(0, 1, (6, 300)), draws=2_000) for _ in range(20)]  # each value for itself
+    assert 0.95 < np.mean(errors) * 1800**0.5 < 1.2  # not √3, as of a bootstrap that is left as it is
 
 
 def test_degrees_of_freedom():
@@ -183,6 +192,31 @@ def test_comparison_counts_pairs():
     dora = [1] * 10
     row = compare(results, pd.concat([answers("boolq-lora-0", [0] * 10), answers("boolq-dora-0", dora)])).iloc[0]
     assert "DoRA is ahead here" in verdict(row.to_dict())
+
+
+def test_the_base_model_stands_against_every_seed():
+    "It has one, and no rank or rate, and its answers are compared with those of all others."
+    runs = [result("base"), *(result("lora", s, rank=4, learning_rate=1e-3) for s in (0, 1, 2))]
+    right = {"boolq-base-0": [0, 0, 1, 1], **{f"boolq-lora-{s}": [1, 0, 1, 1] for s in (0, 1, 2)}}
+    predictions = pd.concat([answers(run, r) for run, r in right.items()])
+    row = compare(runs, predictions, {"method": "base"}, {"method": "lora"}).iloc[0]
+    assert (row.seeds, row.only_a, row.only_b) == (3, 0, 3) and row.difference == pytest.approx(0.25)
+    back = compare(runs, predictions, {"method": "lora"}, {"method": "base"}).iloc[0]
+    assert (back.only_a, back.only_b) == (3, 0)
+
+
+def test_who_diverged():
+    "Above the base model, or no number; without a base model nobody can say."
+    runs = [result("base"), *(result("lora", s, learning_rate=1e-3) | {"training": {"items": 1}} for s in (0, 1))]
+    losses = {"boolq-base-0": 0.5, "boolq-lora-0": 0.4, "boolq-lora-1": 3.0}  # of the right one of two choices
+    likelihoods = [[[np.log1p(-np.exp(-x)), -x]] for x in losses.values()]
+    frames = [answers(run, [1]).assign(loglikelihood=x) for run, x in zip(losses, likelihoods)]
+    history = pd.DataFrame({"run": [], "step": [], "loss": []})
+    found = Gathered(runs, [], pd.concat(frames), history, NOTHING.geometry, {})
+    assert stability_table(found, "learning_rate").to_numpy().tolist() == [["1.70, 1 of 2"]]
+    lost = asdict(RunConfig("boolq", "lora", seed=2, learning_rate=1e-3))
+    assert stability_table(found, "learning_rate", [lost]).to_numpy().tolist() == [["nan, 2 of 3"]]
+    assert stability_table(found._replace(results=runs[1:]), "learning_rate").to_numpy().tolist() == [["1.70"]]
 
 
 def test_costs_of_a_base_model_are_dashes():
@@ -290,6 +324,37 @@ def test_a_correlation_and_its_interval():
     assert r == pytest.approx(np.corrcoef(points.x, points.y)[0, 1]) and low < r < high
     alone = correlation(points.assign(weight=range(800)))
     assert high - low > 1.1 * (alone[2] - alone[1])  # checkpoints of one weight are no independent points
+
+
+def test_a_partial_rank_correlation():
+    "A common third makes a correlation, and holding it takes that away; the rest is as regression on ranks has it."
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=300)
+    x, y = z + 0.5 * rng.normal(size=300), z + 0.5 * rng.normal(size=300)
+    points = pd.DataFrame(dict(kind="q", x=x, y=y, z=z))
+    r, low, high = partial_rank_correlation(points)
+    ranks = points[["x", "y", "z"]].rank()
+    left = [ranks[k] - np.polyval(np.polyfit(ranks.z, ranks[k], 1), ranks.z) for k in "xy"]
+    assert r == pytest.approx(np.corrcoef(*left)[0, 1]) and low < 0 < high
+    assert points.x.corr(points.y, method="spearman") > 0.6
+    two = pd.concat([points, points.assign(kind="k", y=x)])
+    assert partial_rank_correlation(two)[0] == pytest.approx((r + 1) / 2)
+    assert np.isnan(partial_rank_correlation(points[:3])).all()
+
+
+def test_lengths_that_nobody_steers():
+    "Random steps of random rows, and coins that fall: both yardsticks read one."
+    rng, rows = np.random.default_rng(0), []
+    for i in range(20):
+        W0 = torch.tensor(rng.normal(size=(400, 64)))
+        W = W0 + 0.01 * W0.norm(dim=1, keepdim=True) / 8 * torch.tensor(rng.normal(size=W0.shape))
+        found = dict(delta_m=delta_magnitude(W0, W).item(), delta_d=delta_direction(W0, W).item())
+        rows.append(dict(weight=f"w{i}", run="a", step=2, steps=2, m0=W0.norm(dim=1).mean().item(), inputs=64) | found)
+    history = pd.DataFrame(dict(run="a", step=[1, 2], learning_rate=[3e-3, 4e-3]))
+    made = geometry_rows([result("dora") | {"run": "a"}], pd.DataFrame(rows), history)
+    assert made.of_step.median() == pytest.approx(1, abs=0.05)
+    walk = np.abs(rng.choice([-1, 1], (100_000, 400)) @ np.full(400, 5e-3 / 20)).mean()  # of the same Σ η²
+    assert (made.delta_m / made.of_walk).to_numpy() == pytest.approx(walk, rel=0.01)
 
 
 SPEC = """

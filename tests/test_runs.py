@@ -270,6 +270,28 @@ def test_a_grid_from_start_to_report(grid, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "again" / "report.md").read_text().splitlines()[2:] == page.splitlines()[2:]
 
 
+def test_what_a_grid_leaves_out(grid):
+    "A combination that cannot be is left out before it is checked; a grid of which nothing is left is none."
+    whole = grid.read_text()
+    with_codes = whole.replace('"base", "dora"]', '"base", "dora", "full"]').replace(
+        "[[override]]", '[[exclude]]\nmethod = "full"\ncompress = "rtn-4"\n[[override]]'
+    )
+    grid.write_text(with_codes.replace("[axes]", '[axes]\ncompress = ["", "rtn-4"]'))
+    assert {(c.method, c.compress) for c in load_grid(grid).configs} == {
+        ("base", ""),
+        ("base", "rtn-4"),
+        ("dora", ""),
+        ("dora", "rtn-4"),
+        ("full", ""),
+    }
+    grid.write_text(whole + '\n[[exclude]]\ntask = "boolqq"\n')
+    with pytest.raises(ValueError, match="condition: task='boolqq' does not exist"):
+        load_grid(grid)
+    grid.write_text(whole + "\n[[exclude]]\nrank = 2\n")
+    with pytest.raises(ValueError, match="no run is left"):
+        load_grid(grid)
+
+
 def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys):
     "A grid made in two places, or on two days: the report keeps what it has and takes what is new."
     from dora_nb.report import collect, read_report
