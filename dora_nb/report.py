@@ -868,7 +868,8 @@ def experiment(
 ) -> tuple[dict, Path | None, str | None]:  # what its grid file says of the page, that file, and the scale
     "What a report is about; nothing if there is no grid file beside or above it."
     out = Path(out).resolve()
-    for path, scale in ((out / "grid.toml", None), (out.parent / "grid.toml", out.name)):
+    beside = out.parent / f"{out.name}.toml"  # of a grid that prepares another one
+    for path, scale in ((out / "grid.toml", None), (out.parent / "grid.toml", out.name), (beside, None)):
         if path.exists() and (scale is None or scale in tomllib.loads(path.read_text()).get("scale", {})):
             spec = load_grid(path, scale).report
             contrasts = spec.get("contrasts", [])
@@ -982,7 +983,7 @@ def _source(grid: Path | None, scale: str | None) -> str:
     page = "Made from the JSON and parquet files in this folder; `dora-nb report` on it makes the page again, without training anything"
     if not grid:
         return f"{page}.\n"
-    return f"{page}, and `dora-nb run reports/{grid.parent.name}/grid.toml{f' --scale {scale}' if scale else ''}` makes the runs.\n"
+    return f"{page}, and `dora-nb run reports/{grid.parent.name}/{grid.name}{f' --scale {scale}' if scale else ''}` makes the runs.\n"
 
 
 def reports_in(
