@@ -299,7 +299,8 @@ def plot_sweep(
 ) -> matplotlib.figure.Figure:
     "Accuracy along a factor: a panel per task or family, a line per method, 95 % intervals as bars."
     panels = list(dict.fromkeys(rows.panel))
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.0 * len(panels) + 1.2, 3.0), dpi=110, squeeze=False)
+    wide = max(3.0, 0.5 * rows.dropna(subset="x").x.nunique())  # room for the words under the ticks
+    fig, axes = plt.subplots(1, len(panels), figsize=(wide * len(panels) + 1.2, 3.0), dpi=110, squeeze=False)
     styles = ("-", "--", ":", "-.")
     for ax, panel in zip(axes[0], panels):
         here, given = rows[rows.panel == panel], {}
@@ -318,7 +319,7 @@ def plot_sweep(
         ax.set_xticks(ticks.x, [t.replace(" ", "\n", 1) for t in ticks["at"]], fontsize=8)
         ax.set(title=panel)
     axes[0, 0].set_ylabel("accuracy (%), 95 % interval")
-    handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels())))
+    handles = {words: line for ax in axes[0] for line, words in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, frameon=False, fontsize=8)
     fig.tight_layout(rect=(0, 0.09, 1, 1))
     return fig
