@@ -207,6 +207,7 @@ def accuracies(
         else:
             answer = {"acc": "pred", "acc_norm": "pred_norm"}[metric]
             low, high, _ = mean_interval(rights([r["run"] for _, r in group], predictions, answer).to_numpy(float))
+            low, high = max(0.0, low), min(1.0, high)
         found = dict(n=n, seeds=len(group), share=np.mean(shares), low=low, high=high)
         spread = np.std(shares, ddof=1) if len(group) > 1 else math.nan
         rows.append({k: params[k] for k in names} | found | dict(spread=spread, label=run_label(params, names)))
