@@ -113,6 +113,11 @@ def evaluate_options(p: argparse.ArgumentParser):
         metavar="SCHEME",
         help="the base model first: rtn-4, hqq-3, magnitude-0.5, wanda-0.5, … (default: as it comes)",
     )
+    p.add_argument(
+        "--calibrate",
+        choices=_TASKS,
+        help="whose training items wanda looks at: those that the adapter was trained on (default: --task's)",
+    )
     p.add_argument("--task", choices=_TASKS, required=True, help="which benchmark")
     p.add_argument(
         "--split",
@@ -172,7 +177,12 @@ def evaluate_command(args: argparse.Namespace):
     )
     model, tokenizer = load_model(args.model, args.source, device="cuda" if torch.cuda.is_available() else "cpu")
     if args.compress:
-        compress(model, args.compress, tokenizer, load_task(args.task, "train", limit=CALIBRATION, source=args.source))
+        compress(
+            model,
+            args.compress,
+            tokenizer,
+            load_task(args.calibrate or args.task, "train", limit=CALIBRATION, source=args.source),
+        )
     if args.adapter:
         load_adapter(model, args.adapter)
         if not args.compress.startswith(PRUNERS):

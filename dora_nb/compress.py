@@ -8,6 +8,8 @@ __all__ = ['QUANTISERS', 'PRUNERS', 'round_to_nearest', 'on_grid', 'half_quadrat
 
 # %% ../nbs/10_compress.ipynb #d0e67f75
 import functools
+import hashlib
+import json
 import math
 
 import torch
@@ -221,6 +223,12 @@ def parse_scheme(
     )
 
 # %% ../nbs/10_compress.ipynb #e53d46ef
+def _digest(items) -> str:
+    "Which items these are."
+    texts = [[item["contexts"], item["continuations"], item["gold"]] for item in items]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
+
+
 def compress(
     model: nn.Module,  # not adapted; changed in place
     scheme: str,  # as `parse_scheme` reads it
@@ -242,7 +250,8 @@ def compress(
             prune_(linear, level, norms.get(name))
         else:
             model.set_submodule(name, QuantisedLinear(linear, int(level), method, math.gcd(group, linear.in_features)))
-    model.dora_nb_compressed = scheme  # an adapter that is saved says so
+    # an adapter that is saved says so: other items make other zeros
+    model.dora_nb_compressed = f"{scheme} on items {_digest(items)}" if method == "wanda" else scheme
     return model
 
 

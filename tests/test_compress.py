@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+import warnings
 
 import pytest
 import torch
@@ -159,6 +160,22 @@ def test_wanda_against_its_formula(tiny_model_dir):
         assert sorted((pruned == 0).nonzero()[:, 0].tolist()) == sorted(gone)
     with pytest.raises(ValueError, match="wanda has to see inputs"):
         compress(model, "wanda-0.5")
+
+
+def test_an_adapter_knows_what_its_base_was_pruned_by(tiny_model_dir, tmp_path):
+    "Other items make other zeros."
+    from dora_nb.assets import load_model
+
+    def pruned(task):
+        model, tokenizer = load_model(str(tiny_model_dir))
+        return compress(model, "wanda-0.5", tokenizer, load_task(task, "train", limit=2))
+
+    save_adapter(adapt(pruned("boolq"), AdapterConfig("dora", rank=2)), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(pruned("boolq"), tmp_path)
+    with pytest.warns(UserWarning, match="compressed by wanda-0.5 on items"):
+        load_adapter(pruned("winogrande"), tmp_path)
 
 
 def test_compressed_once(llama):

@@ -105,6 +105,14 @@ def test_outputs_are_small_and_clean(path):
         assert not re.search(r"/(root|home|work|Users|tmp)/", text), "a path of some machine was kept"
 
 
+@pytest.mark.parametrize("path", BOOK, ids=lambda p: p.stem)
+def test_figures_are_there(path):
+    "A cell that draws shows what it drew: a chapter that was run without inline figures is not committed."
+    for c in cells(path, "code"):
+        if "#| e" not in source(c) and re.search(r"^(fig, |(_ = )?plot_)", source(c), re.M):
+            assert any("image/png" in o.get("data", {}) for o in c["outputs"]), source(c)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs" / "runs").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_run_notebooks_only_call(path):
     trees = [ast.parse(re.sub(r";$", "", source(c))) for c in cells(path, "code")]

@@ -99,7 +99,7 @@ def test_what_two_saved_one_loads(model_dir, two, way, kind):
     answers = rank_choices(model, tokenizer, load_task("boolq", limit=7), progress=False)[1]
     for mine, theirs in zip(answers, told["answers"]):
         assert mine["loglikelihood"] == pytest.approx(theirs["loglikelihood"], abs=1e-3)
-    with pytest.warns(UserWarning, match="1 processes where 2 began"):
+    with pytest.warns(UserWarning, match="processes: 2 began, 1 goes on"):
         params, said = fitted(model_dir, folder / "one", way, Team(), checkpoints=folder / "checkpoints")
     assert said["records"] == told["records"]  # all was done, and nothing was done again
     state = load_file(next((folder / "checkpoints").iterdir()))
