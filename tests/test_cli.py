@@ -32,7 +32,11 @@ def test_names_that_the_parser_repeats_to_spare_an_import():
 
     choices = {a.dest: tuple(a.choices) for a in sub("evaluate")._actions if a.choices}
     assert {k: set(v) for k, v in choices.items()} == dict(
-        task=set(TASK_NAMES), split=set(SPLITS), protocol=set(PROTOCOLS), precision=set(PRECISIONS), source=set(SOURCES)
+        **dict.fromkeys(("task", "calibrate"), set(TASK_NAMES)),
+        split=set(SPLITS),
+        protocol=set(PROTOCOLS),
+        precision=set(PRECISIONS),
+        source=set(SOURCES),
     )
     assert all(name in sub("fetch").format_help() for name in ASSETS)
     (score,) = [a.choices for a in sub("ranks")._actions if a.dest == "score"]
