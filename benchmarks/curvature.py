@@ -33,7 +33,7 @@ def setup(method, items, layers=None):
             nn.init.normal_(p, std=1e-2)
     data = load_task("winogrande", "train", limit=items, seed=0)
     rows = [encode_item(tokenizer, item)[0] for item in data]
-    batch = [t.to(DEVICE) for t in make_batch(rows, data["gold"], range(items), tokenizer.pad_token_id)]
+    batch = [t.to(DEVICE) for t in make_batch(rows, data["gold"], range(items))]
     params = {n: p.detach() for n, p in trainable_parameters(model).items()}
     return model, loss_parts(model, [batch], "choices"), params, batch
 

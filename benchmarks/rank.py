@@ -75,9 +75,9 @@ class Lab:
     def losses(self, split, n):
         "Nats a token of every item, on held-out text."
         items, config = self.text(split, n), self.config()
-        rows, pad, found = encode_items(self.tokenizer, items, config, False), self.tokenizer.pad_token_id, {}
+        rows, found = encode_items(self.tokenizer, items, config, False), {}
         for group in micro_batches(range(len(rows)), rows, 1024):
-            batch, _ = make_batch(rows, [0] * len(rows), group, pad)
+            batch, _ = make_batch(rows, [0] * len(rows), group)
             with autocast("auto", DEVICE):
                 sums = choice_logprobs(self.model.eval(), batch.to(DEVICE))
             counts = batch.owner.bincount(minlength=sums.numel()).view_as(sums)

@@ -473,6 +473,4 @@ def load_model(
         raise FetchError(
             f"model {name!r} is none of ours ({', '.join(HUB_MODELS)}), no local folder with a model, and could not be loaded from the Hub: {e}"
         ) from e
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return model.to(device), tokenizer

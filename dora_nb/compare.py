@@ -6,7 +6,7 @@
 __all__ = ['LABELS', 'COLORS', 'TASK_LABELS', 'ALWAYS', 'LOOKS', 'DRAWS', 'METHODS_APART', 'parameters', 'factors', 'value_label',
            'in_order', 'place', 'run_label', 'mean_squares', 'crossed_bootstrap', 'freedom', 'mean_interval', 'rights',
            'accuracies', 'majority', 'cell', 'accuracy_table', 'choice_losses', 'loss_table', 'holm', 'compare',
-           'side_labels', 'clear', 'verdict']
+           'side_labels', 'clear', 'verdict', 'changes', 'change_verdict']
 
 # %% ../nbs/14_compare.ipynb #5199aced
 import itertools
@@ -329,15 +329,8 @@ def holm(
 METHODS_APART = ({"method": "lora"}, {"method": "dora"})
 
 
-def compare(
-    results: list[dict],  # of runs
-    predictions: pd.DataFrame,  # their answers
-    a: dict = METHODS_APART[0],  # parameters of one side
-    b: dict = METHODS_APART[1],  # and of the other
-) -> (
-    pd.DataFrame
-):  # a row per combination of the other factors: n, seeds, difference (b − a), low, high, only_a, only_b, g, mcnemar, p
-    "Two kinds of runs on the same items and seeds: the paired difference in accuracy, its interval and its test. What a side's method ignores, the base model its seed for instance, keeps nothing apart."
+def _pairs(results: list[dict], a: dict, b: dict) -> list[tuple[dict, dict[int, tuple[str, str]]]]:
+    "Every combination of the other factors, and by seed the run of either side."
     names, sides = [k for k in factors(results) if k not in a.keys() | b.keys()], ({}, {})
     blind = [IGNORED[side["method"]] if "method" in side else set() for side in (a, b)]
     for r in results:
@@ -348,7 +341,7 @@ def compare(
                 if params["seed"] in seeds:
                     raise ValueError(f"{r['run']} and {seeds[params['seed']]} are on the same side of {a} against {b}")
                 seeds[params["seed"]] = r["run"]
-    rows = []
+    found = []
     for (key, one), (other, two) in itertools.product(sides[0].items(), sides[1].items()):
         each = list(zip(names, json.loads(key), json.loads(other)))
         if any(x != y and k not in blind[0] | blind[1] for k, x, y in each):
@@ -356,13 +349,28 @@ def compare(
         one = dict.fromkeys(two, *one.values()) if "seed" in blind[0] else one
         two = dict.fromkeys(one, *two.values()) if "seed" in blind[1] else two
         if seeds := sorted(one.keys() & two.keys()):
-            right = [rights(list(dict.fromkeys(side[s] for s in seeds)), predictions) for side in (one, two)]
-            items = right[0].columns.intersection(right[1].columns)
-            d = right[1][items].to_numpy(float) - right[0][items].to_numpy(float)
-            rows.append({k: x if k in blind[1] else y for k, x, y in each} | _difference(d))
-    if not rows:
-        return pd.DataFrame()
-    return _frame(sorted(rows, key=lambda row: [in_order(row[k]) for k in names]), names)
+            found.append(({k: x if k in blind[1] else y for k, x, y in each}, {s: (one[s], two[s]) for s in seeds}))
+    return sorted(found, key=lambda pair: [in_order(pair[0][k]) for k in names])
+
+
+def _apart(runs: dict[int, tuple[str, str]], predictions: pd.DataFrame) -> pd.DataFrame:
+    "Seeds × items: +1 where only the second side is right, −1 where only the first is."
+    one, two = (rights(list(dict.fromkeys(side)), predictions) for side in zip(*runs.values()))
+    items = one.columns.intersection(two.columns)
+    return pd.DataFrame(two[items].to_numpy(float) - one[items].to_numpy(float), list(runs), items)
+
+
+def compare(
+    results: list[dict],  # of runs
+    predictions: pd.DataFrame,  # their answers
+    a: dict = METHODS_APART[0],  # parameters of one side
+    b: dict = METHODS_APART[1],  # and of the other
+) -> (
+    pd.DataFrame
+):  # a row per combination of the other factors: n, seeds, difference (b − a), low, high, only_a, only_b, g, mcnemar, p
+    "Two kinds of runs on the same items and seeds: the paired difference in accuracy, its interval and its test. What a side's method ignores, the base model its seed for instance, keeps nothing apart."
+    rows = [where | _difference(_apart(runs, predictions).to_numpy()) for where, runs in _pairs(results, a, b)]
+    return _frame(rows, [k for k in factors(results) if k in rows[0]]) if rows else pd.DataFrame()
 
 
 def side_labels(
@@ -398,3 +406,50 @@ def verdict(
         most = 100 * max(-row["low"], row["high"])
         return f"{text} These data cannot tell the two apart; a difference of more than {most:.1f} points is outside the interval."
     return f"{text} {b if row['difference'] > 0 else a} is ahead here, on these items and settings."
+
+# %% ../nbs/14_compare.ipynb #6a08f712
+def changes(
+    results: list[dict],  # of runs
+    predictions: pd.DataFrame,  # their answers
+    start: dict,  # a factor and its value that the others are held against, {"compress": ""} for instance
+    a: dict = METHODS_APART[0],  # parameters of one side
+    b: dict = METHODS_APART[1],  # and of the other
+) -> pd.DataFrame:  # a row per combination of factors but the start: n, seeds, change, low, high, p
+    "How much larger b − a is than at the start, on the items and seeds that both have."
+    apart = {json.dumps(where): (where, _apart(runs, predictions)) for where, runs in _pairs(results, a, b)}
+    rows = []
+    for where, here in apart.values():
+        home = apart.get(json.dumps(where | start), (None, None))[1]
+        if home is None or home is here:
+            continue
+        (seeds, items), ones = (x.intersection(y) for x, y in zip(here.axes, home.axes)), np.ones((1, 1))
+        if not len(seeds):
+            continue
+        d = here.loc[seeds, items].to_numpy() - home.loc[seeds, items].to_numpy()
+        padded = np.hstack([d, ones.repeat(len(d), 0), -ones.repeat(len(d), 0)])
+        low, high, p = mean_interval(padded) if len(d) > 1 else _student(padded[0])
+        rows.append(where | dict(n=len(items), seeds=len(seeds), change=d.mean(), low=low, high=high, p=p))
+    return _frame(rows, [k for k in factors(results) if k in rows[0]]) if rows else pd.DataFrame()
+
+
+def _student(values: np.ndarray) -> tuple[float, float, float]:
+    "The 95 % interval of a mean over items, and p for a mean of zero."
+    test = stats.ttest_1samp(values, 0)
+    return *map(float, test.confidence_interval()), float(test.pvalue)
+
+
+def change_verdict(
+    row: dict,  # of `changes`
+    labels: tuple[str, str] = ("LoRA", "DoRA"),  # of its sides
+    start: str = "the start",  # what the row is held against
+    head: str = "",  # where
+) -> str:
+    "What a change of a difference lets us say."
+    (a, b), most = labels, 100 * max(-row["low"], row["high"])
+    text = (
+        f"{head} against {start}: {b} − {a} changes by {100 * row['change']:+.1f} points [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}] "
+        f"on {row['n']} items and {row['seeds']} seed(s), p = {row.get('p_holm', row['p']):.2g}."
+    )
+    if not clear(row):
+        return f"{text} These data show no change; one of more than {most:.1f} points is outside the interval."
+    return f"{text} {b if row['change'] > 0 else a} gains on the other."

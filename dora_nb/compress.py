@@ -181,7 +181,7 @@ def input_norms(
     try:
         for item in items:
             for row in encode_item(tokenizer, item, [item["gold"]])[0]:
-                token_logits(model.eval(), collate([[row]], tokenizer.pad_token_id).to(model.device))
+                token_logits(model.eval(), collate([[row]]).to(model.device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -672,8 +672,7 @@ def item_parts(
     rows, device = encode_items(tokenizer, items, config, shares_prompts(model)), next(model.parameters()).device
     limit = resolve_batch_tokens(config.batch_tokens, device)
     groups = [[i] for i in range(len(rows))] if alone else micro_batches(range(len(rows)), rows, limit)
-    gold, pad = items["gold"], tokenizer.pad_token_id
-    return loss_parts(model, [make_batch(rows, gold, group, pad) for group in groups], config.objective)
+    return loss_parts(model, [make_batch(rows, items["gold"], group) for group in groups], config.objective)
 
 # %% ../nbs/08_curvature.ipynb #836c8a40
 PARTS_OF_A_LAYER = {"lora_A": "A", "lora_B": "B", "magnitude": "m"}

@@ -78,11 +78,11 @@ def rank_choices(
     "Rank the choices of every item by log-likelihood, as lm-evaluation-harness does."
     start, share, team = time.perf_counter(), shares_prompts(model.eval()), team or Team()
     encoded = [encode_item(tokenizer, item, None, max_tokens, share) for item in items]
-    rows, scores, pad, device = [r for r, _ in encoded], {}, tokenizer.pad_token_id, model.device
+    rows, scores, device = [r for r, _ in encoded], {}, model.device
     groups, idle = shares(range(len(items)), rows, resolve_batch_tokens(batch_tokens, device), team)
     with progress_bar(range(sum(map(len, groups))), "evaluate", "item", progress) as bar, autocast(precision, device):
         for group in (*groups, *idle):  # an idle item is asked again, and says the same
-            found = choice_logprobs(model, collate([rows[i] for i in group], pad).to(device)).tolist()
+            found = choice_logprobs(model, collate([rows[i] for i in group]).to(device)).tolist()
             scores |= {i: [s for s in sums if s > -math.inf] for i, sums in zip(group, found)}
             bar.update(len(group))
     scores = dict(pair for part in team.gather(list(scores.items())) for pair in part)
@@ -132,19 +132,20 @@ def generate_answers(
         raise RuntimeError("a sharded model cannot generate here; use the protocol loglikelihood")
     encoded = [encode_text(tokenizer, item["contexts"][0]) for item in items]
     prompts, outputs = [ids[-max_tokens:] for ids in encoded], {}
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))[team.rank :: team.size]
     with progress_bar(range(len(order)), "generate", "item", progress) as bar, autocast(precision, model.device):
         while order:
             width = len(prompts[order[0]])
             size = max(1, (batch_tokens or 4096) // (num_beams * (width + max_new_tokens)))
             group, order = order[:size], order[size:]
-            batch = _padded([prompts[i] for i in group], tokenizer.pad_token_id, model.device)
+            batch = _padded([prompts[i] for i in group], pad, model.device)
             written = model.eval().generate(
                 **batch,
                 max_new_tokens=max_new_tokens,
                 num_beams=num_beams,
                 do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=pad,
             )
             outputs |= zip(group, tokenizer.batch_decode(written[:, width:], skip_special_tokens=True))
             bar.update(len(group))

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_GEOMETRY', 'ALL_CURVATURE', 'NOTHING', 'PUBLISHED', 'FOOTNOTES',
-           'PAPER_CORRELATIONS', 'COST_NOTE', 'TEST_NOTE', 'CURVATURE_NOTE', 'CERTAIN_NOTE', 'SPEC', 'GEOMETRY_NOTE',
-           'OVERVIEW', 'Gathered', 'collect', 'read_report', 'own_trainings', 'cost_table', 'plot_accuracy', 'sweep',
-           'plot_sweep', 'sweep_table', 'plot_learning_curves', 'curvature_rows', 'curvature_table', 'plot_sharpness',
-           'counted', 'plot_density', 'plot_layers', 'correlation', 'partial_rank_correlation', 'geometry_rows',
-           'geometry_table', 'plot_geometry', 'stability_table', 'sharpness_table', 'experiment', 'render',
-           'reports_in', 'overview']
+           'PAPER_CORRELATIONS', 'COST_NOTE', 'TEST_NOTE', 'CHANGE_NOTE', 'CURVATURE_NOTE', 'CERTAIN_NOTE', 'SPEC',
+           'GEOMETRY_NOTE', 'OVERVIEW', 'Gathered', 'collect', 'read_report', 'own_trainings', 'cost_table',
+           'plot_accuracy', 'sweep', 'plot_sweep', 'sweep_table', 'plot_learning_curves', 'curvature_rows',
+           'curvature_table', 'plot_sharpness', 'counted', 'plot_density', 'plot_layers', 'correlation',
+           'partial_rank_correlation', 'geometry_rows', 'geometry_table', 'plot_geometry', 'stability_table',
+           'sharpness_table', 'experiment', 'render', 'reports_in', 'overview']
 
 # %% ../nbs/15_report.ipynb #56f6777e
 import dataclasses
@@ -37,6 +37,8 @@ from dora_nb.compare import (
     accuracies,
     accuracy_table,
     cell,
+    change_verdict,
+    changes,
     choice_losses,
     compare,
     factors,
@@ -790,25 +792,29 @@ def _accuracy_section(out: Path, found: Gathered, protocol: str, split: str, aga
 
 # %% ../nbs/15_report.ipynb #8cc89f7c
 TEST_NOTE = "Interval and p are of the mean over items and seeds, both drawn anew (of McNemar's test where there is one seed); p is corrected for the number of comparisons on this page (Holm); g is Cohen's. A difference is claimed where interval and p agree.\n"
+CHANGE_NOTE = "The difference of the differences, by the same items and seeds; interval and p as above (Student's, over items, where there is one seed).\n"
 
 # %% ../nbs/15_report.ipynb #5706ffa6
-def _comparisons(found: Gathered, contrasts: list[tuple[dict, dict]]) -> list[str]:
-    "Every contrast, with p corrected for all of them."
-    rows = []
+def _comparisons(found: Gathered, contrasts: list[tuple[dict, dict]], start: dict) -> list[str]:
+    "Every contrast, and how it changes from the start, with p corrected for all of them."
+    rows, moved = [], []
     for a, b in contrasts:
-        rows += [
-            r | {"labels": side_labels(a, b)}
-            for r in compare(found.results, found.predictions, a, b).to_dict("records")
-        ]
+        add = lambda table: [r | {"labels": side_labels(a, b)} for r in table.to_dict("records")]
+        rows += add(compare(found.results, found.predictions, a, b))
+        moved += add(changes(found.results, found.predictions, start, a, b)) if start else []
     if not rows:
         return []
     names = [k for k in factors(found.results) if any(k in r and r[k] != rows[0].get(k) for r in rows)]
-    lines = []
-    for row, p in zip(rows, holm(np.array([r["p"] for r in rows]))):
-        head = ", ".join(value_label(k, row[k]) for k in dict.fromkeys(["task", *names]) if k in row)
-        lines.append(f"- {verdict(row | {'p_holm': p}, row['labels'], head)}")
+    head = lambda r: ", ".join(value_label(k, r[k]) for k in dict.fromkeys(["task", *names]) if k in r)
+    for r, p in zip((*rows, *moved), holm(np.array([r["p"] for r in (*rows, *moved)]))):
+        r["p_holm"] = p
     title = "DoRA against LoRA" if contrasts == [METHODS_APART] else "Compared"
-    return [f"## {title}, item by item\n", TEST_NOTE, *lines, ""]
+    page = [f"## {title}, item by item\n", TEST_NOTE, *(f"- {verdict(r, r['labels'], head(r))}" for r in rows), ""]
+    if moved:
+        place = ", ".join(value_label(k, v) for k, v in start.items())
+        page += ["## Does the difference change?\n", CHANGE_NOTE]
+        page += [*(f"- {change_verdict(r, r['labels'], place, head(r))}" for r in moved), ""]
+    return page
 
 # %% ../nbs/15_report.ipynb #9a3ab22b
 CURVATURE_NOTE = """\
@@ -858,6 +864,7 @@ SPEC = {
     "method": str,
     "against": str,
     "contrasts": list,
+    "changes_from": dict,  # a factor and the value from which a difference may change
     "published": bool,
     "doubts": list,
     "verdict": (str, dict),  # a text, or one for each scale
@@ -884,6 +891,10 @@ def experiment(
             if wrong := [k for k, v in spec.items() if not isinstance(v, SPEC.get(k, ()))]:
                 raise ValueError(
                     f"{path}: report.{wrong[0]} is unknown or of the wrong type; there are {', '.join(SPEC)}"
+                )
+            if not side(spec.get("changes_from", {})):
+                raise ValueError(
+                    f"{path}: report.changes_from is a table with a run's parameter and its value, not {spec['changes_from']}"
                 )
             if isinstance(spec.get("verdict"), dict):
                 spec = {k: v for k, v in spec.items() if k != "verdict"} | (
@@ -927,7 +938,7 @@ def render(
     for protocol, split in sorted({(r["params"]["protocol"], r["params"]["eval_split"]) for r in found.results}):
         page += _accuracy_section(out, found, protocol, split, spec.get("against", ""))
     contrasts = [(c["a"], c["b"]) for c in spec["contrasts"]] if "contrasts" in spec else [METHODS_APART]
-    page += _comparisons(found, contrasts)
+    page += _comparisons(found, contrasts, spec.get("changes_from", {}))
     if spec.get("against") == "learning_rate":
         page += [
             "## Stability\n",

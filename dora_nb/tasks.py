@@ -285,7 +285,6 @@ class Batch:
 # %% ../nbs/05_tasks.ipynb #4d5200f5
 def collate(
     items: Sequence[Sequence[Row]],  # rows of each item, as `encode_item` makes them
-    pad_id: int,  # fills up short rows; never attended to
 ) -> Batch:
     "Items to tensors, padded on the right."
     rows = [(i, row) for i, item in enumerate(items) for row in item]
@@ -298,7 +297,7 @@ def collate(
         same, prefix = branch[:, None, :] == branch[:, :, None], (branch[:, None, :] == 0) & (branch[:, :, None] > 0)
         mask = ((same | prefix) & torch.ones(t, t, dtype=torch.bool).tril())[:, None]
     return Batch(
-        pad("ids", pad_id),
+        pad("ids", 0),  # any would do, as nothing attends to it
         pad("positions", 0),
         mask,
         source=flat(lambda b, i, r: [b * t + s for s in r.source]),

@@ -110,7 +110,7 @@ def shares_prompts(
         return False
     training, n = model.training, min(config.vocab_size, 1000)
     pairs = {k: ([7 % n, 77 % n, 17 % n, 27 % n], [(31 * i + 11 * k + 5) % n for i in range(6)]) for k in (0, 1)}
-    batch = collate([[pack(pairs)], *([pack({k: pairs[k]})] for k in pairs)], 0)
+    batch = collate([[pack(pairs)], *([pack({k: pairs[k]})] for k in pairs)])
     scores = choice_logprobs(model.eval(), batch.to(model.device))
     a, b = scores[0], scores[1:].diagonal()  # together, and each alone
     model.train(training)
@@ -211,10 +211,9 @@ def make_batch(
     rows: Sequence[Sequence[Row]],  # of every item
     gold: Sequence[int],  # the right choice of every item
     group: Sequence[int],  # items of the batch
-    pad_id: int,  # fills up short rows
 ) -> tuple[Batch, Tensor]:  # the items, and their right choices, (items,) int64
     "Some items, as a model and a loss want to see them."
-    return collate([rows[i] for i in group], pad_id), torch.tensor([gold[i] for i in group])
+    return collate([rows[i] for i in group]), torch.tensor([gold[i] for i in group])
 
 # %% ../nbs/06_train.ipynb #47a70cb9
 class Team:
@@ -481,7 +480,7 @@ def memory_plan(
     short = sorted(range(len(rows)), key=lambda i: max(len(r.ids) for r in rows[i]))[:2]
     inputs, kept = [], []
     for n in (1, len(short)):
-        batch, right = make_batch(rows, gold, short[:n], 0)
+        batch, right = make_batch(rows, gold, short[:n])
         inputs.append(batch.input_ids.numel())
         kept.append(kept_bytes(model, batch, right, config))
     each = (kept[-1] - kept[0]) / max(1, inputs[-1] - inputs[0])
@@ -740,7 +739,7 @@ class Training:
     ):
         transformers.set_seed(config.seed + 1_000_003 * team.rank)  # everyone draws dropout of its own
         self.model, self.team, device = model, team, next(model.parameters()).device
-        self.gold, self.docs, self.pad = items["gold"], items["doc_index"], tokenizer.pad_token_id
+        self.gold, self.docs = items["gold"], items["doc_index"]
         self.rows = encode_items(tokenizer, items, config, shares_prompts(model))
         self.config = replace(config, batch_tokens=resolve_batch_tokens(config.batch_tokens, device))
         self.batches, self.params = all_batches(self.rows, config), trainable_parameters(model)
@@ -765,7 +764,7 @@ class Training:
     ) -> dict:  # its record
         "Leave the clipped gradient of a step in the parameters; `Diverged` if it is not a number."
         batch, rate = self.batches[step - 1], self.config.learning_rate * self.rate(step - 1)
-        make = lambda group: make_batch(self.rows, self.gold, group, self.pad)
+        make = lambda group: make_batch(self.rows, self.gold, group)
         loss, groups, self.config = fitting_step(self.model, batch, make, self.rows, self.config, self.team)
         self.team.add_gradients(list(self.params.values()))
         made = sum(b.tokens for b, _ in groups), sum(b.input_ids.numel() for b, _ in groups)

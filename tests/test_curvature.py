@@ -214,7 +214,7 @@ def items():
 def batches(tokenizer, items, alone=True):
     rows = [encode_item(tokenizer, item)[0] for item in items]
     groups = [[i] for i in range(len(rows))] if alone else [range(len(rows))]
-    return [make_batch(rows, items["gold"], g, tokenizer.pad_token_id) for g in groups]
+    return [make_batch(rows, items["gold"], g) for g in groups]
 
 
 @pytest.fixture

@@ -48,6 +48,19 @@ def test_generation_does_not_depend_on_padding(smollm):
     assert [r["output"] for r in one_by_one] == [r["output"] for r in together]
 
 
+def test_a_tokenizer_without_a_padding_token(tiny_model_dir):
+    "As many models come; nothing attends to padding, so the answers are the same."
+    model, tokenizer = load_model(str(tiny_model_dir))
+    ranked, written = load_task("boolq", limit=4), load_task("boolq", "validation", "instruction", limit=4)
+    ask = lambda: (
+        rank_choices(model, tokenizer, ranked, progress=False)[1],
+        generate_answers(model, tokenizer, written, progress=False, max_new_tokens=4)[1],
+    )
+    expected = ask()
+    tokenizer.pad_token = None
+    assert ask() == expected
+
+
 def test_unparsed_answers_are_wrong_and_counted(tiny_model_dir):
     model, tokenizer = load_model(str(tiny_model_dir))  # speaks gibberish
     summary, records = evaluate(

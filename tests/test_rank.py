@@ -41,7 +41,7 @@ def parts_of(model):
         [Row([5 + i, 6, 7 + k, 9 * k + i], [0, 1, 2, 3], [0] * 4, [2, 3], [11 + k, 12], [k, k]) for k in (0, 1)]
         for i in range(3)
     ]
-    return loss_parts(model, [(collate([r], 0), torch.tensor([i % 2])) for i, r in enumerate(rows)], "choices")
+    return loss_parts(model, [(collate([r]), torch.tensor([i % 2])) for i, r in enumerate(rows)], "choices")
 
 
 def scored(model, score):

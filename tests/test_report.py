@@ -15,6 +15,8 @@ import torch
 from dora_nb.compare import (
     accuracies,
     accuracy_table,
+    change_verdict,
+    changes,
     compare,
     crossed_bootstrap,
     factors,
@@ -233,6 +235,28 @@ def test_nothing_to_report(tmp_path):
         read_report(tmp_path)
 
 
+def test_a_difference_that_changes():
+    "DoRA gets 1 of 100 items more than LoRA from an intact base, and 21 more from a broken one; one scheme has one seed."
+    right, results = {}, []
+    for compress, more in (("", 1), ("rtn-3", 21), ("rtn-2", 11)):
+        for seed in range(1 if compress == "rtn-2" else 3):
+            for method, n in (("lora", 40), ("dora", 40 + more)):
+                run = f"{method}{compress}{seed}"
+                results.append(result(method, seed, n=100, compress=compress) | {"run": run})
+                right[run] = np.roll([1] * n + [0] * (100 - n), seed)
+    predictions = pd.concat([answers(run, r) for run, r in right.items()])
+    table = changes(results, predictions, {"compress": ""}).set_index("compress")
+    assert list(table.index) == ["rtn-3", "rtn-2"] and list(table.seeds) == [3, 1] and list(table.n) == [100, 100]
+    assert table.change.tolist() == pytest.approx([0.2, 0.1])
+    assert (table.low > 0).all() and (table.p < 0.01).all() and (table.low < table.change).all()
+    text = change_verdict(table.loc["rtn-2"].to_dict() | {"p_holm": 0.2}, start="as it comes", head="rtn-2")
+    assert text.startswith("rtn-2 against as it comes: DoRA − LoRA changes by +10.0 points") and "no change" in text
+    assert "DoRA gains" in change_verdict(table.loc["rtn-3"].to_dict())
+    assert not len(changes(results, predictions, {"compress": "hqq-4"}))
+    same = changes(results, predictions, {"compress": ""}, {"method": "lora"}, {"method": "lora"})
+    assert (same.change == 0).all() and (same.low < 0).all() and (same.p == 1).all()
+
+
 @pytest.mark.parametrize("folder", reports_in(QUICK.parent), ids=lambda p: str(p.relative_to(QUICK.parent)))
 def test_the_committed_report_is_what_the_code_makes(tmp_path, folder):
     "Page and figures, from the committed results."
@@ -383,5 +407,8 @@ def test_a_page_s_words_come_from_the_grid_file(tmp_path):
     assert "| A title | A \\| claim. | Not measured yet. | [the grid](words/grid.toml) |" in page
     (folder.parent / "grid.toml").write_text(SPEC.replace("claim =", "klaim ="))
     with pytest.raises(ValueError, match="report.klaim is unknown"):
+        experiment(folder)
+    (folder.parent / "grid.toml").write_text(SPEC + "changes_from = { ranc = 4 }")
+    with pytest.raises(ValueError, match="changes_from is a table with a run's parameter"):
         experiment(folder)
     assert experiment(tmp_path) == ({}, None, None)

@@ -139,7 +139,7 @@ def test_rows_score_each_choice_as_if_alone(llama, attention, share):
     items = list(random_items(30, random.Random(0)))
     rows = [[pack(pairs)] if share else [pack({k: p}) for k, p in pairs.items()] for pairs in items]
     with torch.no_grad():
-        scores = choice_logprobs(model, collate(rows, 0))
+        scores = choice_logprobs(model, collate(rows))
     for i, pairs in enumerate(items):
         for k in range(scores.shape[1]):
             if k in pairs:

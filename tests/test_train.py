@@ -60,7 +60,7 @@ def test_micro_batches_do_not_change_the_gradient(tiny, objective):
     config, grads = TrainConfig(objective=objective, precision="float32"), []
     for batch_tokens in (1, 600, 10**6):
         groups = [
-            (collate([rows[i] for i in g], 2), torch.tensor([gold[i] for i in g]))
+            (collate([rows[i] for i in g]), torch.tensor([gold[i] for i in g]))
             for g in micro_batches(range(8), rows, batch_tokens)
         ]
         loss = train_step(model, groups, sum(terms(batch, objective) for batch, _ in groups), config)
@@ -79,7 +79,7 @@ def test_language_modelling_losses_are_transformers(tiny, objective):
     model, tokenizer = tiny()
     item = items("winogrande", 1)[0]
     (row,), _ = encode_for(objective, tokenizer, item)
-    batch = collate([[row]], 2)
+    batch = collate([[row]])
     loss = summed_loss(model, batch, torch.tensor([item["gold"]]), objective) / terms(batch, objective)
     ids = tokenizer(item["contexts"][item["gold"]] + item["continuations"][item["gold"]], return_tensors="pt").input_ids
     labels = ids.clone()
@@ -93,7 +93,7 @@ def test_ranking_losses_by_hand(tiny, objective):
     model, tokenizer = tiny()
     item = items("hellaswag", 1)[0]
     (row,), _ = encode_for(objective, tokenizer, item)
-    loss = summed_loss(model, collate([[row]], 2), torch.tensor([item["gold"]]), objective)
+    loss = summed_loss(model, collate([[row]]), torch.tensor([item["gold"]]), objective)
     scores = []
     for context, continuation in zip(item["contexts"], item["continuations"]):
         ids = tokenizer(context + continuation, return_tensors="pt").input_ids
@@ -107,7 +107,7 @@ def test_bfloat16_does_not_round_the_logits(smollm):
     "Logits in bfloat16 come in steps of an eighth at this size, and so would the margins between two choices."
     model, tokenizer = smollm
     data = items("boolq", 6)
-    batch = collate([encode_for("choices", tokenizer, i)[0] for i in data], 2)
+    batch = collate([encode_for("choices", tokenizer, i)[0] for i in data])
     with torch.no_grad(), autocast("bfloat16", model.device):
         no, yes = token_logprobs(model, batch).view(-1, 2).T
     assert ((8 * (no - yes)) % 1 != 0).all() and "forward" not in vars(model.get_output_embeddings())
