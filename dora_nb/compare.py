@@ -255,7 +255,9 @@ def choice_losses(
     predictions: pd.DataFrame,  # answers by ranking: run, loglikelihood (a list, nats), gold
 ) -> pd.Series:  # run → nats
     "The mean cross-entropy over the choices, of each run."
-    loss = [logsumexp(each) - each[g] for each, g in zip(predictions.loglikelihood, predictions.gold)]
+    most = predictions.loglikelihood.map(len).max()
+    scores = np.array([[*each, *[-np.inf] * (most - len(each))] for each in predictions.loglikelihood])
+    loss = logsumexp(scores, axis=1) - scores[np.arange(len(scores)), predictions.gold]
     return pd.Series(loss, predictions.run.to_numpy()).groupby(level=0).mean()
 
 
