@@ -391,10 +391,11 @@ def curvature_rows(
 ) -> pd.DataFrame:  # a row per run and probe that succeeded, with the probe itself in `probe`
     "The probes, with the parameters of their runs."
     keys, names = ("task", "method", "rank", "seed", "eval_split", "learning_rate"), factors(results)
+    order = lambda r: (list(TASK_LABELS).index(r["params"]["task"]), place(parameters(r), names), r["params"]["seed"])
     rows = [
         {k: r["params"][k] for k in keys}
         | {"label": run_label(parameters(r), names), "at": p["at"], "step": p["step"], "probe": p}
-        for r in own_trainings(results)
+        for r in sorted(own_trainings(results), key=order)
         for p in probes.get(r["run"], [])
         if "error" not in p
     ]
@@ -438,12 +439,20 @@ def curvature_table(
 
 # %% ../nbs/15_report.ipynb #33db3363
 def _lines(rows: pd.DataFrame):
-    "The runs of one task, each with its rows by step, its style, and a label that is given once."
-    given = set()
+    "The runs of one task, each with its rows by step, its style, paler for a method's earlier kinds, and a label that is given once."
+    given, kinds = set(), {m: list(dict.fromkeys(labels)) for m, labels in rows.groupby("method").label}
     for (label, method, _), group in rows.groupby(["label", "method", "seed"], sort=False):
-        style = dict(lw=4, alpha=0.35) if method == "lora" else dict(lw=1.2)  # both show where they agree
+        style = dict(lw=4, alpha=0.35) if method == "lora" else dict(lw=1.2, alpha=1)  # both show where they agree
+        style["alpha"] *= (kinds[method].index(label) + 1) / len(kinds[method])
         yield group.sort_values("step"), style | dict(color=COLORS[method]), None if label in given else label
         given.add(label)
+
+
+def _legend(ax: plt.Axes, *more):
+    "What the lines of a panel are, and what else there is to say, beside it."
+    own = ax.get_legend_handles_labels()[0]
+    place = dict(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7, handlelength=3)
+    ax.legend(handles=[*own, *more], **place)
 
 
 def plot_sharpness(
@@ -451,21 +460,22 @@ def plot_sharpness(
 ) -> matplotlib.figure.Figure:
     "The largest eigenvalues along training, a panel per task."
     tasks = list(dict.fromkeys(rows.task))
-    fig, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks) + 1, 2.6), dpi=110, squeeze=False)
+    fig, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks) + 2.4, 2.6), dpi=110, squeeze=False)
     for ax, task in zip(axes[0], tasks):
         here = rows[rows.task == task]
         bent = set.intersection(*({n for n, b in p["blocks"].items() if "hessian" in b} for p in here.probe))
         for group, style, label in _lines(here):
             blocks = [p["blocks"] for p in group.probe]
             top = [b["all"]["ggn"]["eigenvalues"][0] for b in blocks]
-            ax.plot(group.step, top, "o-", ms=3, label=label and f"{label}: GGN of all", **style)
+            ax.plot(group.step, top, "o-", ms=3, label=label, **style)
             for name in sorted(bent)[-1:]:
                 top = [(b[name]["hessian"]["top"]["values"] or [math.nan])[0] for b in blocks]  # not converged: no dot
-                ax.plot(group.step, top, "s--", ms=3, label=label and f"{label}: Hessian of {name}", **style)
+                ax.plot(group.step, top, "s--", ms=3, **style)
         ax.set(title=TASK_LABELS[task], xlabel="optimiser step", yscale="log")
     axes[0, 0].set_ylabel("largest eigenvalue")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False, fontsize=7)
-    fig.tight_layout(rect=(0, 0.06, 1, 1))
+    kinds = [("o", "-", "GGN of all"), *(("s", "--", f"Hessian of {name}") for name in sorted(bent)[-1:])]
+    _legend(axes[0, -1], *(plt.Line2D([], [], color="0.3", ms=3, marker=m, ls=s, label=words) for m, s, words in kinds))
+    fig.tight_layout()
     return fig
 
 # %% ../nbs/15_report.ipynb #9241f9fa
@@ -510,7 +520,7 @@ def plot_density(
         ax.set(title=label, xscale="log", yscale="log")
         ax.title.set_fontsize(9)
     fig.supxlabel("size of λ", fontsize=9)
-    fig.supylabel(f"eigenvalues beyond it (Hessian of {name})", fontsize=9)
+    fig.supylabel(f"eigenvalues beyond it\n(Hessian of {name})", fontsize=9)
     axes[0, 0].legend(frameon=False, fontsize=7)
     fig.tight_layout()
     return fig
@@ -531,7 +541,7 @@ def plot_layers(
     "At the end of training, by layer: the curvature of its weights, and the rank that its updates need."
     rows = rows[rows["at"] == "end"]
     tasks, size = list(dict.fromkeys(rows.task)), dict(sharex="col", squeeze=False)
-    fig, axes = plt.subplots(2, len(tasks), figsize=(2.6 * len(tasks) + 1, 4.2), dpi=110, **size)
+    fig, axes = plt.subplots(2, len(tasks), figsize=(2.6 * len(tasks) + 2.4, 4.2), dpi=110, **size)
     for column, task in zip(axes.T, tasks):
         for group, style, label in _lines(rows[rows.task == task]):
             for ax, key in zip(column, ("weight_trace", "effective_rank")):
@@ -541,7 +551,7 @@ def plot_layers(
         column[1].set(xlabel="layer", ylim=(0, None))
     axes[0, 0].set_ylabel("curvature of the weights\n(trace of S ⊗ C)")
     axes[1, 0].set_ylabel("effective rank\n(dotted: rank used)")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    _legend(axes[0, -1])
     fig.tight_layout()
     return fig
 
