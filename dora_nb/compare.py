@@ -286,6 +286,11 @@ def _matches(params: dict, condition: dict) -> bool:
     return all(params[k] == v for k, v in condition.items())
 
 
+def _with_a_tie(d: np.ndarray) -> np.ndarray:
+    "Two items more, of which each side wins one in every seed."
+    return np.hstack([d, np.tile([1.0, -1.0], (len(d), 1))])
+
+
 def _difference(d: np.ndarray) -> dict:
     "What a (seeds, items) array of +1, 0 and −1 says."
     only_a, only_b, n = int((d < 0).sum()), int((d > 0).sum()), d.shape[1]
@@ -293,8 +298,7 @@ def _difference(d: np.ndarray) -> dict:
     if len(d) == 1:
         low, high, p = *_bonett_price(n, only_a, only_b), together
     else:
-        ones = np.ones((len(d), 1))
-        low, high, p = mean_interval(np.hstack([d, ones, -ones]))
+        low, high, p = mean_interval(_with_a_tie(d))
     g = only_b / (only_a + only_b) - 0.5 if only_a + only_b else 0.0
     return dict(
         n=n,
@@ -361,7 +365,7 @@ def _apart(runs: dict[int, tuple[str, str]], predictions: pd.DataFrame) -> pd.Da
     items = one.columns.intersection(two.columns)
     return pd.DataFrame(two[items].to_numpy(float) - one[items].to_numpy(float), list(runs), items)
 
-
+# %% ../nbs/14_compare.ipynb #ef73a780
 def compare(
     results: list[dict],  # of runs
     predictions: pd.DataFrame,  # their answers
@@ -424,12 +428,11 @@ def changes(
         home = apart.get(json.dumps(where | start), (None, None))[1]
         if home is None or home is here:
             continue
-        (seeds, items), ones = (x.intersection(y) for x, y in zip(here.axes, home.axes)), np.ones((1, 1))
+        seeds, items = (x.intersection(y) for x, y in zip(here.axes, home.axes))
         if not len(seeds):
             continue
         d = here.loc[seeds, items].to_numpy() - home.loc[seeds, items].to_numpy()
-        padded = np.hstack([d, ones.repeat(len(d), 0), -ones.repeat(len(d), 0)])
-        low, high, p = mean_interval(padded) if len(d) > 1 else _student(padded[0])
+        low, high, p = mean_interval(_with_a_tie(d)) if len(d) > 1 else _student(_with_a_tie(d)[0])
         rows.append(where | dict(n=len(items), seeds=len(seeds), change=d.mean(), low=low, high=high, p=p))
     return _frame(rows, [k for k in factors(results) if k in rows[0]]) if rows else pd.DataFrame()
 
@@ -439,7 +442,7 @@ def _student(values: np.ndarray) -> tuple[float, float, float]:
     test = stats.ttest_1samp(values, 0)
     return *map(float, test.confidence_interval()), float(test.pvalue)
 
-
+# %% ../nbs/14_compare.ipynb #487b39ae
 def change_verdict(
     row: dict,  # of `changes`
     labels: tuple[str, str] = ("LoRA", "DoRA"),  # of its sides

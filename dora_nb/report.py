@@ -902,9 +902,10 @@ def experiment(
                 raise ValueError(
                     f"{path}: report.{wrong[0]} is unknown or of the wrong type; there are {', '.join(SPEC)}"
                 )
-            if not side(spec.get("changes_from", {})):
+            start, configs = spec.get("changes_from", {}), load_grid(path, scale).configs
+            if not side(start) or not any(all(getattr(c, k) == v for k, v in start.items()) for c in configs):
                 raise ValueError(
-                    f"{path}: report.changes_from is a table with a run's parameter and its value, not {spec['changes_from']}"
+                    f"{path}: report.changes_from is a table with a run's parameter and a value that some run of the grid has, not {start}"
                 )
             if isinstance(spec.get("verdict"), dict):
                 spec = {k: v for k, v in spec.items() if k != "verdict"} | (

@@ -30,6 +30,14 @@ def test_the_page_is_made_from_the_results(tmp_path):
     assert same, "run `python benchmarks/report.py`"
 
 
+def test_answers_alone():
+    command = [sys.executable, ROOT / "benchmarks" / "answers_alone.py", "--tasks", "openbookqa", "--items", "all"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    row = json.loads(done.stdout)
+    assert row["validation"]["n"] == 500 and row["validation"]["interval"][0] > 0.3  # far above a quarter
+
+
 SLICE = """
 name = "x"
 [fixed]

@@ -408,7 +408,10 @@ def test_a_page_s_words_come_from_the_grid_file(tmp_path):
     (folder.parent / "grid.toml").write_text(SPEC.replace("claim =", "klaim ="))
     with pytest.raises(ValueError, match="report.klaim is unknown"):
         experiment(folder)
-    (folder.parent / "grid.toml").write_text(SPEC + "changes_from = { ranc = 4 }")
-    with pytest.raises(ValueError, match="changes_from is a table with a run's parameter"):
-        experiment(folder)
+    for start in ("{ ranc = 4 }", "{ rank = 4 }"):  # no parameter, and no run's value
+        (folder.parent / "grid.toml").write_text(SPEC + f"changes_from = {start}")
+        with pytest.raises(ValueError, match="changes_from is a table with a run's parameter"):
+            experiment(folder)
+    (folder.parent / "grid.toml").write_text(SPEC + "changes_from = { rank = 2 }")
+    assert experiment(folder)[0]["changes_from"] == {"rank": 2}
     assert experiment(tmp_path) == ({}, None, None)
