@@ -458,7 +458,7 @@ def load_model(
     source: str = "package",  # for our own names: package or hub
     dtype: torch.dtype = torch.float32,  # of the weights
     device: str | torch.device = "cpu",  # where to put it
-) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:  # model (in eval mode) and tokenizer
+) -> "tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]":  # model (in eval mode) and tokenizer
     "Load a causal language model and its tokenizer; code that comes with a model is never run."
     path = model_path(name, source)
     try:

@@ -9,10 +9,10 @@ __all__ = ['PROTOCOLS', 'wilson', 'standard_error', 'rank_choices', 'match_answe
 import math
 import re
 import time
+from statistics import NormalDist
 
 import datasets
 import torch
-from scipy import stats
 from torch import nn
 
 from .tasks import collate, encode_item, encode_text
@@ -33,8 +33,10 @@ def wilson(
     level: float = 0.95,  # of confidence
 ) -> tuple[float, float]:  # lower and upper end
     "Wilson's interval for a share."
-    interval = stats.binomtest(right, n).proportion_ci(level, method="wilson")
-    return float(interval.low), float(interval.high)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, spread = right / n, z * z / n
+    middle, half = share + spread / 2, z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 def standard_error(

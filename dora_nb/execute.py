@@ -86,6 +86,8 @@ def main(
 ) -> int:  # exit status
     "`python -m dora_nb.execute NOTEBOOK PARAMS.json OUT.ipynb ERROR.json PID`"
     notebook, params, out, error, parent = argv
+    # where jsonschema finds this it compiles a grammar of web addresses, seconds of every start; no notebook needs it
+    sys.modules.setdefault("rfc3987_syntax", None)
     signal.signal(signal.SIGTERM, _pass_on)
     threading.Thread(target=_stop_with, args=(int(parent),), daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -538,7 +538,7 @@ def _adapter(config: RunConfig, model, tokenizer, items, run_dir: Path) -> Adapt
     if found.get("training_id") != training_id(config):
         ranks = warm_ranks(model, tokenizer, items, config.training(), adapter, config.allocate)
         write_json(path, as_patterns(ranks, adapter) | dict(training_id=training_id(config)))
-        transformers.set_seed(config.seed)  # as if nothing had been trained
+        accelerate.utils.set_seed(config.seed)  # as if nothing had been trained
     return dataclasses.replace(adapter, **_patterns(str(path)))
 
 # %% ../nbs/11_runs.ipynb #7e1e0896
@@ -679,7 +679,7 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
         compress(model, config.compress, tokenizer, seen)
     if config.fsdp and config.method == "base":
         shard(model, team)
-    transformers.set_seed(config.seed)
+    accelerate.utils.set_seed(config.seed)
     loaded = time.perf_counter()
     trains = config.method != "base"
     twin = team.gather(str(_twin(config, run_dir) or "") if trains and not config.fsdp and team.rank == 0 else "")[0]

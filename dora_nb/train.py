@@ -30,12 +30,11 @@ from pathlib import Path
 import datasets
 import torch
 import torch.distributed as dist
-import transformers
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 
 from .adapt import trainable_parameters, whole, whole_tensors, write_whole
@@ -602,6 +601,8 @@ def _part(t: Tensor, like: Tensor) -> Tensor:
     "What this process holds of a whole tensor, if `like` is sharded; all of it if not."
     if t.shape != like.shape or not hasattr(like, "placements"):
         return t
+    from torch.distributed.tensor import distribute_tensor  # a second of every start, for those who shard
+
     return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)
 
 
@@ -737,7 +738,7 @@ class Training:
         config: TrainConfig,  # how
         team: Team,  # the processes that share the items of each step
     ):
-        transformers.set_seed(config.seed + 1_000_003 * team.rank)  # everyone draws dropout of its own
+        set_seed(config.seed + 1_000_003 * team.rank)  # everyone draws dropout of its own
         self.model, self.team, device = model, team, next(model.parameters()).device
         self.gold, self.docs = items["gold"], items["doc_index"]
         self.rows = encode_items(tokenizer, items, config, shares_prompts(model))

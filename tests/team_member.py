@@ -29,7 +29,7 @@ def fitted(model_dir, out, way, team, sharded=False, **keep):
     "Train, save and ask a model; what came of it."
     options = dict(WAYS[way])
     config = TrainConfig(
-        **dict(learning_rate=1e-3, batch_size=8, precision="float32", batch_tokens=256) | options.pop("train", {})
+        **dict(learning_rate=1e-3, batch_size=8, precision="float32", batch_tokens=64) | options.pop("train", {})
     )
     options.pop("stops", None)
     model, tokenizer = load_model(str(model_dir))
@@ -38,7 +38,7 @@ def fitted(model_dir, out, way, team, sharded=False, **keep):
     if sharded:
         shard(model, team)
     records = train(
-        model, tokenizer, load_task("hellaswag", "train", limit=33), config, progress=False, team=team, **keep
+        model, tokenizer, load_task("winogrande", "train", limit=33), config, progress=False, team=team, **keep
     )
     save_adapter(model, out, write=team.rank == 0)
     metrics, answers = rank_choices(model, tokenizer, load_task("boolq", limit=7), progress=False, team=team)
