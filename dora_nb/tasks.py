@@ -180,7 +180,7 @@ def load_task(
         index = [i for i in index if (i in dev) == (split == "dev")]
     if limit is not None and limit < len(index):
         index = index[:limit] if seed is None else sorted(random.Random(seed).sample(index, limit))
-    items = [{"doc_index": i, **format_item(task, row, format)} for i, row in zip(index, rows.select(index))]
+    items = [{"doc_index": i, **format_item(task, row, format)} for i, row in zip(index, rows.select(index).to_list())]
     return datasets.Dataset.from_list(items)
 
 # %% ../nbs/05_tasks.ipynb #e5bc1e71

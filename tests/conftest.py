@@ -15,6 +15,11 @@ from dora_nb.adapt import adapter_layers
 from dora_nb.assets import load_model
 
 
+def pytest_collection_modifyitems(items):
+    "The longest first, so that no process is left alone with one of them at the end."
+    items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
+
+
 @pytest.fixture
 def llama():
     "Makes a small Llama with random weights; the same seed gives the same model."

@@ -55,6 +55,13 @@ def test_help_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_a_grid_and_a_report_load_no_model_s_classes():
+    "These take longer to import than all else together, and only what loads a model needs them."
+    code = "import sys, dora_nb.grid, dora_nb.report; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in loaded and not {"transformers.modeling_utils", "torch.distributed.tensor", "peft"} & set(loaded)
+
+
 def test_the_installed_command():
     done = subprocess.run([Path(sys.executable).parent / "dora-nb", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == __version__

@@ -320,13 +320,13 @@ def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys):
 
 def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
     text = grid.read_text().replace("set = { learning_rate = 2e-3 }", 'set = { target_modules = "no_such_layer" }')
-    grid.write_text(text)
-    with pytest.raises(Incomplete, match="2 of 3 runs failed.*boolq-dora"):
+    grid.write_text(text + '\n[[exclude]]\ntask = "winogrande"\n')
+    with pytest.raises(Incomplete, match="1 of 2 runs failed.*boolq-dora"):
         run_grid(grid, tmp_path / "runs")
     said = capsys.readouterr().err
-    assert said.count("FAILED") == 2 and "no_such_layer" in said
+    assert said.count("FAILED") == 1 and "no_such_layer" in said
     results, problems = load(tmp_path / "runs" / "tiny")
-    assert [r["params"]["method"] for r in results] == ["base"] and len(problems) == 2 and "not finished" in problems[0]
+    assert [r["params"]["method"] for r in results] == ["base"] and len(problems) == 1 and "not finished" in problems[0]
 
 
 def test_papermill_by_hand_refuses_what_it_does_not_know(tmp_path):
