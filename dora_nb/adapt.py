@@ -202,7 +202,7 @@ def _unmatched(targets: dict[str, nn.Linear], config: AdapterConfig) -> list[tup
     patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
     return [(p, k) for p, keys in patterns.items() for k in keys if not any(matches(k, name) for name in targets)]
 
-
+# %% ../nbs/03_adapt.ipynb #e76ecf0a
 def adapt(
     model: nn.Module,  # changed in place: frozen, and its target layers replaced
     config: AdapterConfig,  # what to put where
@@ -355,7 +355,7 @@ def whole_tensors(
             found[name] = t.cpu().contiguous()
     return found
 
-
+# %% ../nbs/03_adapt.ipynb #16ecfda2
 def save_adapter(
     model: nn.Module,  # adapted, merged or not
     path: str | Path,  # folder, made if need be

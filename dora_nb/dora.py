@@ -63,7 +63,7 @@ def _columns(rows: int, columns: int) -> Tensor:
 def _is(reference: weakref.ref, tensor: Tensor) -> bool:
     return reference() is tensor
 
-
+# %% ../nbs/02_dora.ipynb #5de3a05e
 class Kept:
     "A value made from tensors, and how to tell that they have not changed since."
 

@@ -341,7 +341,7 @@ def put_files(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_whole(folder / name, lambda p, name=name: p.write_bytes(files[name]))
 
-
+# %% ../nbs/13_grid.ipynb #caf9df65
 def make_elsewhere(
     config: RunConfig,  # the run
     name: str,  # of it

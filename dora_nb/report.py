@@ -490,7 +490,7 @@ def counted(
     beyond = (sign * nodes)[..., None] >= grid
     return parameters * (weights[..., None] * beyond).sum(1).mean(0)
 
-
+# %% ../nbs/15_report.ipynb #85b44a68
 def plot_density(
     rows: pd.DataFrame,  # as `curvature_rows` makes them
 ) -> matplotlib.figure.Figure:

@@ -155,7 +155,7 @@ def _official(task: Task, split: str) -> str:
 def _dev_items(n: int) -> set[int]:
     return set(random.Random(DEV_SEED).sample(range(n), DEV_ITEMS))
 
-
+# %% ../nbs/05_tasks.ipynb #a31b73a1
 def load_task(
     name: str,  # one of `TASK_NAMES`
     split: str = "validation",  # train, dev or validation
