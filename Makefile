@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PIP = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: help reproduce report test test-slow speed reliability notebooks readme clean
 .DEFAULT_GOAL := help
@@ -15,12 +16,13 @@ $(READY): constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) is what '$(PYTHON)' is. Try: make PYTHON=python3.12 ..."; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# without --no-compile pip compiles twenty thousand modules, for longer than it takes to download them; few are ever imported
+	$(PIP) -e '.[dev]'
 	@# an oracle of the tests; its own requirements bring a torchvision that is built for another torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps \
+	$(PIP) --no-deps \
 	  backpack-for-pytorch curvlinops-for-pytorch einconv linear-operator unfoldnd
 	@# kept aside: transformers imports HQQ wherever it finds it, which takes two seconds of every start
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --target $(VENV)/hqq hqq termcolor
+	$(PIP) --no-deps --target $(VENV)/hqq hqq termcolor
 	@touch $@
 
 reproduce: $(READY) ## LoRA against DoRA on three tasks, from nothing to reports/quick/report.md
