@@ -16,7 +16,7 @@ $(READY): constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) is what '$(PYTHON)' is. Try: make PYTHON=python3.12 ..."; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@# without --no-compile pip compiles twenty thousand modules, for longer than it takes to download them; few are ever imported
+	@# pip would compile twenty thousand modules, for nearly two minutes; few are ever imported, and they are compiled then
 	$(PIP) -e '.[dev]'
 	@# an oracle of the tests; its own requirements bring a torchvision that is built for another torch
 	$(PIP) --no-deps \
