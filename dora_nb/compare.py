@@ -87,7 +87,7 @@ def value_label(
     words = {"rank": "rank {}", "learning_rate": "rate {:g}", "train_items": "{:,} items", "allocate": "ranks by {}"}
     return words.get(name, "{}" if isinstance(value, str) else name + " {}").format(value)
 
-
+# %% ../nbs/14_compare.ipynb #687d52f6
 def in_order(value) -> tuple:  # a parameter's
     "What sorts values: nothing, then numbers, then names, compression from gentle to harsh; None, which means all, last."
     if isinstance(value, (int, float)):
@@ -148,7 +148,7 @@ def crossed_bootstrap(
     variance = np.concatenate(means).var() - 2 * rest / (s * n)
     return math.sqrt(max(variance, between_seeds / (s * n), between_items / (s * n)))
 
-
+# %% ../nbs/14_compare.ipynb #53ccc73f
 def freedom(
     values: np.ndarray,  # (seeds, items), two of each or more
 ) -> float:  # between the smaller of seeds and items, less one, and infinity

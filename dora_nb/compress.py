@@ -254,7 +254,7 @@ def compress(
     model.dora_nb_compressed = f"{scheme} on items {_digest(items)}" if method == "wanda" else scheme
     return model
 
-
+# %% ../nbs/10_compress.ipynb #28c518c3
 def weight_bits(
     model: nn.Module,  # compressed or not, adapted or not
 ) -> float:  # bits a number of the linear layers' weights takes, grids included

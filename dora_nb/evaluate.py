@@ -32,7 +32,7 @@ def wilson(
     n: int,  # items asked
     level: float = 0.95,  # of confidence
 ) -> tuple[float, float]:  # lower and upper end
-    "Wilson's interval for a share."
+    "Wilson's score interval for a share (1927), without correction for continuity."
     z = NormalDist().inv_cdf((1 + level) / 2)
     share, spread = right / n, z * z / n
     middle, half = share + spread / 2, z * math.sqrt(share * (1 - share) / n + spread / (4 * n))

@@ -875,7 +875,7 @@ class ProbeConfig:
         if not self.adapter:
             raise ValueError("adapter is missing; give the folder of a saved adapter")
 
-
+# %% ../nbs/11_runs.ipynb #9968ccb7
 def run_probe(
     config: ProbeConfig,  # what to look at
     out: str | Path,  # the JSON file to write

@@ -601,7 +601,7 @@ def _part(t: Tensor, like: Tensor) -> Tensor:
     "What this process holds of a whole tensor, if `like` is sharded; all of it if not."
     if t.shape != like.shape or not hasattr(like, "placements"):
         return t
-    from torch.distributed.tensor import distribute_tensor  # a second of every start, for those who shard
+    from torch.distributed.tensor import distribute_tensor  # takes a second, and only a sharded model needs it
 
     return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)
 
