@@ -11,14 +11,14 @@ checkpoint if the stage is still there, and starts again if it is not.
 """
 
 import argparse
-import io
+import gc
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import zipfile
@@ -92,6 +92,8 @@ def unpack(options):
 
 def work(pipe):
     "A process that makes the runs that it is sent, one after another, and sends back what went wrong."
+    import torch
+
     from dora_nb.runs import RunConfig, run
 
     while True:
@@ -103,6 +105,8 @@ def work(pipe):
             return
         except Exception as e:
             pipe.send(f"{type(e).__name__}: {e}")
+        gc.collect()
+        torch.cuda.empty_cache()  # others share the GPU
 
 
 class Worker:
@@ -139,69 +143,88 @@ class Archives:
     "Finished runs, in as few files as their size allows."
 
     def __init__(self, out: Path):
-        self.out, self.members, self.count, self.there = out, [], 0, set()
+        self.out, self.count, self.there = out, 0, set()
         self.name = f"runs-{time.time_ns()}"  # of this slice, among those of others
 
     def add(self, folder: Path):
-        "Put a run's files into the current archive, and write that anew; nothing if it is there already."
+        "Put a run's files into the current archive, which is replaced as a whole; nothing if it is there already."
         ends = [(p.name, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.name in ENDS]
         if (state := (folder, *ends)) in self.there:
             return
         self.there.add(state)
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
         files = [p for p in files if p.relative_to(folder).parts[0] not in LEFT_THERE]
-        fresh = [(f"{folder.parent.name}/{folder.name}/{p.relative_to(folder)}", p.read_bytes()) for p in files]
-        if self.members and sum(len(data) + 1024 for _, data in [*self.members, *fresh]) > ARCHIVE:
-            self.members, self.count = [], self.count + 1
-        self.members += fresh
-        path = self.out / f"{self.name}-{self.count}.tar"
-        with tarfile.open(path.with_suffix(".part"), "w") as tar:
-            for name, data in self.members:
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-        os.replace(path.with_suffix(".part"), path)
+        with tempfile.TemporaryDirectory(dir=self.out, prefix=".") as tmp:
+            fresh = Path(tmp) / "fresh.zip"
+            size = _zip(fresh, files, folder.parent.parent)
+            path = self.out / f"{self.name}-{self.count}.zip"
+            if path.exists() and path.stat().st_size + size > ARCHIVE:
+                self.count += 1
+                path = self.out / f"{self.name}-{self.count}.zip"
+            if path.exists():
+                shutil.copy(path, fresh)
+                _zip(fresh, files, folder.parent.parent)
+            os.replace(fresh, path)
+
+
+def _zip(path: Path, files: list[Path], root: Path) -> int:
+    "Add files to an archive, by their names below `root`; the archive's size in bytes."
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as z:
+        for file in files:
+            z.write(file, file.relative_to(root))
+    return path.stat().st_size
+
+
+def jobs_of(options):
+    "The jobs of all grids, in order; a run that several grids hold is made once."
+    from dora_nb.grid import Job, gathered, load_grid, waves
+    from dora_nb.runs import run_name
+
+    known, jobs = {name for folder in options.known for name in gathered(folder)}, {}
+    for path in options.grids:
+        grid = load_grid(path, options.scale)
+        own = [Job(c, options.stage / "runs" / grid.name / run_name(c)) for c in grid.configs]
+        for job in itertools.chain(*waves([job for job in own if job.name not in known])):
+            jobs.setdefault(job.name, job)
+    return list(jobs.values())
 
 
 def run_slice(options):
     "Make runs until the time is up, or as much has been written as one trip takes back."
-    from dora_nb.grid import Job, gathered, load_grid, waves
-    from dora_nb.runs import ERROR, RESULT, run_name, write_json
+    from dora_nb.runs import ERROR, RESULT, training_id, write_json
 
-    start, known = time.monotonic(), {name for folder in options.known for name in gathered(folder)}
+    start = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
-    archives, sets = Archives(options.out), []
-    for path in options.grids:
-        grid = load_grid(path, options.scale)
-        jobs = [Job(c, options.stage / "runs" / grid.name / run_name(c)) for c in grid.configs]
-        sets += waves([job for job in jobs if job.name not in known])
+    archives, jobs = Archives(options.out), jobs_of(options)
+    training = {j.name: j.name if j.config.method == "base" else training_id(j.config) for j in jobs}
     done, failed = lambda job: (job.folder / RESULT).exists(), set()
-    for job in filter(done, (job for jobs in sets for job in jobs)):
+    for job in filter(done, jobs):
         archives.add(job.folder)  # of an earlier slice, whose archives may not have arrived
     if archives.count >= ARCHIVES:
         print("what is finished fills a trip: fetch it, report it, and leave it out with --known REPORT")
     left = lambda: options.seconds - (time.monotonic() - start) if archives.count < ARCHIVES else 0
     workers = [Worker() for _ in range(options.workers if left() > 0 else 0)]
-    for jobs in sets:
-        todo = [job for job in jobs if not done(job)]
-        while (todo or any(w.job for w in workers)) and left() > 0:
-            for worker in workers:
-                if todo and worker.job is None:
-                    worker.give(todo.pop(0))
-            busy = {w.pipe: w for w in workers if w.job}
-            for pipe in multiprocessing.connection.wait(list(busy), max(0, left())):
-                job, error = busy[pipe].take()
-                job.folder.mkdir(parents=True, exist_ok=True)
-                (job.folder / ERROR).unlink(missing_ok=True)  # of an earlier try
-                if error:
-                    failed.add(job.name)
-                    write_json(job.folder / ERROR, {"error": error, "traceback": ""})  # a loss that is no number counts
-                    print(f"{job.name}: FAILED: {error}", flush=True)
-                archives.add(job.folder)
-                if not error:
-                    print(f"{time.monotonic() - start:5.0f} s  {job.name}", flush=True)
-                if not busy[pipe].process.is_alive():
-                    workers[workers.index(busy[pipe])] = Worker()
+    todo = [job for job in jobs if not done(job)]
+    while (todo or any(w.job for w in workers)) and left() > 0:
+        for worker in workers:
+            busy = {training[w.job.name] for w in workers if w.job}  # whose adapter others wait for
+            if worker.job is None and (job := next((j for j in todo if training[j.name] not in busy), None)):
+                todo.remove(job)
+                worker.give(job)
+        busy = {w.pipe: w for w in workers if w.job}
+        for pipe in multiprocessing.connection.wait(list(busy), max(0, left())):
+            job, error = busy[pipe].take()
+            job.folder.mkdir(parents=True, exist_ok=True)
+            (job.folder / ERROR).unlink(missing_ok=True)  # of an earlier try
+            if error:
+                failed.add(job.name)
+                write_json(job.folder / ERROR, {"error": error, "traceback": ""})  # a loss that is no number counts
+                print(f"{job.name}: FAILED: {error}", flush=True)
+            archives.add(job.folder)
+            if not error:
+                print(f"{time.monotonic() - start:5.0f} s  {job.name}", flush=True)
+            if not busy[pipe].process.is_alive():
+                workers[workers.index(busy[pipe])] = Worker()
     unfinished = [w.job for w in workers if w.job]
     for worker in workers:
         worker.process.terminate()  # once: a second signal may come while a checkpoint is written
@@ -209,7 +232,7 @@ def run_slice(options):
         worker.end()
     for job in filter(done, unfinished):
         archives.add(job.folder)
-    missing = sum(not done(job) for jobs in sets for job in jobs)
+    missing = sum(not done(job) for job in jobs)
     print(f"{missing} runs are left to do" + (f", of which {len(failed)} failed" if failed else ""))
 
 
@@ -219,11 +242,11 @@ def fetch_results(options):
     from dora_nb.runs import RESULT
 
     found = {}
-    for path in sorted(options.out.rglob("runs-*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                grid, run, name = member.name.split("/", 2)
-                found.setdefault((grid, run), {})[name] = tar.extractfile(member).read()
+    for path in sorted(options.out.rglob("runs-*.zip")):
+        with zipfile.ZipFile(path) as z:
+            for member in z.namelist():
+                grid, run, name = member.split("/", 2)
+                found.setdefault((grid, run), {})[name] = z.read(member)
     for files in found.values():
         if ENDS[0] in files:  # of a run that failed first, and was made in a later slice
             files.pop(ENDS[1], None)

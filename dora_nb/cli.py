@@ -139,7 +139,7 @@ def evaluate_options(p: argparse.ArgumentParser):
     )
     p.add_argument(
         "--precision",
-        choices=("float32", "bfloat16", "auto"),
+        choices=("float32", "tf32", "bfloat16", "auto"),
         default="float32",
         help="of the products; auto is bfloat16 where the hardware has it (default: float32)",
     )

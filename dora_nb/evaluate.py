@@ -24,6 +24,7 @@ from dora_nb.train import (
     resolve_batch_tokens,
     shares,
     shares_prompts,
+    tf32,
 )
 
 # %% ../nbs/07_evaluate.ipynb #5a7bc356
@@ -73,7 +74,7 @@ def rank_choices(
     items: datasets.Dataset,  # as `load_task` gives them, in either format
     batch_tokens: int | None = None,  # most inputs a batch, padding included; None: 1,024 on a CPU, 8,192 on a GPU
     max_tokens: int = 2048,  # longest choice; longer ones lose the start of their context
-    precision: str = "float32",  # float32, bfloat16 (autocast), or auto
+    precision: str = "float32",  # float32, tf32, bfloat16 (autocast), or auto
     progress: bool = True,  # show a bar on stderr
     team: Team | None = None,  # the processes that share the items; each gets the whole answer
 ) -> tuple[dict, list[dict]]:  # acc, stderr, acc_low, acc_high, n, seconds, acc_norm, truncated; and a record per item
@@ -82,7 +83,11 @@ def rank_choices(
     encoded = [encode_item(tokenizer, item, None, max_tokens, share) for item in items]
     rows, scores, device = [r for r, _ in encoded], {}, model.device
     groups, idle = shares(range(len(items)), rows, resolve_batch_tokens(batch_tokens, device), team)
-    with progress_bar(range(sum(map(len, groups))), "evaluate", "item", progress) as bar, autocast(precision, device):
+    with (
+        progress_bar(range(sum(map(len, groups))), "evaluate", "item", progress) as bar,
+        autocast(precision, device),
+        tf32(precision, device),
+    ):
         for group in (*groups, *idle):  # an idle item is asked again, and says the same
             found = choice_logprobs(model, collate([rows[i] for i in group]).to(device)).tolist()
             scores |= {i: [s for s in sums if s > -math.inf] for i, sums in zip(group, found)}
@@ -120,7 +125,7 @@ def generate_answers(
     items: datasets.Dataset,  # as `load_task` gives them, in instruction format
     batch_tokens: int | None = None,  # most inputs a batch, beams included; None: 4,096
     max_tokens: int = 2048,  # longest prompt; longer ones lose their start
-    precision: str = "float32",  # float32, bfloat16 (autocast), or auto
+    precision: str = "float32",  # float32, tf32, bfloat16 (autocast), or auto
     progress: bool = True,  # show a bar on stderr
     max_new_tokens: int = 32,  # tokens to generate
     num_beams: int = 4,  # beams
@@ -136,7 +141,11 @@ def generate_answers(
     prompts, outputs = [ids[-max_tokens:] for ids in encoded], {}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))[team.rank :: team.size]
-    with progress_bar(range(len(order)), "generate", "item", progress) as bar, autocast(precision, model.device):
+    with (
+        progress_bar(range(len(order)), "generate", "item", progress) as bar,
+        autocast(precision, model.device),
+        tf32(precision, model.device),
+    ):
         while order:
             width = len(prompts[order[0]])
             size = max(1, (batch_tokens or 4096) // (num_beams * (width + max_new_tokens)))

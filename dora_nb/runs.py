@@ -187,7 +187,7 @@ class RunConfig:
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     max_tokens: int = 2048  # longest choice; longer ones lose the start of their context
-    precision: str = "auto"  # of training: float32, bfloat16 (autocast), or auto
+    precision: str = "auto"  # of training: float32, tf32, bfloat16 (autocast), or auto
     mixture: str = ""  # tasks that are trained on together, separated by commas; the run's own alone if empty
     train_items: int | None = None  # so many of each task, drawn by seed; all if None
     compress: str = ""  # the base model: rtn-4, hqq-3, magnitude-0.5, wanda-0.5, …; as it comes if empty
@@ -195,7 +195,7 @@ class RunConfig:
     eval_items: int | None = None  # so many, always the same ones; all if None
     protocol: str = "loglikelihood"  # loglikelihood or generate
     eval_format: str = ""  # of the items that are asked: cloze or instruction; what the protocol is used to if empty
-    eval_precision: str = "float32"  # of evaluation: float32, bfloat16 (autocast), or auto
+    eval_precision: str = "float32"  # of evaluation: float32, tf32, bfloat16 (autocast), or auto
     probe: bool = False  # record the curvature after the warm-up, in the middle and at the end of the training
     probe_items: int = 16  # of dev, always the same ones
     probe_blocks: str = "all"  # whose Hessian is probed, separated by commas: all, A, B, m, layer 0, layer 1, …
@@ -513,15 +513,12 @@ def _geometer(config: RunConfig, model, run_dir: Path) -> Callable[[dict], None]
         steps = {math.ceil(k * record["steps"] / config.geometry) for k in range(1, config.geometry + 1)}
         if record["step"] not in steps:
             return
+        each = lambda W0, W: torch.stack([delta_magnitude(W0, W), delta_direction(W0, W), row_norm(W0).mean()])
+        found = {n: (W0.shape[1], each(W0, W)) for n, W0, W in weights()}
+        numbers = torch.stack([t for _, t in found.values()]).tolist()  # a GPU is waited for once
         rows = [
-            dict(
-                weight=n,
-                delta_m=delta_magnitude(W0, W).item(),
-                delta_d=delta_direction(W0, W).item(),
-                m0=row_norm(W0).mean().item(),
-                inputs=W0.shape[1],
-            )
-            for n, W0, W in weights()
+            dict(weight=n, delta_m=dm, delta_d=dd, m0=m0, inputs=inputs)
+            for (n, (inputs, _)), (dm, dd, m0) in zip(found.items(), numbers)
         ]
         points.append(dict(step=record["step"], steps=record["steps"], weights=rows))
         write_json(path, dict(schema=SCHEMA, run=run_name(config), points=points))

@@ -6,7 +6,7 @@
 __all__ = ['OVER_CHOICES', 'OBJECTIVES', 'PRECISIONS', 'scored_only', 'token_logits', 'token_logprobs', 'choice_logprobs',
            'shares_prompts', 'encode_for', 'choice_scores', 'summed_loss', 'terms', 'epoch_batches',
            'resolve_batch_tokens', 'micro_batches', 'make_batch', 'Team', 'shard', 'shares', 'has_bfloat16',
-           'resolve_precision', 'autocast', 'warmup_and_decay', 'progress_bar', 'TrainConfig', 'all_batches',
+           'resolve_precision', 'autocast', 'tf32', 'warmup_and_decay', 'progress_bar', 'TrainConfig', 'all_batches',
            'Diverged', 'train_step', 'training_mode', 'kept_bytes', 'memory_plan', 'describe', 'fitting_step',
            'encode_items', 'Checkpoints', 'Stopped', 'stoppable', 'Training', 'Story', 'train']
 
@@ -310,7 +310,7 @@ def shares(
     return mine, [list(items[:1])] * (most - len(mine))
 
 # %% ../nbs/06_train.ipynb #9003bef3
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
 
 
 def has_bfloat16(
@@ -325,11 +325,14 @@ def has_bfloat16(
 def resolve_precision(
     precision: str,  # one of `PRECISIONS`
     device: torch.device,  # of the model
-) -> str:  # float32 or bfloat16
-    "What auto means on a device."
+) -> str:  # float32, tf32 or bfloat16
+    "What auto means on a device, and tf32 on one that has none."
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} does not exist; choose one of {', '.join(PRECISIONS)}")
-    return ("bfloat16" if has_bfloat16(device) else "float32") if precision == "auto" else precision
+    if precision == "auto":
+        return "bfloat16" if has_bfloat16(device) else "float32"
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "float32" if precision == "tf32" and not has_tf32 else precision
 
 
 def autocast(
@@ -338,6 +341,21 @@ def autocast(
 ) -> torch.autocast:  # a context
     "Compute in bfloat16 where asked, or where the hardware has it."
     return torch.autocast(device.type, torch.bfloat16, enabled=resolve_precision(precision, device) == "bfloat16")
+
+
+@contextlib.contextmanager
+def tf32(
+    precision: str,  # one of `PRECISIONS`
+    device: torch.device,  # of the model
+):
+    "While this lasts, products of float32 matrices are made in TF32 where that was asked for; forward and backward ones."
+    before = torch.get_float32_matmul_precision()
+    if resolve_precision(precision, device) == "tf32":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 # %% ../nbs/06_train.ipynb #b4e9c09b
 def warmup_and_decay(
@@ -373,7 +391,7 @@ class TrainConfig:
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     max_tokens: int = 2048  # longest choice; longer ones lose the start of their context
-    precision: str = "auto"  # float32, bfloat16 (autocast), or auto: bfloat16 where the hardware has it
+    precision: str = "auto"  # float32, tf32, bfloat16 (autocast), or auto: bfloat16 where the hardware has it
     seed: int = 0  # of the order of the items and of dropout
     end: bool = False  # train the end-of-sequence token, for answers to be generated
 
@@ -766,7 +784,8 @@ class Training:
         "Leave the clipped gradient of a step in the parameters; `Diverged` if it is not a number."
         batch, rate = self.batches[step - 1], self.config.learning_rate * self.rate(step - 1)
         make = lambda group: make_batch(self.rows, self.gold, group)
-        loss, groups, self.config = fitting_step(self.model, batch, make, self.rows, self.config, self.team)
+        with tf32(self.config.precision, next(self.model.parameters()).device):
+            loss, groups, self.config = fitting_step(self.model, batch, make, self.rows, self.config, self.team)
         self.team.add_gradients(list(self.params.values()))
         made = sum(b.tokens for b, _ in groups), sum(b.input_ids.numel() for b, _ in groups)
         loss, tokens, inputs = self.team.sum(loss, *made)

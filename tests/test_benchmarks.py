@@ -75,7 +75,7 @@ def test_a_slice_and_what_it_brings_back(tmp_path, tiny_model_dir):
     assert go("none", "0")[-1] == "4 runs are left to do"
     said = go("first", "300")
     assert said[-1] == "0 runs are left to do", said
-    assert go("again", "0")[-1] == "0 runs are left to do" and list((tmp_path / "again").glob("*.tar"))
+    assert go("again", "0")[-1] == "0 runs are left to do" and list((tmp_path / "again").glob("*.zip"))
     done = subprocess.run([*tool, "fetch", tmp_path / "first", tmp_path / "runs"], capture_output=True, text=True)
     assert done.stdout.startswith("4 runs in"), done.stderr
     results, problems = load(tmp_path / "runs" / "x")
