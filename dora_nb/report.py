@@ -217,7 +217,7 @@ def cost_table(
     table = pd.DataFrame(rows).assign(label=[run_label(parameters(r), names) for r in results])
     table[keys] = pd.DataFrame([[parameters(r)[k] for k in keys] for r in results], columns=keys)
     mean = table.groupby([*keys, "label"], as_index=False, dropna=False, sort=False).mean(numeric_only=True)
-    mean = mean.sort_values(["task", "method"], key=lambda c: c.map(list(LABELS).index) if c.name == "method" else c)
+    rows = sorted(mean.to_dict("records"), key=lambda r: (r["task"], place(r, names)))
     number = lambda v, spec: "–" if pd.isna(v) else format(v, spec)
     return pd.DataFrame(
         [
@@ -233,7 +233,7 @@ def cost_table(
                 "evaluation, s": number(r["evaluate"], ".0f"),
                 "peak memory, GiB": number(r["memory"], ".1f"),
             }
-            for r in mean.to_dict("records")
+            for r in rows
         ]
     )
 
@@ -283,6 +283,7 @@ def sweep(
     if against == "compress":
         families = list(dict.fromkeys(_family(r["compress"]) for r in rows if r["compress"]))
         rows = [r | {"family": f} for r in rows for f in ([_family(r["compress"])] if r["compress"] else families)]
+    rows = sorted(rows, key=lambda r: place(r, own))  # lines in their order, whichever value they begin at
     moves = lambda r: against not in IGNORED[r["method"]]
     order = {v: i for i, v in enumerate(sorted({r[against] for r in rows if moves(r)}, key=in_order))}
     several = len({r["task"] for r in rows}) > 1
@@ -322,8 +323,11 @@ def plot_sweep(
         ax.set(title=panel)
     axes[0, 0].set_ylabel("accuracy (%), 95 % interval")
     handles = {words: line for ax in axes[0] for line, words in zip(*ax.get_legend_handles_labels())}
-    fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, frameon=False, fontsize=8)
-    fig.tight_layout(rect=(0, 0.09, 1, 1))
+    columns = max(1, min(4, int(fig.get_figwidth() / (0.07 * max(map(len, handles)) + 0.4))))
+    height = 0.18 * math.ceil(len(handles) / columns)  # of the legend, which stands below
+    fig.set_figheight(2.82 + height)
+    fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=columns, frameon=False, fontsize=8)
+    fig.tight_layout(rect=(0, (0.1 + height) / (2.82 + height), 1, 1))
     return fig
 
 # %% ../nbs/15_report.ipynb #e928e273
@@ -730,11 +734,12 @@ COST_NOTE = "Seconds and tokens/s are of runs that may have shared a machine, no
 def _settings(results: list[dict]) -> str:
     "What was run, in sentences, from the parameters."
     params = [parameters(r) for r in results]
-    each = lambda key: sorted({p[key] for p in params if p["method"] != "base"} or {p[key] for p in params}, key=str)
+    trained = [r for r in results if r["params"]["method"] != "base"] or results
+    each = lambda key: sorted({parameters(r)[key] for r in trained}, key=in_order)
     words = lambda key: ", ".join(
         "all" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in each(key)
     )
-    used = lambda key: ", ".join(sorted({(r["precision"] | (r["training"] or {}))[key] for r in results}))
+    used = lambda key, of: ", ".join(sorted({(r["precision"] | (r["training"] or {}))[key] for r in of}))
     asked = lambda p: p["mixture"].split(",") if p["mixture"] else [p["task"]]
     items = {(t.strip(), p["train_items"]) for p in params if p["method"] != "base" for t in asked(p)}
     items = ", ".join(f"{TASK_LABELS[t]} {'all' if n is None else n}" for t, n in sorted(items, key=str))
@@ -757,8 +762,8 @@ def _settings(results: list[dict]) -> str:
     smaller = f" Compressed by: {', '.join(schemes)} (chapter 10)." if schemes else ""
     return f"""\
 - Model: {words("model")}, from: {words("source")}.{weights}{smaller}
-- Training: {"".join(f"{m}, " for m in more)}objective {words("objective")}, items: {items}, {words("epochs")} epoch(s), batches of {words("batch_size")}, dropout {words("dropout")}, α {words("alpha")}, init {words("init")}, targets {words("target_modules")}, warm-up {words("warmup_ratio")} of the steps, precision {used("precision")}; learning rate {", ".join(f"{LABELS[m]} {lr:g}" for m, lr in rates)}; seeds {words("seed")}.
-- Evaluation: split {words("eval_split")}, protocol {words("protocol")}, precision {used("eval_precision")}; items drawn by seed, the same for every run.
+- Training: {"".join(f"{m}, " for m in more)}objective {words("objective")}, items: {items}, {words("epochs")} epoch(s), batches of {words("batch_size")}, dropout {words("dropout")}, α {words("alpha")}, init {words("init")}, targets {words("target_modules")}, warm-up {words("warmup_ratio")} of the steps, precision {used("precision", trained)}; learning rate {", ".join(f"{LABELS[m]} {lr:g}" for m, lr in rates)}; seeds {words("seed")}.
+- Evaluation: split {words("eval_split")}, protocol {words("protocol")}, precision {used("eval_precision", results)}; items drawn by seed, the same for every run.
 - Machine: {"; ".join(machines)}. Versions: {", ".join(versions)}."""
 
 # %% ../nbs/15_report.ipynb #6edd5942
