@@ -5,6 +5,7 @@
     python benchmarks/slices.py run STAGE OUT --seconds 540 --scale full GRID.toml …   # there, until all is done
     python benchmarks/slices.py fetch OUT runs             # here: archives to folders of runs, for `dora-nb report`
 
+The wheels go to a folder that PYTHONPATH names: `python -m pip install --no-index --no-deps --target SITE wheels/*.whl`.
 A slice that is killed loses nothing that was finished: archives are written anew, whole, after every run, and what an
 earlier slice has finished on the same stage is put into them once more. What was in the making goes on from its
 checkpoint if the stage is still there, and starts again if it is not.
@@ -27,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package is not installed
 
 WHEELS = ("datasets", "dill", "multiprocess", "xxhash", "gguf")  # that a machine with torch and transformers may lack
+SOURCES = ("hqq", "termcolor")  # that come as source: pure Python, so built here
 PART, ARCHIVE = 47 * 2**20, 15 * 2**20  # bytes of a part on its way there, of an archive on its way back
 ARCHIVES = 3  # full ones, after which a slice ends: so much comes back from one trip
 LEFT_THERE = ("adapter", "checkpoints")  # too large to bring back
@@ -63,6 +65,8 @@ def pack(options):
     ]
     command += ["--python-version", options.python, "--implementation", "cp", "-d", str(out / "wheels"), *WHEELS]
     subprocess.run([*command, *(word for p in platforms for word in ("--platform", p))], check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-c", str(constraints)]
+    subprocess.run([*command, "-w", str(out / "wheels"), *SOURCES], check=True)
     for path in sorted(p for p in out.rglob("*") if p.is_file()):
         print(f"{path.stat().st_size / 2**20:6.1f} MiB  {path}")
 

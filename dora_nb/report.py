@@ -285,15 +285,21 @@ def sweep(
         rows = [r | {"family": f} for r in rows for f in ([_family(r["compress"])] if r["compress"] else families)]
     rows = sorted(rows, key=lambda r: place(r, own))  # lines in their order, whichever value they begin at
     moves = lambda r: against not in IGNORED[r["method"]]
-    order = {v: i for i, v in enumerate(sorted({r[against] for r in rows if moves(r)}, key=in_order))}
     several = len({r["task"] for r in rows}) > 1
     for r in rows:
         aside = {"task", "method", *IGNORED[r["method"]]}
         rest = {k: r[k] for k in own if k not in aside and r[k] not in ("", None)}
         r["line"] = ", ".join([LABELS[r["method"]], *(value_label(k, v) for k, v in rest.items())])
-        r["x"], r["at"] = (order[r[against]], value_label(against, r[against])) if moves(r) else (math.nan, "")
         words = [TASK_LABELS[r["task"]]] if several or "family" not in r else []
         r["panel"] = ", ".join([*words, *([r["family"]] if "family" in r else [])])
+    values = {
+        r["panel"]: sorted({o[against] for o in rows if moves(o) and o["panel"] == r["panel"]}, key=in_order)
+        for r in rows
+    }
+    for r in rows:
+        r["x"], r["at"] = math.nan, ""
+        if moves(r):
+            r["x"], r["at"] = values[r["panel"]].index(r[against]), value_label(against, r[against])
     return pd.DataFrame(rows)
 
 # %% ../nbs/15_report.ipynb #da0ef087

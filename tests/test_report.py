@@ -336,6 +336,7 @@ def test_a_sweep_over_schemes_of_compression():
         "magnitude-0.25",
         "magnitude-0.7",
     ]
+    assert list(rows[rows.panel == "magnitude"].sort_values("x").x) == [0, 1, 2]  # no room for the schemes of others
 
 
 def test_a_correlation_and_its_interval():

@@ -25,8 +25,10 @@ from dora_nb.train import (
     epoch_batches,
     memory_plan,
     micro_batches,
+    resolve_precision,
     summed_loss,
     terms,
+    tf32,
     token_logprobs,
     train,
     train_step,
@@ -101,6 +103,19 @@ def test_ranking_losses_by_hand(tiny, objective):
         logp = model(ids).logits[0, n - 1 : -1].log_softmax(-1).gather(1, ids[0, n:, None])
         scores.append(logp.sum() if objective == "choices" else logp.mean())
     torch.testing.assert_close(loss, -torch.stack(scores).log_softmax(0)[item["gold"]], atol=1e-4, rtol=1e-4)
+
+
+def test_tf32_is_asked_for_only_where_there_is_one_and_given_back(monkeypatch):
+    gpu, now = torch.device("cuda"), torch.get_float32_matmul_precision
+    assert resolve_precision("tf32", torch.device("cpu")) == "float32" and now() == "highest"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(RuntimeError, match="broken"), tf32("tf32", gpu):
+        assert resolve_precision("tf32", gpu) == "tf32" and now() == "high"
+        raise RuntimeError("broken")
+    assert now() == "highest"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with tf32("tf32", gpu):
+        assert resolve_precision("tf32", gpu) == "float32" and now() == "highest"
 
 
 def test_bfloat16_does_not_round_the_logits(smollm):
