@@ -28,12 +28,10 @@ def factored_norm(
     "Row lengths of W₀ + s·BA without forming BA; differentiable in `A` and `B`."
     frozen = row_norm(W0.to(A.dtype)) ** 2 if W0_squared is None else W0_squared
     W0A = W0 @ A.T if W0.dtype == A.dtype else torch.cat([rows.to(A.dtype) @ A.T for rows in W0.split(1024)])
-    cross, update = 2 * s * (W0A * B).sum(1), s * s * (B @ (A @ A.T) * B).sum(1)
+    meets_B = torch.addmm(W0A, B, A @ A.T, beta=2 * s, alpha=s * s)  # 2s·W₀Aᵀ + s²·BAAᵀ
     finfo = torch.finfo(A.dtype)
-    floor = (
-        (16 * finfo.eps * (frozen + update)).detach().clamp_min(finfo.tiny)
-    )  # what rounding leaves of a sum that cancels
-    return torch.maximum(frozen + cross + update, floor).sqrt()
+    floor = (32 * finfo.eps * frozen.detach()).clamp_min(finfo.tiny)  # what rounding leaves of a sum that cancels
+    return torch.maximum(frozen + (meets_B * B).sum(1), floor).sqrt()
 
 # %% ../nbs/02_dora.ipynb #89789779
 DROPOUT_FORMS = ("lowrank", "delta")

@@ -99,7 +99,8 @@ def _stacked(terms: Sequence[Term], dtype: torch.dtype) -> Tensor:
 def _low(seen: Tensor, terms: Sequence[Term]) -> Tensor:
     "Ax for all terms, (tokens, Σ rank)."
     A = _stacked(terms, seen.dtype).T
-    return seen @ (A.contiguous() if len(seen) > len(A) else A)  # for many tokens, a fifth faster with the copy
+    copy = seen.is_cpu and len(seen) > len(A)  # for many tokens, a fifth faster there
+    return seen @ (A.contiguous() if copy else A)
 
 
 def _parts(h: Tensor, terms: Sequence[Term]) -> Sequence[Tensor]:
@@ -113,7 +114,7 @@ def _products(x: Tensor, seen: Tensor, terms: Sequence[Term], plan: str) -> tupl
         return [x @ _dense(t, x.dtype).T for t in terms], None
     h, outputs = _low(seen, terms), []
     for t, part in zip(terms, _parts(h, terms)):
-        y = torch.mm(part * t.s, t.B.to(x.dtype).T).addmm_(x, t.W0.to(x.dtype).T)
+        y = torch.mm(part, t.B.to(x.dtype).T).addmm_(x, t.W0.to(x.dtype).T, beta=t.s)
         outputs.append(_scaled(y, t, out=y))
     return outputs, h
 
@@ -148,36 +149,42 @@ def _drop_(x: Tensor, dropped: Tensor) -> Tensor:
 # %% ../nbs/01_lora.ipynb #18df0f17
 def _dot_columns(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     "Σ_t a_t ∘ b_t of two (tokens, out) tensors."
-    rows = max(1, 2**18 // a.shape[1]) if a.device.type == "cpu" else len(a)
+    if not a.is_cpu:
+        return (a * b).sum(0, dtype=dtype)
+    rows = max(1, 2**18 // a.shape[1])
     ones = a.new_ones(1, rows)
     pieces = zip(a.split(rows), b.split(rows))
     return sum((ones[:, : len(p)] @ (p * q)).to(dtype) for p, q in pieces)[0]
 
 
-def _gradients(h: Tensor, t: Term, y: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    "∂L/∂B, ∂L/∂m and ∂L/∂n of a term, and ∂L/∂h."
-    g = None if t.scale is None else t.magnitude / t.norm
-    sg = t.s if g is None else t.s * g[:, None]
-    dB = (h.T @ dy).T.to(t.B.dtype) * sg
-    dm = dn = None
-    if g is not None:
-        dm = _dot_columns(dy, y, g.dtype) / (t.scale * t.norm)
-        dn = -g * dm
-    return dB, dm, dn, dy @ (sg * t.B).to(dy.dtype)
+def _times(s: float, a: Tensor, b: Tensor) -> Tensor:
+    "s·ab, in one operation."
+    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=s)
+
+
+def _gradients(h: Tensor, t: Term, y: Tensor, dy: Tensor, plan: str) -> tuple[Tensor | None, ...]:
+    "∂L/∂v of a term (∂L/∂z for the dense plan, which has g elsewhere), and ∂L/∂h, ∂L/∂B, ∂L/∂m, ∂L/∂n."
+    g = None if t.scale is None else t.magnitude / t.norm  # and quite 0 where m is
+    dv = dy if plan == "dense" else _scaled(dy, t._replace(scale=g))
+    rows = lambda M: M if plan == "factored" or g is None else g[:, None] * M
+    dB, dh = rows(_times(t.s, dv.T, h).to(t.B.dtype)), _times(t.s, dv, rows(t.B).to(dv.dtype))
+    if g is None:
+        return dv, dh, dB, None, None
+    dm = _dot_columns(dy, y, g.dtype) / (t.scale * t.norm)
+    return dv, dh, dB, dm, -g * dm if t.norm.requires_grad else None
 
 
 def _input_gradient(
-    terms: Sequence[Term], plan: str, dys: Sequence[Tensor], dh: Tensor, dropped: Tensor | None
+    terms: Sequence[Term], plan: str, dvs: Sequence[Tensor], dh: Tensor, dropped: Tensor | None
 ) -> Tensor:
     "∂L/∂x, (tokens, in)."
     dx = None
     if plan == "factored":
         dx = dh @ _stacked(terms, dh.dtype)
         dx = dx if dropped is None else _drop_(dx, dropped)
-    for t, dy in zip(terms, dys):
-        W = _dense(t, dy.dtype) if plan == "dense" else t.W0.to(dy.dtype)
-        dy = dy if plan == "dense" else _scaled(dy, t)
-        dx = torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
+    for t, dv in zip(terms, dvs):
+        W = _dense(t, dv.dtype) if plan == "dense" else t.W0.to(dv.dtype)
+        dx = torch.mm(dv, W) if dx is None else dx.addmm_(dv, W)
     return dx
 
 # %% ../nbs/01_lora.ipynb #9df91844
@@ -212,13 +219,14 @@ class _Product(torch.autograd.Function):
             return None, None, None, None, None, *grads
         with torch.autocast(seen.device.type, enabled=False):
             parts = _parts(_low(seen, terms) if h is None else h, terms)
-            each = [_gradients(parts[k], terms[k], rest[k], dys[k]) for k in used]
-            terms, dys, dh = [terms[k] for k in used], [dys[k] for k in used], torch.cat([e[3] for e in each], 1)
-            dAs = _parts((seen.T @ dh).to(terms[0].A.dtype), terms)
-            dx = _input_gradient(terms, ctx.plan, dys, dh, dropped) if ctx.needs_input_grad[0] else None
+            each = [_gradients(parts[k], terms[k], rest[k], dys[k], ctx.plan) for k in used]
+            terms, dvs, dhs, *own = [terms[k] for k in used], *zip(*each)
+            dh = dhs[0] if len(dhs) == 1 else torch.cat(dhs, 1)
+            dAs = (dh.T @ seen).to(terms[0].A.dtype).split([len(t.A) for t in terms])
+            dx = _input_gradient(terms, ctx.plan, dvs, dh, dropped) if ctx.needs_input_grad[0] else None
         n = len(_TENSORS)
-        for k, dA, (dB, dm, dn, _) in zip(used, dAs, each):
-            grads[k * n : (k + 1) * n] = None, dA.T, dB, dm, dn, None, None
+        for k, dA, dB, dm, dn in zip(used, dAs, *own):
+            grads[k * n : (k + 1) * n] = None, dA, dB, dm, dn, None, None
         return dx, None, None, None, None, *grads
 
 # %% ../nbs/01_lora.ipynb #bcb77935
