@@ -158,17 +158,16 @@ class Archives:
         self.there.add(state)
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
         files = [p for p in files if p.relative_to(folder).parts[0] not in LEFT_THERE]
+        archive = lambda: self.out / f"{self.name}-{self.count}.zip"
         with tempfile.TemporaryDirectory(dir=self.out, prefix=".") as tmp:
             fresh = Path(tmp) / "fresh.zip"
-            size = _zip(fresh, files, folder.parent.parent)
-            path = self.out / f"{self.name}-{self.count}.zip"
-            if path.exists() and path.stat().st_size + size > ARCHIVE:
+            if archive().exists():
+                shutil.copy(archive(), fresh)
+            if _zip(fresh, files, folder.parent.parent) > ARCHIVE and archive().exists():
+                fresh.unlink()
                 self.count += 1
-                path = self.out / f"{self.name}-{self.count}.zip"
-            if path.exists():
-                shutil.copy(path, fresh)
                 _zip(fresh, files, folder.parent.parent)
-            os.replace(fresh, path)
+            os.replace(fresh, archive())
 
 
 def _zip(path: Path, files: list[Path], root: Path) -> int:

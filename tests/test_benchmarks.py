@@ -64,10 +64,12 @@ def test_a_slice_and_what_it_brings_back(tmp_path, tiny_model_dir):
     (tmp_path / "stage").mkdir()
     (tmp_path / "stage" / "cache").symlink_to(cache_dir().resolve())
     (tmp_path / "grid.toml").write_text(SLICE.format(model=tiny_model_dir))
+    (tmp_path / "same.toml").write_text(SLICE.format(model=tiny_model_dir).replace('"x"', '"y"'))  # not made twice
     tool = [sys.executable, ROOT / "benchmarks" / "slices.py"]
 
     def go(out, seconds):
-        command = [*tool, "run", tmp_path / "stage", tmp_path / out, tmp_path / "grid.toml", "--workers", "2"]
+        command = [*tool, "run", tmp_path / "stage", tmp_path / out, tmp_path / "grid.toml"]
+        command += [tmp_path / "same.toml", "--workers", "2"]
         done = subprocess.run([*command, "--seconds", seconds], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout.splitlines()
