@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LABELS', 'COLORS', 'TASK_LABELS', 'ALWAYS', 'LOOKS', 'DRAWS', 'METHODS_APART', 'parameters', 'factors', 'value_label',
            'in_order', 'place', 'run_label', 'mean_squares', 'crossed_bootstrap', 'freedom', 'mean_interval', 'rights',
-           'accuracies', 'majority', 'cell', 'accuracy_table', 'choice_losses', 'loss_table', 'holm', 'compare',
-           'side_labels', 'clear', 'verdict', 'changes', 'change_verdict']
+           'accuracies', 'majority', 'cell', 'accuracy_table', 'choice_losses', 'loss_table', 'holm', 'agreement',
+           'compare', 'side_labels', 'clear', 'verdict', 'changes', 'change_verdict']
 
 # %% ../nbs/14_compare.ipynb #5199aced
 import itertools
@@ -168,14 +168,17 @@ def mean_interval(
     return mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, df)) if error else float(mean == 0)
 
 # %% ../nbs/14_compare.ipynb #4f14dc5f
+def _by_item(runs: list[str], predictions: pd.DataFrame, column: str) -> pd.DataFrame:
+    return predictions[predictions.run.isin(runs)].pivot(index="run", columns="doc_index", values=column).loc[runs]
+
+
 def rights(
     runs: list[str],  # of equal factors, a seed each
     predictions: pd.DataFrame,  # run, doc_index, gold, pred, …
     answer: str = "pred",  # or pred_norm
 ) -> pd.DataFrame:  # bool, runs × doc_index
     "Which items each run got right."
-    own = predictions[predictions.run.isin(runs)]
-    return own.assign(right=own[answer] == own.gold).pivot(index="run", columns="doc_index", values="right").loc[runs]
+    return _by_item(runs, predictions.assign(right=predictions[answer] == predictions.gold), "right")
 
 # %% ../nbs/14_compare.ipynb #b2497881
 def _frame(rows: list[dict], names: list[str]) -> pd.DataFrame:
@@ -366,16 +369,29 @@ def _apart(runs: dict[int, tuple[str, str]], predictions: pd.DataFrame) -> pd.Da
     return pd.DataFrame(two[items].to_numpy(float) - one[items].to_numpy(float), list(runs), items)
 
 # %% ../nbs/14_compare.ipynb #ef73a780
+def agreement(
+    runs: dict[int, tuple[str, str]],  # seed → the run of either side
+    predictions: pd.DataFrame,  # their answers
+) -> tuple[float, float]:  # of the two sides; of two seeds of one side, NaN where neither has two
+    "The share of items to which two runs give the same answer."
+    sides = [_by_item(list(dict.fromkeys(side)), predictions, "pred").fillna(-1) for side in zip(*runs.values())]
+    items = sides[0].columns.intersection(sides[1].columns)
+    one, two = (side[items].to_numpy() for side in sides)
+    seeds = [x == y for side in (one, two) for x, y in itertools.combinations(side, 2)]
+    return float(np.mean(one == two)), float(np.mean(seeds)) if seeds else math.nan
+
+
 def compare(
     results: list[dict],  # of runs
     predictions: pd.DataFrame,  # their answers
     a: dict = METHODS_APART[0],  # parameters of one side
     b: dict = METHODS_APART[1],  # and of the other
-) -> (
-    pd.DataFrame
-):  # a row per combination of the other factors: n, seeds, difference (b − a), low, high, only_a, only_b, g, mcnemar, p
+) -> pd.DataFrame:  # a row per combination of the other factors: n, seeds, difference (b − a), low, high, only_a, only_b, g, mcnemar, p, same, same_seeds
     "Two kinds of runs on the same items and seeds: the paired difference in accuracy, its interval and its test. What a side's method ignores, the base model its seed for instance, keeps nothing apart."
-    rows = [where | _difference(_apart(runs, predictions).to_numpy()) for where, runs in _pairs(results, a, b)]
+    alike = lambda runs: dict(zip(("same", "same_seeds"), agreement(runs, predictions)))
+    rows = [
+        where | _difference(_apart(runs, predictions).to_numpy()) | alike(runs) for where, runs in _pairs(results, a, b)
+    ]
     return _frame(rows, [k for k in factors(results) if k in rows[0]]) if rows else pd.DataFrame()
 
 
@@ -404,9 +420,11 @@ def verdict(
     a, b = labels
     head = head or ", ".join(value_label(k, row[k]) for k in ("task", "rank") if k in row)
     several = f" (McNemar, seeds taken for independent: {row['mcnemar']:.2g})" if row["seeds"] > 1 else ""
+    seeds = "" if math.isnan(row["same_seeds"]) else f", two seeds of one of them to {100 * row['same_seeds']:.1f} %"
     text = (
         f"{head}: {b} − {a} is {100 * row['difference']:+.1f} points [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}] on {row['n']} items and {row['seeds']} seed(s); "
-        f"{b} alone is right {row['only_b']} times, {a} alone {row['only_a']} times, g = {row['g']:+.2f}, p = {row.get('p_holm', row['p']):.2g}{several}."
+        f"{b} alone is right {row['only_b']} times, {a} alone {row['only_a']} times, g = {row['g']:+.2f}, p = {row.get('p_holm', row['p']):.2g}{several}. "
+        f"Both give the same answer to {100 * row['same']:.1f} % of the items{seeds}."
     )
     if not clear(row):
         most = 100 * max(-row["low"], row["high"])

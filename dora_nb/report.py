@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_GEOMETRY', 'ALL_CURVATURE', 'NOTHING', 'PUBLISHED', 'FOOTNOTES',
-           'PAPER_CORRELATIONS', 'COST_NOTE', 'TEST_NOTE', 'CHANGE_NOTE', 'CURVATURE_NOTE', 'CERTAIN_NOTE', 'SPEC',
-           'GEOMETRY_NOTE', 'OVERVIEW', 'Gathered', 'collect', 'read_report', 'own_trainings', 'cost_table',
+           'PAPER_CORRELATIONS', 'COST_NOTE', 'ONE_WORD', 'TEST_NOTE', 'CHANGE_NOTE', 'CURVATURE_NOTE', 'CERTAIN_NOTE',
+           'SPEC', 'GEOMETRY_NOTE', 'OVERVIEW', 'Gathered', 'collect', 'read_report', 'own_trainings', 'cost_table',
            'plot_accuracy', 'sweep', 'plot_sweep', 'sweep_table', 'plot_learning_curves', 'curvature_rows',
            'curvature_table', 'plot_sharpness', 'counted', 'plot_density', 'plot_layers', 'correlation',
            'partial_rank_correlation', 'geometry_rows', 'geometry_table', 'plot_geometry', 'stability_table',
@@ -28,6 +28,7 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from .adapt import write_whole
+from .assets import TESTED
 from dora_nb.compare import (
     ALWAYS,
     COLORS,
@@ -379,16 +380,13 @@ def plot_learning_curves(
                 curve = curve.rolling(max(1, len(curve) // 10), min_periods=1).mean()
                 style = dict(lw=4, alpha=0.35) if method == "lora" else dict(lw=1.2)  # both show where they agree
                 style["alpha"] = style.get("alpha", 1) * (i + 1) / len(kinds)  # from the first kind to the last
-                words = (
-                    label
-                    if len(kinds) <= 2
-                    else f"{LABELS[method]} ({len(kinds)} kinds, pale to full)"
-                    if label == list(kinds)[-1]
-                    else None
-                )
+                first, last = list(kinds)[0], list(kinds)[-1]
+                words = label if len(kinds) <= 2 else None
+                if len(kinds) > 2 and label == last:
+                    words = f"{first} (pale)\nto {last} (full)"
                 ax.plot(curve.index, curve, color=COLORS[method], label=words, **style)
         ax.set(title=TASK_LABELS[task], xlabel="optimiser step")
-        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
     axes[0, 0].set_ylabel("training loss (nats)")
     axes[0, -1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     fig.tight_layout()
@@ -764,12 +762,14 @@ def _settings(results: list[dict]) -> str:
         if "smollm2-135m-instruct" in each("model") and each("source") == ["package"]
         else ""
     )
+    tested = [TASK_LABELS[t] for t in each("task") if t in TESTED and "validation" in each("eval_split")]
+    tested = f" (of {', '.join(tested)}: the official test split, chapter 05)" if tested else ""
     schemes = [s for s in sorted({parameters(r)["compress"] for r in results}) if s]
     smaller = f" Compressed by: {', '.join(schemes)} (chapter 10)." if schemes else ""
     return f"""\
 - Model: {words("model")}, from: {words("source")}.{weights}{smaller}
-- Training: {"".join(f"{m}, " for m in more)}objective {words("objective")}, items: {items}, {words("epochs")} epoch(s), batches of {words("batch_size")}, dropout {words("dropout")}, α {words("alpha")}, init {words("init")}, targets {words("target_modules")}, warm-up {words("warmup_ratio")} of the steps, precision {used("precision", trained)}; learning rate {", ".join(f"{LABELS[m]} {lr:g}" for m, lr in rates)}; seeds {words("seed")}.
-- Evaluation: split {words("eval_split")}, protocol {words("protocol")}, precision {used("eval_precision", results)}; items drawn by seed, the same for every run.
+- Training: {"".join(f"{m}, " for m in more)}objective {words("objective")}, items: {items}, {words("epochs")} epoch(s), batches of {words("batch_size")}, dropout {words("dropout")}, α {words("alpha")}, init {words("init")}, targets {words("target_modules")}, warm-up {words("warmup_ratio")} of the steps, precision {used("precision", trained)}; learning rate {", ".join(f"{LABELS[m]} {lr:g}" for m, lr in rates)}; seeds {words("seed")}, each with its own items, their order, and its own start of A.
+- Evaluation: split {words("eval_split")}, protocol {words("protocol")}, precision {used("eval_precision", results)}; the same items for every run{tested}.
 - Machine: {"; ".join(machines)}. Versions: {", ".join(versions)}."""
 
 # %% ../nbs/15_report.ipynb #6edd5942
@@ -777,6 +777,9 @@ def _savefig(fig: matplotlib.figure.Figure, path: Path):
     "Save without a date or a version inside, so that the same data give the same file."
     write_whole(path, lambda p: fig.savefig(p, metadata={"Software": None}))
     plt.close(fig)
+
+
+ONE_WORD = ("boolq", "winogrande")  # whose choices differ by a word, so that their lengths say nothing
 
 
 def _accuracy_section(out: Path, found: Gathered, protocol: str, split: str, against: str) -> list[str]:
@@ -798,21 +801,21 @@ def _accuracy_section(out: Path, found: Gathered, protocol: str, split: str, aga
     _savefig(plot_sweep(sweep(table, against)) if along else plot_accuracy(table, constant), out / figure)
     what = "along the experiment's factor" if along else "by method and task, with intervals"
     lines += [wide(table, constant).to_markdown(), "", f"![Accuracy {what}]({figure})\n", *losses]
-    normed = [r for r in results if r["params"]["task"] == "hellaswag" and "acc_norm" in r["metrics"]]
+    normed = [r for r in results if r["params"]["task"] not in ONE_WORD and "acc_norm" in r["metrics"]]
     if normed:
-        lines += ["HellaSwag by length-normalised log-likelihood (acc_norm):\n"]
+        lines += ["The same by length-normalised log-likelihood (acc_norm), which does not favour short answers:\n"]
         lines += [wide(accuracies(normed, predictions, "acc_norm")).to_markdown(), ""]
     if protocol == "generate":
         names, unread = factors(results), {}
         for r in results:
             label = f"{TASK_LABELS[r['params']['task']]}, {run_label(parameters(r), names)}"
-            unread.setdefault(label, []).append(100 * r["metrics"]["unparsed"] / r["metrics"]["n"])
+            unread.setdefault(label, []).append(100 * r["metrics"]["unparsed"])
         words = ", ".join(f"{label} {np.mean(shares):.1f}" for label, shares in unread.items())
         lines += [f"Answers that name no choice, and count as wrong, in percent: {words}.\n"]
     return lines
 
 # %% ../nbs/15_report.ipynb #8cc89f7c
-TEST_NOTE = "Interval and p are of the mean over items and seeds, both drawn anew (of McNemar's test where there is one seed); p is corrected for the number of comparisons on this page (Holm); g is Cohen's. A difference is claimed where interval and p agree.\n"
+TEST_NOTE = "Interval and p are of the mean over items and seeds, both drawn anew (of McNemar's test where there is one seed); p is corrected for the number of comparisons on this page (Holm); g is Cohen's, the second's share of the items that only one got right, less a half. A difference is claimed where interval and p agree. Where the two give the same answer much oftener than two seeds of one do, they are still nearly one model, and a narrow interval says that, not that the methods come to the same when trained for longer.\n"
 CHANGE_NOTE = "The difference of the differences, by the same items and seeds; interval and p as above (Student's, over items, where there is one seed).\n"
 
 # %% ../nbs/15_report.ipynb #5706ffa6

@@ -1,6 +1,7 @@
 "Tables against values counted by hand; the committed report against the code that makes it."
 
 import json
+import math
 import shutil
 import tomllib
 from dataclasses import asdict
@@ -15,6 +16,7 @@ import torch
 from dora_nb.compare import (
     accuracies,
     accuracy_table,
+    agreement,
     change_verdict,
     changes,
     compare,
@@ -29,6 +31,7 @@ from dora_nb.compare import (
 from dora_nb.decompose import delta_direction, delta_magnitude
 from dora_nb.grid import load_grid
 from dora_nb.report import (
+    ALL_CURVATURE,
     NOTHING,
     RESULTS,
     Gathered,
@@ -196,6 +199,19 @@ def test_comparison_counts_pairs():
     assert "DoRA is ahead here" in verdict(row.to_dict())
 
 
+def test_how_often_two_give_the_same_answer():
+    "Right or wrong; the yardstick is two seeds of one method, of either."
+    given = {"lora-0": [0, 1, 2, 3], "lora-1": [0, 1, 2, 0], "dora-0": [0, 1, 2, 2], "dora-1": [0, 1, 3, 0]}
+    predictions = pd.concat([answers(f"boolq-{run}", [0] * 4).assign(pred=pred) for run, pred in given.items()])
+    same, seeds = agreement({s: (f"boolq-lora-{s}", f"boolq-dora-{s}") for s in (0, 1)}, predictions)
+    assert same == (3 + 3) / 8 and seeds == (3 + 2) / 8
+    assert math.isnan(agreement({0: ("boolq-lora-0", "boolq-dora-0")}, predictions)[1])
+    unread = predictions.assign(pred=predictions.pred.where(predictions.pred < 3))  # generated, and no choice named
+    assert agreement({0: ("boolq-lora-0", "boolq-lora-0")}, unread)[0] == 1
+    row = compare([result(m, s) for m in ("lora", "dora") for s in (0, 1)], predictions).iloc[0]
+    assert "the same answer to 75.0 % of the items, two seeds of one of them to 62.5 %." in verdict(row.to_dict())
+
+
 def test_the_base_model_stands_against_every_seed():
     "It has one, and no rank or rate, and its answers are compared with those of all others."
     runs = [result("base"), *(result("lora", s, rank=4, learning_rate=1e-3) for s in (0, 1, 2))]
@@ -308,6 +324,19 @@ def swept(methods=("lora", "dora"), ranks=(2, 8), seeds=(0, 1)):
                 results.append(result(m, s, right.mean(), rank=r) | {"run": f"{m}-{r}-{s}"})
                 frames.append(answers(f"{m}-{r}-{s}", right))
     return results, pd.concat(frames)
+
+
+def test_answers_that_name_no_choice(tmp_path):
+    page = shutil.copytree(QUICK, tmp_path / "page")
+    (page / ALL_CURVATURE).unlink()
+    stored = json.loads((page / RESULTS).read_text())
+    stored["results"] = [r for r in stored["results"] if r["params"]["task"] == "boolq"]
+    for r in stored["results"]:
+        r["params"]["protocol"] = "generate"
+        r["metrics"]["unparsed"] = 0.25 if r["params"]["method"] == "dora" else 0.0
+    (page / RESULTS).write_text(json.dumps(stored))
+    said = next(line for line in render(page).read_text().splitlines() if "name no choice" in line)
+    assert "BoolQ, DoRA, rank 16 25.0" in said and "BoolQ, LoRA, rank 16 0.0" in said
 
 
 def test_a_sweep():
