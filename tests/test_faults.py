@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from dora_nb.grid import Incomplete, load_grid, put_files, run_grid
-from dora_nb.runs import CHECKPOINTS, ERROR, HISTORY, PREDICTIONS, RESULT, load, run_name
+from dora_nb.runs import CHECKPOINTS, ERROR, HISTORY, PREDICTIONS, RESULT, SCHEMA, load, run_name
 
 GRID = """
 name = "tiny"
@@ -192,12 +192,24 @@ def test_two_launchers_share_the_work(grid, tmp_path, undisturbed):
         assert "".join(said).count(f"{name}: running") == 1  # each run was made once
 
 
-def fake(folder, body):
-    "A notebook in the place of finetune.ipynb; `tries` counts how often a run was started."
+REAL = """
+from dora_nb.runs import config_from, run
+names = set(config_from({}).__dataclass_fields__)
+run(config_from({k: v for k, v in globals().items() if k in names}), run_dir)
+"""
+QUICK = f"""
+import json
+result = dict(schema={SCHEMA}, run=Path(run_dir).name, params={{}}, metrics=dict(acc=1.0), seconds=1.0)
+(Path(run_dir) / "{PREDICTIONS}").touch()
+(Path(run_dir) / "{RESULT}").write_text(json.dumps(result))
+"""
+
+
+def fake(folder, body="", ending=REAL):
+    "A notebook in the place of finetune.ipynb; `tries` counts how often a run was started. The quick ending trains nothing, for what is the launcher's alone."
     count = "from pathlib import Path\nfile = Path(run_dir) / 'tries'\ntries = len(file.read_text()) if file.exists() else 0\nfile.write_text('x' * (tries + 1))"
-    real = "from dora_nb.runs import config_from, run\nnames = set(config_from({}).__dataclass_fields__)\nrun(config_from({k: v for k, v in globals().items() if k in names}), run_dir)"
     cells = [nbformat.v4.new_code_cell("run_dir = ''", metadata={"tags": ["parameters"]})]
-    cells += [nbformat.v4.new_code_cell(text) for text in (count, body, real)]
+    cells += [nbformat.v4.new_code_cell(text) for text in (count, body, ending)]
     meta = {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}
     path = folder / "fake.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=meta), path)
@@ -216,12 +228,12 @@ if method == "dora" and seed == 1 and tries == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(1000)
 """
-    monkeypatch.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, body))
+    monkeypatch.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, body, QUICK))
     monkeypatch.setattr("dora_nb.grid.GRACE", 1)
     with pytest.raises(Incomplete, match="2 of 4 runs failed"):
-        run_grid(grid(items=8, seed="[0, 1]"), tmp_path / "runs", workers=2, timeout=90)
+        run_grid(grid(items=8, seed="[0, 1]"), tmp_path / "runs", workers=2, timeout=30)
     said = capsys.readouterr().err
-    assert "KeyError: 'an error of its own'" in said and "in try 3 of 3" in said and "took longer than 90 s" in said
+    assert "KeyError: 'an error of its own'" in said and "in try 3 of 3" in said and "took longer than 30 s" in said
     runs = {
         (c.method, c.seed): tmp_path / "runs" / "tiny" / run_name(c)
         for c in load_grid(grid(items=8, seed="[0, 1]")).configs
@@ -359,7 +371,8 @@ def test_parameters_are_data(grid, tmp_path, monkeypatch):
     assert not list(Path.cwd().glob("pwned")) and not list(tmp_path.rglob("pwned"))
 
 
-def test_an_estimate_and_a_dry_run(grid, tmp_path, capsys):
+def test_an_estimate_and_a_dry_run(grid, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, ending=QUICK))
     run_grid(grid(items=8), tmp_path / "runs", dry_run=True)
     said = capsys.readouterr().err
     assert said.count("to do") == 3 and "left" not in said and not (tmp_path / "runs").exists()
@@ -382,5 +395,6 @@ def test_the_error_of_a_try_is_forgotten_when_it_is_done(grid, tmp_path, monkeyp
         run_grid(file, tmp_path / "runs")
     folder = tmp_path / "runs" / "tiny"
     assert "ZeroDivisionError" in load(folder)[1][0]
+    monkeypatch.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, ending=QUICK))
     run_grid(file, tmp_path / "runs")
     assert not load(folder)[1] and not list(folder.glob(f"*/{ERROR}"))
