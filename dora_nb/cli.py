@@ -99,14 +99,13 @@ def train_command(args: argparse.Namespace):
     print(json.dumps({"run_dir": str(out)} | {k: result[k] for k in ("metrics", "training")}, indent=2))
 
 # %% ../nbs/16_cli.ipynb #4869c49b
-def evaluate_options(p: argparse.ArgumentParser):
-    "Options of `dora-nb evaluate`."
+def _model_options(p: argparse.ArgumentParser):
+    "What is asked, and about which task; `_model` makes it."
     p.add_argument(
         "--model",
         default="smollm2-135m-instruct",
         help="ours, a local folder, or a Hub id (default: smollm2-135m-instruct)",
     )
-    p.add_argument("--adapter", metavar="DIR", help="an adapter that dora-nb or PEFT saved (default: none)")
     p.add_argument(
         "--compress",
         default="",
@@ -119,6 +118,25 @@ def evaluate_options(p: argparse.ArgumentParser):
         help="whose training items wanda looks at: those that the adapter was trained on (default: --task's)",
     )
     p.add_argument("--task", choices=_TASKS, required=True, help="which benchmark")
+    p.add_argument("--source", **_SOURCE, help="where our own model and the data come from (default: package)")
+
+
+def _model(args: argparse.Namespace):
+    "The model and its tokenizer, with the adapter if there is one."
+    import torch
+
+    from dora_nb.adapt import load_adapter
+    from dora_nb.runs import load_base
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_base(args.model, args.source, args.compress, args.calibrate or args.task, device)
+    return load_adapter(model, args.adapter) if args.adapter else model, tokenizer
+
+
+def evaluate_options(p: argparse.ArgumentParser):
+    "Options of `dora-nb evaluate`."
+    _model_options(p)
+    p.add_argument("--adapter", metavar="DIR", help="an adapter that dora-nb or PEFT saved (default: none)")
     p.add_argument(
         "--split",
         choices=("validation", "dev", "train"),
@@ -149,7 +167,6 @@ def evaluate_options(p: argparse.ArgumentParser):
         metavar="N",
         help="most input tokens a batch, padding included (default: 1024 on a CPU, 8192 on a GPU)",
     )
-    p.add_argument("--source", **_SOURCE, help="where our own model and the data come from (default: package)")
     p.add_argument(
         "--out",
         metavar="FILE.jsonl",
@@ -159,34 +176,19 @@ def evaluate_options(p: argparse.ArgumentParser):
 # %% ../nbs/16_cli.ipynb #8215f592
 def evaluate_command(args: argparse.Namespace):
     "Ask a model about the items of a task; print a summary, write an answer per line."
-    import torch
-
-    from dora_nb.adapt import load_adapter, merge, write_whole
-    from dora_nb.assets import load_model
-    from dora_nb.compress import PRUNERS, compress, parse_scheme
+    from dora_nb.adapt import merge, write_whole
+    from dora_nb.compress import PRUNERS
     from dora_nb.evaluate import evaluate, format_of
-    from dora_nb.runs import CALIBRATION
     from dora_nb.tasks import load_task
 
-    if args.compress:
-        parse_scheme(args.compress)
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     items = load_task(
         args.task, args.split, format_of(args.protocol), args.limit, None if args.first else 0, args.source
     )
-    model, tokenizer = load_model(args.model, args.source, device="cuda" if torch.cuda.is_available() else "cpu")
-    if args.compress:
-        compress(
-            model,
-            args.compress,
-            tokenizer,
-            load_task(args.calibrate or args.task, "train", limit=CALIBRATION, source=args.source),
-        )
-    if args.adapter:
-        load_adapter(model, args.adapter)
-        if not args.compress.startswith(PRUNERS):
-            merge(model, keep_base=False)
+    model, tokenizer = _model(args)
+    if args.adapter and not args.compress.startswith(PRUNERS):
+        merge(model, keep_base=False)
     summary, records = evaluate(
         model, tokenizer, items, args.protocol, batch_tokens=args.batch_tokens, precision=args.precision
     )
@@ -220,13 +222,8 @@ def probe_command(args: argparse.Namespace):
 # %% ../nbs/16_cli.ipynb #cef51e97
 def ranks_options(p: argparse.ArgumentParser):
     "Options of `dora-nb ranks`."
-    p.add_argument(
-        "--model",
-        default="smollm2-135m-instruct",
-        help="ours, a local folder, or a Hub id (default: smollm2-135m-instruct)",
-    )
+    _model_options(p)
     p.add_argument("--adapter", metavar="DIR", required=True, help="an adapter that dora-nb or PEFT saved")
-    p.add_argument("--task", choices=_TASKS, required=True, help="which benchmark")
     p.add_argument(
         "--budget", type=float, required=True, help="numbers in all As and Bs; or, up to 1, a share of those there are"
     )
@@ -238,7 +235,6 @@ def ranks_options(p: argparse.ArgumentParser):
     )
     p.add_argument("--split", choices=("train", "dev"), default="train", help="whose items are asked (default: train)")
     p.add_argument("--items", type=int, default=32, metavar="N", help="so many, drawn by a fixed seed (default: 32)")
-    p.add_argument("--source", **_SOURCE, help="where our own model and the data come from (default: package)")
     p.add_argument(
         "--out", metavar="DIR", default="ranks", help="receives ranks.json and the smaller adapter (default: ranks)"
     )
@@ -246,18 +242,15 @@ def ranks_options(p: argparse.ArgumentParser):
 
 def ranks_command(args: argparse.Namespace):
     "Cut a trained adapter to a budget; print a line per layer, write the pattern and the smaller adapter."
-    import torch
-
-    from dora_nb.adapt import load_adapter, save_adapter
-    from dora_nb.assets import load_model
+    from dora_nb.adapt import save_adapter
     from dora_nb.rank import fit_budget, rank_pattern
     from dora_nb.runs import write_json
     from dora_nb.tasks import load_task
     from dora_nb.train import TrainConfig
 
     items = load_task(args.task, args.split, limit=args.items, source=args.source)
-    model, tokenizer = load_model(args.model, args.source, device="cuda" if torch.cuda.is_available() else "cpu")
-    rows = fit_budget(load_adapter(model, args.adapter), tokenizer, items, TrainConfig(), args.budget, args.score)
+    model, tokenizer = _model(args)
+    rows = fit_budget(model, tokenizer, items, TrainConfig(), args.budget, args.score)
     for row in rows:
         print(json.dumps(row))
     write_json(save_adapter(model, Path(args.out) / "adapter").parent / "ranks.json", rank_pattern(model))

@@ -6,7 +6,8 @@
 __all__ = ['RUN_METHODS', 'CHOICES', 'COUNTS', 'IGNORED', 'MANNER', 'LATER', 'ASKED', 'HERE', 'SCHEMA', 'RESULT', 'HISTORY',
            'PREDICTIONS', 'CURVATURE', 'GEOMETRY', 'RANKS', 'CHECKPOINTS', 'ERROR', 'CALIBRATION', 'LOST', 'RunConfig',
            'trained_tasks', 'check_params', 'config_from', 'effective', 'checksums', 'run_id', 'run_name',
-           'training_id', 'say', 'write_json', 'read_result', 'run', 'ProcessDied', 'ProbeConfig', 'run_probe', 'load']
+           'training_id', 'say', 'write_json', 'read_result', 'load_base', 'run', 'ProcessDied', 'ProbeConfig',
+           'run_probe', 'load']
 
 # %% ../nbs/11_runs.ipynb #1bcc8cd3
 import contextlib
@@ -82,6 +83,7 @@ CHOICES = {
     "protocol": tuple(PROTOCOLS),
     "eval_precision": PRECISIONS,
     "split": SPLITS,
+    "calibrate": ("", *assets.TASK_NAMES),
 }
 COUNTS = {
     "train_items",
@@ -662,6 +664,22 @@ def read_result(
 CALIBRATION = 32  # training items whose inputs wanda looks at, the same ones for every seed
 
 
+def load_base(
+    name: str,  # of the model: ours, a local folder, or a Hub id
+    source: str,  # of our own model and the data: package or hub
+    scheme: str,  # of `compress`; as it comes if empty
+    task: str,  # whose training items wanda looks at
+    device: str | torch.device,  # where it goes
+) -> tuple[torch.nn.Module, object]:  # model and tokenizer
+    "A model, and compressed if a scheme says so: what an adapter is trained on, and has to be used on."
+    if scheme:
+        parse_scheme(scheme)
+    model, tokenizer = load_model(name, source, device=device)
+    if scheme:
+        compress(model, scheme, tokenizer, load_task(task, "train", limit=CALIBRATION, source=source))
+    return model, tokenizer
+
+
 def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: Team) -> dict:
     "All of a run but the last word."
     start, device = time.perf_counter(), team.device
@@ -670,10 +688,9 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
     result, progress = _identity(config, device), progress and team.rank == 0
     format = config.eval_format or format_of(config.protocol)
     items = load_task(config.task, config.eval_split, format, config.eval_items, source=config.source)
-    model, tokenizer = load_model(config.model, config.source, device="cpu" if config.fsdp else device)
-    if config.compress:
-        seen = load_task(trained_tasks(config)[0], "train", limit=CALIBRATION, source=config.source)
-        compress(model, config.compress, tokenizer, seen)
+    asked_first = trained_tasks(config)[0]
+    where = "cpu" if config.fsdp else device
+    model, tokenizer = load_base(config.model, config.source, config.compress, asked_first, where)
     if config.fsdp and config.method == "base":
         shard(model, team)
     accelerate.utils.set_seed(config.seed)
@@ -857,6 +874,8 @@ class ProbeConfig:
     task: str = "winogrande"  # of `TASK_NAMES`, for instance boolq or hellaswag
     model: str = "smollm2-135m-instruct"  # ours, a local folder, or a Hub id
     source: str = "package"  # where our own model and the data come from: package or hub
+    compress: str = ""  # the base model that the adapter was trained on: rtn-4, hqq-3, …; as it comes if empty
+    calibrate: str = ""  # the task whose training items wanda looked at; `task` if empty
     split: str = "dev"  # which items: train, dev or validation
     items: int = 16  # so many, always the same ones
     format: str = "cloze"  # of the items: cloze or instruction
@@ -869,6 +888,8 @@ class ProbeConfig:
 
     def __post_init__(self):
         _check_values(self)
+        if self.compress:
+            parse_scheme(self.compress)
         if not self.adapter:
             raise ValueError("adapter is missing; give the folder of a saved adapter")
 
@@ -881,7 +902,8 @@ def run_probe(
     device, start = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter()
     training = TrainConfig(config.objective, max_tokens=config.max_tokens)
     items = load_task(config.task, config.split, config.format, config.items, source=config.source)
-    model, tokenizer = load_model(config.model, config.source, device=device)
+    calibrate = config.calibrate or config.task
+    model, tokenizer = load_base(config.model, config.source, config.compress, calibrate, device)
     load_adapter(model, config.adapter)
     found = probe(
         model, tokenizer, items, training, _blocks(config.blocks), config.eigenvalues, config.products, config.seed

@@ -119,8 +119,10 @@ def test_train_then_evaluate_the_adapter(tiny_model_dir, tmp_path, capsys):
     )
 
 
-def test_train_probe_cut_and_train_anew(tiny_model_dir, tmp_path, capsys):
+@pytest.mark.parametrize("scheme", ("", "rtn-4"))
+def test_train_probe_cut_and_train_anew(tiny_model_dir, tmp_path, capsys, scheme):
     options = ["--task", "winogrande", "--model", str(tiny_model_dir)]
+    options += ["--compress", scheme] if scheme else []
     small = ["--train-items", "8", "--batch-size", "4", "--eval-items", "4"]
     adapter = ["--adapter", str(tmp_path / "run" / "adapter")]
     assert main(["train", *options, *small, "--rank", "4", "--out", str(tmp_path / "run")]) == 0
