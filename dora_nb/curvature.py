@@ -481,7 +481,7 @@ def _draws(part: Part, z: Tensor, draws: int | None, seed: int) -> Iterable[Tens
 
 
 def _over_tokens(model: nn.Module, parts: Sequence[Part], params: Params, draws: int | None, seed: int, note: Callable):
-    "Run the backward passes, and give `note` every layer's name, inputs and scaled output gradients, a row a token."
+    "Run the backward passes, and give `note` every layer's name, inputs and scaled output gradients, each (tokens, …), and the batch's row of every token."
     layers, seen = adapter_layers(model), set()
 
     def watch(name):
@@ -489,11 +489,12 @@ def _over_tokens(model: nn.Module, parts: Sequence[Part], params: Params, draws:
             x, scale = args[0].detach().flatten(0, -2), layer.scale().detach() if hasattr(layer, "scale") else 1
 
             def arrived(g):
+                row = torch.arange(len(y), device=g.device).repeat_interleave(g[0, ..., 0].numel())
                 g = g.flatten(0, -2)
-                alive = g.abs().amax(1) > 0  # rows of zeros: padding, and tokens that no score depends on
+                alive = g.abs().amax(1) > 0  # all zeros: padding, and tokens that no score depends on
                 if alive.any():
                     seen.add(name)
-                    note(name, x[alive].double(), (g[alive] * scale).double())
+                    note(name, x[alive].double(), (g[alive] * scale).double(), row[alive])
 
             y.register_hook(arrived)
 
@@ -515,6 +516,11 @@ def _over_tokens(model: nn.Module, parts: Sequence[Part], params: Params, draws:
         )
 
 # %% ../nbs/08_curvature.ipynb #b9cf4d44
+def _squared(x: Tensor, g: Tensor, row: Tensor) -> float:
+    "The squared length of a weight's gradient, the sum over a row's tokens of g xᵀ; summed over rows."
+    return ((g @ g.T) * (x @ x.T) * (row == row[:, None])).sum().item()
+
+
 def kfac(
     model: nn.Module,  # with adapters
     parts: Sequence[Part],  # of its loss; with labels drawn, `each` must be a cross-entropy
@@ -522,15 +528,16 @@ def kfac(
     draws: int | None = None,  # labels drawn for every term; None for all of them, where terms share no inputs
     seed: int = 0,  # of the draws
 ) -> dict[str, Factors]:  # adapted layer → the factors of its ΔW, float64
-    "Kronecker factors of the Gauss-Newton matrix, over the tokens that bear on the loss."
-    S, C, n = {}, {}, {}
+    "Kronecker factors of the Gauss-Newton matrix, over the tokens that bear on the loss, of the matrix's own trace."
+    sums = {}
 
-    def note(name, x, g):
-        S[name], C[name] = S.get(name, 0) + g.T @ g, C.get(name, 0) + x.T @ x
-        n[name] = n.get(name, 0) + len(x)
+    def note(name, x, g, row):
+        each = g.T @ g, x.T @ x, len(x), _squared(x, g, row)
+        sums[name] = [a + b for a, b in zip(sums.get(name, (0, 0, 0, 0.0)), each)]
 
     _over_tokens(model, parts, params, draws, seed, note)
-    return {name: Factors(S[name], C[name] / n[name]) for name in S}
+    factors = {name: (S, C / n, trace) for name, (S, C, n, trace) in sums.items()}
+    return {name: Factors(S * (trace / (S.trace() * C.trace())), C) for name, (S, C, trace) in factors.items()}
 
 
 DAMPING = 1e-6  # of the factors, relative to the mean of their eigenvalues
@@ -541,7 +548,7 @@ class Metric(NamedTuple):
 
     B: Tensor  # (rank, rank), Bᵀ(S + δ)B
     A: Tensor  # (rank, rank), A(C + δ)Aᵀ
-    trace: float  # of S ⊗ C: the curvature of the layer's weight, as KFAC sees it
+    trace: float  # of S ⊗ C, and of the Gauss-Newton matrix: the curvature of the layer's weight
     felt: int  # directions of the update that the probe set feels at all: no spectrum in it has more values
 
 
@@ -555,24 +562,24 @@ def update_metrics(
     "As much of `kfac` as an update needs, in memory that does not grow with the width of a layer."
     at = {n: (params[f"{n}.lora_A"].double(), params[f"{n}.lora_B"].double()) for n in adapter_layers(model)}
     sums = {
-        n: [torch.zeros(len(A), len(A)).to(A), torch.zeros(len(A), len(A)).to(A), 0.0, 0.0, 0]
+        n: [torch.zeros(len(A), len(A)).to(A), torch.zeros(len(A), len(A)).to(A), 0.0, 0.0, 0, 0.0]
         for n, (A, B) in at.items()
     }
 
-    def note(name, x, g):
-        (A, B), total = at[name], sums[name]
+    def note(name, x, g, row):
+        A, B = at[name]
         gB, xA = g @ B, x @ A.T
-        total[0] += gB.T @ gB
-        total[1] += xA.T @ xA
-        total[2:] = [total[2] + g.square().sum().item(), total[3] + x.square().sum().item(), total[4] + len(x)]
+        lengths = g.square().sum().item(), x.square().sum().item()
+        each = gB.T @ gB, xA.T @ xA, *lengths, len(x), _squared(x, g, row)
+        sums[name] = [a + b for a, b in zip(sums[name], each)]
 
     _over_tokens(model, parts, params, draws, seed, note)
     metrics = {}
-    for name, (MB, MA, S, C, n) in sums.items():
+    for name, (MB, MA, S, C, n, trace) in sums.items():
         A, B = at[name]
         felt = min(int(torch.linalg.matrix_rank(M, rtol=1e-12, hermitian=True)) for M in (MB, MA))
-        MB = MB + DAMPING * S / len(B) * B.T @ B
-        metrics[name] = Metric(MB, (MA + DAMPING * C / A.shape[1] * A @ A.T) / n, S * C / n, felt)
+        MB, MA = MB + DAMPING * S / len(B) * B.T @ B, (MA + DAMPING * C / A.shape[1] * A @ A.T) / n
+        metrics[name] = Metric(MB * (trace * n / (S * C)), MA, trace, felt)
     return metrics
 
 # %% ../nbs/08_curvature.ipynb #048ef1e8
