@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from common import table
+from factors import off
 from rank import CUTS, NARROW, WIDE
 from scipy import stats
 
@@ -211,14 +212,31 @@ def page(method, data):
     ]
 
 
+def factors(path):
+    "How far Kronecker factors are off."
+    found = json.loads(path.read_text())
+    rows, o, where = found["rows"], found["options"], found["machine"]
+    shown = [{k: v if k == "layer" else f"{v:.1e}" for k, v in r.items()} for r in rows]
+    said = "{:.2f} of the exact sum, a layer off by a factor of {:.1f} in the median, Spearman {:.2f}"
+    by = {kind: said.format(*off(rows, kind)) for kind in ("factors", "unscaled")}
+    return [
+        "## How far off are Kronecker factors?",
+        f"What a layer's update is worth in the local model of the loss, ½ ΔW·G·ΔW with its own Gauss-Newton matrix G, in nats: exactly, by Kronecker factors that were given G's trace (`update_metrics`), and by the factors as they come. LoRA of rank {o['rank']} after {o['train_items']} items of SIQA in batches of 8, {o['items']} dev items, {len(rows)} layers; {where['count']} {where['unit']} of {where['device']}.",
+        table(shown, found["columns"]),
+        f"With the trace: {by['factors']}. Without: {by['unscaled']}. At layer 11's down projection the first token's input is 550 times as long as any other, and its gradient is not. What is above was measured on q and v, without the trace.",
+    ]
+
+
 def main():
     parts = []
     for path in sorted(HERE.glob("*.jsonl"), reverse=True):
         parts += page(path.stem, read(path))
+    if (HERE / "factors.json").exists():
+        parts += factors(HERE / "factors.json")
     if (HERE / "notes.md").exists():
         parts.insert(1, (HERE / "notes.md").read_text().strip())
     parts.append(
-        "---\n\nMeasured by `python benchmarks/rank.py`, a line of JSON for each measurement beside this page; `python benchmarks/report_rank.py` makes the page again."
+        "---\n\nMeasured by `python benchmarks/rank.py`, a line of JSON for each measurement beside this page, and `python benchmarks/factors.py --out reports/rank/factors.json`; `python benchmarks/report_rank.py` makes the page again."
     )
     (HERE / "report.md").write_text("\n\n".join(parts) + "\n")
 

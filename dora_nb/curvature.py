@@ -550,6 +550,7 @@ class Metric(NamedTuple):
     A: Tensor  # (rank, rank), A(C + δ)Aᵀ
     trace: float  # of S ⊗ C, and of the Gauss-Newton matrix: the curvature of the layer's weight
     felt: int  # directions of the update that the probe set feels at all: no spectrum in it has more values
+    scale: float  # by what the factors were multiplied to have that trace: 1 if inputs and gradients are independent
 
 
 def update_metrics(
@@ -579,7 +580,8 @@ def update_metrics(
         A, B = at[name]
         felt = min(int(torch.linalg.matrix_rank(M, rtol=1e-12, hermitian=True)) for M in (MB, MA))
         MB, MA = MB + DAMPING * S / len(B) * B.T @ B, (MA + DAMPING * C / A.shape[1] * A @ A.T) / n
-        metrics[name] = Metric(MB * (trace * n / (S * C)), MA, trace, felt)
+        scale = trace * n / (S * C)
+        metrics[name] = Metric(MB * scale, MA, trace, felt, scale)
     return metrics
 
 # %% ../nbs/08_curvature.ipynb #048ef1e8

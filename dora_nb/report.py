@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_GEOMETRY', 'ALL_CURVATURE', 'NOTHING', 'PUBLISHED', 'FOOTNOTES',
-           'PAPER_CORRELATIONS', 'COST_NOTE', 'ONE_WORD', 'TEST_NOTE', 'CHANGE_NOTE', 'CURVATURE_NOTE', 'CERTAIN_NOTE',
-           'SPEC', 'GEOMETRY_NOTE', 'OVERVIEW', 'Gathered', 'collect', 'read_report', 'own_trainings', 'cost_table',
-           'plot_accuracy', 'sweep', 'plot_sweep', 'sweep_table', 'plot_learning_curves', 'curvature_rows',
-           'curvature_table', 'plot_sharpness', 'counted', 'plot_density', 'plot_layers', 'correlation',
-           'partial_rank_correlation', 'geometry_rows', 'geometry_table', 'plot_geometry', 'stability_table',
-           'sharpness_table', 'experiment', 'render', 'reports_in', 'overview']
+           'PAPER_CORRELATIONS', 'COST_NOTE', 'ONE_WORD', 'TEST_NOTE', 'PROVISIONAL_NOTE', 'CHANGE_NOTE',
+           'CURVATURE_NOTE', 'CERTAIN_NOTE', 'SPEC', 'GEOMETRY_NOTE', 'OVERVIEW', 'Gathered', 'collect', 'read_report',
+           'own_trainings', 'cost_table', 'plot_accuracy', 'sweep', 'plot_sweep', 'sweep_table', 'plot_learning_curves',
+           'curvature_rows', 'curvature_table', 'plot_sharpness', 'counted', 'plot_density', 'plot_layers',
+           'correlation', 'interval', 'partial_rank_correlation', 'geometry_rows', 'geometry_table',
+           'geometry_differences', 'plot_geometry', 'stability_table', 'sharpness_table', 'experiment', 'render',
+           'reports_in', 'overview']
 
 # %% ../nbs/15_report.ipynb #56f6777e
 import dataclasses
+import itertools
 import json
 import math
 import tomllib
@@ -260,13 +262,16 @@ def plot_accuracy(
                 solid_capstyle="butt",
             )
             ax.plot(x, 100 * r["share"], "o", color=COLORS[r["method"]])
-        ax.axhline(100 * constant[task], ls=":", color="0.6", lw=1)
-        ax.text(-0.45, 100 * constant[task], "most frequent answer", fontsize=7, color="0.5", va="bottom")
-        ax.set_xticks(range(len(rows)), [r["label"].replace(", ", "\n") for r in rows], fontsize=8)
+        line = ax.axhline(100 * constant[task], ls=":", color="0.6", lw=1)
+        ax.set_xticks(
+            range(len(rows)), [r["label"].replace(", ", "\n").replace("full ", "full\n") for r in rows], fontsize=8
+        )
         ax.set(title=f"{TASK_LABELS[task]} (n = {rows[0]['n']})", xlim=(-0.5, len(rows) - 0.5))
         ax.margins(y=0.12)
     axes[0, 0].set_ylabel("accuracy (%), 95 % interval")
-    fig.tight_layout()
+    words = ["always the most frequent answer"]
+    fig.legend([line], words, loc="lower center", frameon=False, fontsize=7, labelcolor="0.4")
+    fig.tight_layout(rect=(0, 0.06, 1, 1))
     return fig
 
 # %% ../nbs/15_report.ipynb #e09e03a3
@@ -334,7 +339,7 @@ def plot_sweep(
     height = 0.18 * math.ceil(len(handles) / columns)  # of the legend, which stands below
     fig.set_figheight(2.82 + height)
     fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=columns, frameon=False, fontsize=8)
-    fig.tight_layout(rect=(0, (0.1 + height) / (2.82 + height), 1, 1))
+    fig.tight_layout(rect=(0, (0.1 + height) / (2.82 + height), 1, 1), w_pad=2)
     return fig
 
 # %% ../nbs/15_report.ipynb #e928e273
@@ -381,8 +386,8 @@ def plot_learning_curves(
                 style = dict(lw=4, alpha=0.35) if method == "lora" else dict(lw=1.2)  # both show where they agree
                 style["alpha"] = style.get("alpha", 1) * (i + 1) / len(kinds)  # from the first kind to the last
                 first, last = list(kinds)[0], list(kinds)[-1]
-                words = label if len(kinds) <= 2 else None
-                if len(kinds) > 2 and label == last:
+                words = label if len(kinds) <= 3 else None
+                if len(kinds) > 3 and label == last:
                     words = f"{first} (pale)\nto {last} (full)"
                 ax.plot(curve.index, curve, color=COLORS[method], label=words, **style)
         ax.set(title=TASK_LABELS[task], xlabel="optimiser step")
@@ -557,7 +562,7 @@ def plot_layers(
             column[1].plot(*zip(*_by_layer(group.probe.iloc[-1], "rank").items()), ":", color="0.6", lw=1)
         column[0].set(title=TASK_LABELS[task], yscale="log")
         column[1].set(xlabel="layer", ylim=(0, None))
-    axes[0, 0].set_ylabel("curvature of the weights\n(trace of S ⊗ C)")
+    axes[0, 0].set_ylabel("curvature of the weights\n(trace of the GGN)")
     axes[1, 0].set_ylabel("effective rank\n(dotted: rank used)")
     _legend(axes[0, -1])
     fig.tight_layout()
@@ -569,25 +574,30 @@ PAPER_CORRELATIONS = {"full": -0.62, "lora": 0.83, "dora": -0.31}
 
 def correlation(
     points: pd.DataFrame,  # weight, x, y
-    draws: int = 1_000,  # bootstrap samples
-) -> tuple[float, float, float]:  # and its 95 % interval, weights drawn anew
-    "Pearson's correlation over points that belong to weights."
+    draws: int = 1_000,  # bootstrap samples, weights drawn anew
+) -> np.ndarray:  # (1 + draws,), what was seen first
+    "Pearson's correlation over points that belong to weights. The same weights are drawn for every set of points."
     x, y = points.x, points.y
     sums = pd.DataFrame(dict(n=1.0, x=x, y=y, xx=x * x, yy=y * y, xy=x * y)).groupby(points.weight).sum().to_numpy()
     counts = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), draws)
+    n, x, y, xx, yy, xy = (np.vstack([np.ones_like(counts[:1]), counts]) @ sums).T
+    return (xy - x * y / n) / np.sqrt((xx - x * x / n) * (yy - y * y / n))
 
-    def pearson(n, x, y, xx, yy, xy):
-        return (xy - x * y / n) / np.sqrt((xx - x * x / n) * (yy - y * y / n))
 
-    drawn = pearson(*(counts @ sums).T)
-    return pearson(*sums.sum(0)), *np.nanquantile(drawn, [0.025, 0.975])
+def interval(
+    drawn: np.ndarray,  # (1 + draws,), what was seen first
+) -> tuple[float, float, float]:  # what was seen, and its 95 % interval
+    "The percentile interval of a bootstrap."
+    if np.isnan(drawn).all():
+        return math.nan, math.nan, math.nan
+    return drawn[0], *np.nanquantile(drawn[1:], [0.025, 0.975])
 
 
 def partial_rank_correlation(
     points: pd.DataFrame,  # kind, x, y, z; a row per weight
-    draws: int = 1_000,  # bootstrap samples
-) -> tuple[float, float, float]:  # and its 95 % interval, weights drawn anew within their kind
-    "Spearman's correlation of x and y with z held constant, among weights of a kind; the mean over kinds."
+    draws: int = 1_000,  # bootstrap samples, weights drawn anew within their kind
+) -> np.ndarray:  # (draws,), what was seen first
+    "Spearman's correlation of x and y with z held constant, among weights of a kind; the mean over kinds. The same weights are drawn for every set of points."
     rng, found = np.random.default_rng(0), []
     for _, group in points.groupby("kind"):
         if len(group) < 4:  # nothing is left to correlate once the third is held
@@ -601,10 +611,7 @@ def partial_rank_correlation(
         xy, xz, yz = r(ranks[0], ranks[1]), r(ranks[0], ranks[2]), r(ranks[1], ranks[2])
         with np.errstate(invalid="ignore", divide="ignore"):  # where a sample repeats one weight too often
             found.append((xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2)))
-    if not found:
-        return math.nan, math.nan, math.nan
-    mean = np.nanmean(found, 0)
-    return mean[0], *np.nanquantile(mean[1:], [0.025, 0.975])
+    return np.nanmean(found, 0) if found else np.full(draws, math.nan)
 
 # %% ../nbs/15_report.ipynb #4e645538
 def geometry_rows(
@@ -630,29 +637,59 @@ def geometry_rows(
     )
 
 
+def _signed(ends: tuple[float, float, float]) -> str:
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*ends)
+
+
+def _looks(group: pd.DataFrame) -> dict[str, np.ndarray]:
+    "Four ways to ask whether ΔM and ΔD of one kind of run go together, each with its bootstrap."
+    points = group.assign(x=group.delta_d, y=group.delta_m)
+    each = group[group.part == 1].groupby("weight")[["delta_d", "delta_m", "m0"]].mean()
+    each = each.set_axis(["x", "y", "z"], axis=1)
+    each["kind"] = each.index.str.rpartition(".").get_level_values(-1)
+    return {
+        "correlation": correlation(points),
+        "at the last checkpoint": correlation(points[points.part == 1]),
+        "of ΔM / row length": correlation(points.assign(y=points.relative)),
+        "partial Spearman": partial_rank_correlation(each),
+    }
+
+
 def geometry_table(
     rows: pd.DataFrame,  # as `geometry_rows` makes them
 ) -> pd.DataFrame:  # text, a row per task and method
-    "How ΔM and ΔD go together."
-    text, table = lambda c: f"{c[0]:+.2f} [{c[1]:+.2f}, {c[2]:+.2f}]", []
+    "How far ΔM and ΔD are from nought, how they go together, and what chance would make of ΔM."
+    table = []
     for (task, method, label), group in rows.groupby(["task", "method", "label"], sort=False):
-        end, points = group.part == 1, group.assign(x=group.delta_d, y=group.delta_m)
-        each = group[end].groupby("weight")[["delta_d", "delta_m", "m0"]].mean().set_axis(["x", "y", "z"], axis=1)
-        each["kind"] = each.index.str.rpartition(".").get_level_values(-1)
+        end = group[group.part == 1]
+        looks = {name: _signed(interval(drawn)) for name, drawn in _looks(group).items()}
         table.append(
             {
                 "task": TASK_LABELS[task],
                 "method": label,
-                "ΔM / row length and ΔD": f"{group.relative[end].mean():.1e}, {group.delta_d[end].mean():.1e}",
-                "in the paper": f"{PAPER_CORRELATIONS[method]:+.2f}",
-                "correlation": text(correlation(points)),
-                "at the last checkpoint": text(correlation(points[end])),
-                "of ranks, by kind, given the length": text(partial_rank_correlation(each)),
-                "ΔM ÷ a random step's": f"{group.of_step[end].median():.2f}",
-                "ΔM ÷ a random walk's": f"{group.of_walk[end].median():.2f}" if method == "dora" else "–",
+                "ΔM / row length and ΔD": f"{end.relative.mean():.1e}, {end.delta_d.mean():.1e}",
+                "paper's correlation": f"{PAPER_CORRELATIONS[method]:+.2f}",
+                **looks,
+                "ΔM ÷ a random step's": f"{end.of_step.median():.2f}",
+                "ΔM ÷ a random walk's": f"{end.of_walk.median():.2f}" if method == "dora" else "–",
             }
         )
     return pd.DataFrame(table)
+
+
+def geometry_differences(
+    rows: pd.DataFrame,  # as `geometry_rows` makes them
+) -> list[str]:  # a line for two methods; none where a method was trained in several ways
+    "How far the correlations of two methods are apart, on the same draws of weights."
+    lines = []
+    for task, here in rows.groupby("task", sort=False):
+        found = {label: _looks(group) for label, group in here.groupby("label", sort=False)}
+        if len(found) == here.method.nunique():
+            for one, other in itertools.combinations(found, 2):
+                apart = {name: _signed(interval(found[one][name] - found[other][name])) for name in found[one]}
+                words = ", ".join(f"{name} {text}" for name, text in apart.items())
+                lines.append(f"{TASK_LABELS[task]}: {one} − {other}: {words}.")
+    return lines
 
 # %% ../nbs/15_report.ipynb #576e6b79
 def plot_geometry(
@@ -800,7 +837,11 @@ def _accuracy_section(out: Path, found: Gathered, protocol: str, split: str, aga
     wide = lambda t, *last: sweep_table(sweep(t, against)) if along else accuracy_table(t, *last)
     _savefig(plot_sweep(sweep(table, against)) if along else plot_accuracy(table, constant), out / figure)
     what = "along the experiment's factor" if along else "by method and task, with intervals"
-    lines += [wide(table, constant).to_markdown(), "", f"![Accuracy {what}]({figure})\n", *losses]
+    lines += [wide(table, constant).to_markdown(), ""]
+    if along:
+        shares = ", ".join(f"{TASK_LABELS[t]} {100 * constant[t]:.1f}" for t in TASK_LABELS if t in constant)
+        lines += [f"Always the most frequent answer: {shares}.\n"]
+    lines += [f"![Accuracy {what}]({figure})\n", *losses]
     normed = [r for r in results if r["params"]["task"] not in ONE_WORD and "acc_norm" in r["metrics"]]
     if normed:
         lines += ["The same by length-normalised log-likelihood (acc_norm), which does not favour short answers:\n"]
@@ -815,7 +856,8 @@ def _accuracy_section(out: Path, found: Gathered, protocol: str, split: str, aga
     return lines
 
 # %% ../nbs/15_report.ipynb #8cc89f7c
-TEST_NOTE = "Interval and p are of the mean over items and seeds, both drawn anew (of McNemar's test where there is one seed); p is corrected for the number of comparisons on this page (Holm); g is Cohen's, the second's share of the items that only one got right, less a half. A difference is claimed where interval and p agree. Where the two give the same answer much oftener than two seeds of one do, they are still nearly one model, and a narrow interval says that, not that the methods come to the same when trained for longer.\n"
+TEST_NOTE = "Interval and p are of the mean over items and seeds, both drawn anew (of McNemar's test where there is one seed); p is corrected for the number of comparisons on this page (Holm); g is Cohen's, the share that the one named first has in the items that only one got right, less a half. A difference is claimed where interval and p agree. Where the two give the same answer much oftener than two seeds of one do, they are still nearly one model, and a narrow interval says that, not that the methods come to the same when trained for longer.\n"
+PROVISIONAL_NOTE = "Runs of this grid are missing, so p is corrected for fewer comparisons than the whole page will make: what is claimed here is provisional.\n"
 CHANGE_NOTE = "The difference of the differences, by the same items and seeds; interval and p as above (Student's, over items, where there is one seed).\n"
 
 # %% ../nbs/15_report.ipynb #5706ffa6
@@ -833,7 +875,8 @@ def _comparisons(found: Gathered, contrasts: list[tuple[dict, dict]], start: dic
     for r, p in zip((*rows, *moved), holm(np.array([r["p"] for r in (*rows, *moved)]))):
         r["p_holm"] = p
     title = "DoRA against LoRA" if contrasts == [METHODS_APART] else "Compared"
-    page = [f"## {title}, item by item\n", TEST_NOTE, *(f"- {verdict(r, r['labels'], head(r))}" for r in rows), ""]
+    page = [f"## {title}, item by item\n", TEST_NOTE, *([PROVISIONAL_NOTE] if found.problems else [])]
+    page += [*(f"- {verdict(r, r['labels'], head(r))}" for r in rows), ""]
     if moved:
         place = ", ".join(value_label(k, v) for k, v in start.items())
         page += ["## Does the difference change?\n", CHANGE_NOTE]
@@ -842,7 +885,7 @@ def _comparisons(found: Gathered, contrasts: list[tuple[dict, dict]], start: dic
 
 # %% ../nbs/15_report.ipynb #9a3ab22b
 CURVATURE_NOTE = """\
-H is the Hessian of the mean loss over the probe set, with respect to the adapters' parameters, with DoRA's exact norm, in float32; only eigenvalues that have converged are shown. A pairing of 1 means that its ends are ±pairs: the gradient, seen through A and B, and not curvature. A / B / m is where the top direction's energy lies. The trace is from four random vectors, ± its standard error. GGN is the generalised Gauss-Newton matrix of the block, all of whose eigenvalues are known here; "directions" counts softly those above a hundredth of the largest eigenvalue of all adapters together. H and GGN depend on α/r and on how A and B share an update's size, so compare rows of equal rank and start only."""
+H is the Hessian of the mean loss over the probe set, with respect to the adapters' parameters, with DoRA's exact norm, in float32; only eigenvalues that have converged are shown. The pairing, 1 − |λmax + λmin| / (λmax − λmin), is 1 where its ends are ±pairs: the gradient, seen through A and B, and not curvature. A / B / m is where the top direction's energy lies. The trace is from four random vectors, ± its standard error. GGN is the generalised Gauss-Newton matrix of the block, all of whose eigenvalues are known here; "directions" counts those above a hundredth of the largest eigenvalue of all adapters together, each as λ / (λ + that hundredth). H and GGN depend on α/r and on how A and B share an update's size, which the learning rate changes too: compare rows of equal rank, start and rate."""
 
 
 CERTAIN_NOTE = "the GGN vanishes, as the model is all but certain of its answer, right or wrong, on every item that was probed. What bends the loss there is the network itself (H); ranks and spectra that are read off the GGN mean nothing on these items."
@@ -876,7 +919,7 @@ def _curvature_section(out: Path, results: list[dict], probes: dict[str, list[di
         *(f"{TASK_LABELS[t]}: {CERTAIN_NOTE}\n" for t in certain),
         "![Largest eigenvalues along training](curvature-steps.png)\n",
         *(["![How many eigenvalues are beyond a size](curvature-density.png)\n"] if density else []),
-        f"Below, by layer at the end of training: the curvature of the weights themselves (by Kronecker factors, so whatever the rank), and how many components make up 99 % of an update's energy in that metric; means over a layer's projections. Of {len(updates)} updates {censored} need all that they have, or all that so few items can show; for these the figure is a lower bound.\n",
+        f"Below, by layer at the end of training: the curvature of the weights themselves (the trace of their Gauss-Newton matrix, whatever the rank), and how many components make up 99 % of an update's energy in the metric of Kronecker factors (chapter 08); means over a layer's projections. For {censored} of {len(updates)} updates the second figure is a lower bound: they need all the components that they have, or all that so few items can tell apart.\n",
         "![Curvature and effective rank by layer](curvature-layers.png)\n",
     ]
 
@@ -993,7 +1036,7 @@ def render(
     return out / "report.md"
 
 # %% ../nbs/15_report.ipynb #11106e1a
-GEOMETRY_NOTE = "ΔM is the mean change of the rows' lengths, ΔD the mean of 1 − cos between a row before and after, per weight. Pearson's correlation as in the paper, over all checkpoints and at the last one; then Spearman's at the last one, among weights of a kind and with the length of the rows held constant, averaged over kinds. Intervals draw weights anew, with all their checkpoints and seeds; seeds are not drawn. A random step turns a row as far in a random direction, a random walk takes AdamW's steps up or down by chance (chapter 15); the medians over weights at the last checkpoint are given. The paper's figures are of VL-BART, six layers and four checkpoints.\n"
+GEOMETRY_NOTE = "ΔM is the mean change of the rows' lengths, ΔD the mean of 1 − cos between a row before and after, per weight. Pearson's correlation as in the paper, over all checkpoints and at the last one; the same with ΔM divided by the length of the rows; then Spearman's partial correlation at the last checkpoint, among weights of a kind and with the length of the rows held constant, averaged over kinds. The third is large for every method, as both sides are then shares of a row's length, and a step of a given size turns and lengthens a short row more; the last takes the length out. Intervals draw weights anew, with all their checkpoints and seeds; seeds are not drawn. A random step turns a row as far in a random direction, a random walk takes AdamW's steps up or down by chance (chapter 15); the medians over weights at the last checkpoint are given. The paper's figures are of VL-BART, six layers and four checkpoints.\n"
 
 
 def _geometry_section(out: Path, found: Gathered) -> list[str]:
@@ -1003,7 +1046,10 @@ def _geometry_section(out: Path, found: Gathered) -> list[str]:
     rows = geometry_rows(found.results, found.geometry, found.history)
     _savefig(plot_geometry(rows), out / "geometry.png")
     table = geometry_table(rows).to_markdown(index=False, disable_numparse=True)
-    return ["## Lengths and directions\n", table, "", GEOMETRY_NOTE, "![ΔM against ΔD by method](geometry.png)\n"]
+    apart = [f"- {line}" for line in geometry_differences(rows)]
+    apart = ["Two methods' correlations, the same weights drawn for both:\n", *apart, ""] if apart else []
+    picture = "![ΔM against ΔD by method](geometry.png)\n"
+    return ["## Lengths and directions\n", table, "", GEOMETRY_NOTE, *apart, picture]
 
 
 def _sharpness_section(found: Gathered) -> list[str]:
@@ -1061,7 +1107,7 @@ def overview(
 OVERVIEW = """\
 # The poster, line by line
 
-Each line is an experiment: a grid file that says what is run, and a report that `dora-nb report` makes of what came of it. A verdict holds for the model, the items and the settings of its report, and no further. [LOG.md](LOG.md) has what was tried on the way, [quick](quick/report.md) what `make reproduce` makes, [speed](speed/report.md) and [reliability](reliability/report.md) what the software itself was measured at, and [rank](rank/report.md) an earlier look at curvature and ranks. This page is made by `make report`.
+The paper is *DoRA: Weight-Decomposed Low-Rank Adaptation* (Liu et al., 2024, [arXiv 2402.09353](https://arxiv.org/abs/2402.09353)); the poster, a reproduction of it on BoolQ, HellaSwag and WinoGrande, made the claims and asked the questions below. Each line is an experiment: a grid file that says what is run, and a report that `dora-nb report` makes of what came of it. A verdict holds for the model, the items and the settings of its report, and no further. [LOG.md](LOG.md) has what was tried on the way, [quick](quick/report.md) what `make reproduce` makes, [speed](speed/report.md) and [reliability](reliability/report.md) what the software itself was measured at, and [rank](rank/report.md) an earlier look at curvature and ranks. This page is made by `make report`.
 
 | experiment | claim | what these data say | report |
 |---|---|---|---|

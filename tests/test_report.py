@@ -39,7 +39,9 @@ from dora_nb.report import (
     correlation,
     cost_table,
     experiment,
+    geometry_differences,
     geometry_rows,
+    interval,
     overview,
     partial_rank_correlation,
     plot_sweep,
@@ -374,9 +376,9 @@ def test_a_correlation_and_its_interval():
     own = rng.normal(size=200)[weight]  # what the checkpoints of a weight share
     x = own + rng.normal(size=800)
     points = pd.DataFrame(dict(weight=weight, x=x, y=own + rng.normal(size=800)))
-    r, low, high = correlation(points)
+    r, low, high = interval(correlation(points))
     assert r == pytest.approx(np.corrcoef(points.x, points.y)[0, 1]) and low < r < high
-    alone = correlation(points.assign(weight=range(800)))
+    alone = interval(correlation(points.assign(weight=range(800))))
     assert high - low > 1.1 * (alone[2] - alone[1])  # checkpoints of one weight are no independent points
 
 
@@ -386,7 +388,7 @@ def test_a_partial_rank_correlation():
     z = rng.normal(size=300)
     x, y = z + 0.5 * rng.normal(size=300), z + 0.5 * rng.normal(size=300)
     points = pd.DataFrame(dict(kind="q", x=x, y=y, z=z))
-    r, low, high = partial_rank_correlation(points)
+    r, low, high = interval(partial_rank_correlation(points))
     ranks = points[["x", "y", "z"]].rank()
     left = [ranks[k] - np.polyval(np.polyfit(ranks.z, ranks[k], 1), ranks.z) for k in "xy"]
     assert r == pytest.approx(np.corrcoef(*left)[0, 1]) and low < 0 < high
@@ -394,6 +396,22 @@ def test_a_partial_rank_correlation():
     two = pd.concat([points, points.assign(kind="k", y=x)])
     assert partial_rank_correlation(two)[0] == pytest.approx((r + 1) / 2)
     assert np.isnan(partial_rank_correlation(points[:3])).all()
+
+
+def test_two_correlations_are_compared_on_the_same_weights():
+    rng = np.random.default_rng(0)
+    weights = [f"layers.{i}.q_proj" for i in range(60)]
+    m0, delta_d = rng.uniform(1, 3, 60), rng.uniform(0.1, 1, 60)
+    noise = rng.normal(size=60)
+    own = dict(weight=weights, task="boolq", part=1.0, m0=m0, delta_d=delta_d)
+    make = lambda method, share: pd.DataFrame(own | dict(method=method, label=method, delta_m=delta_d + share * noise))
+    both = lambda *frames: pd.concat([f.assign(relative=f.delta_m / f.m0) for f in frames])
+    (same,) = geometry_differences(both(make("lora", 0.5), make("dora", 0.5)))
+    assert same.startswith("BoolQ: lora − dora: correlation +0.00 [+0.00, +0.00], ")
+    (apart,) = geometry_differences(both(make("lora", 0.1), make("dora", 0.5)))
+    low = float(apart.partition("[")[2].partition(",")[0])
+    assert low > 0.1  # though the two intervals by themselves are wide
+    assert not geometry_differences(both(make("lora", 0.1), make("lora", 0.5).assign(label="another rate")))
 
 
 def test_lengths_that_nobody_steers():
