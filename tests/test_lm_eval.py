@@ -48,7 +48,7 @@ ORIGINAL = {  # one of our rows, in the columns of the original data set
     "arc_easy": lambda r: lettered(r, "question"),
     "openbookqa": lambda r: lettered(r, "question_stem"),
 }
-N, SUM, MARGIN = 12, 2e-3, 4e-3
+N, SUM, MARGIN = 8, 2e-3, 4e-3
 
 
 def harness_task(name, tmp_path):

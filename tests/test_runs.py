@@ -214,7 +214,7 @@ def test_a_grid_from_start_to_report(grid, tmp_path, capsys, monkeypatch):
     "Runs what is missing, skips what is done, reports what fails, mends what is damaged."
     from dora_nb.report import collect, render
 
-    folder = run_grid(grid, tmp_path / "runs")
+    folder = run_grid(grid, tmp_path / "runs", workers=2)
     results, problems = load(folder)
     assert len(results) == 3 and not problems
     for r in results:
@@ -236,7 +236,7 @@ def test_a_grid_from_start_to_report(grid, tmp_path, capsys, monkeypatch):
     assert sum("belongs to" in p for p in load(folder, load_grid(grid).configs)[1]) == 1
     run_grid(grid, tmp_path / "runs", dry_run=True)
     assert capsys.readouterr().err.count(": to do") == 2
-    run_grid(grid, tmp_path / "runs")
+    run_grid(grid, tmp_path / "runs", workers=2)
     again, problems = load(folder)
     assert [r["metrics"]["acc"] for r in again] == [r["metrics"]["acc"] for r in results] and not problems
 
@@ -298,7 +298,7 @@ def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys):
 
     whole = grid.read_text()
     grid.write_text(whole + '\n[[exclude]]\ntask = "winogrande"\n')
-    collect(run_grid(grid, tmp_path / "monday"), tmp_path / "report", grid)
+    collect(run_grid(grid, tmp_path / "monday", workers=2), tmp_path / "report", grid)
     assert len(read_report(tmp_path / "report")[0]) == 2
     grid.write_text(whole)
     capsys.readouterr()
@@ -322,7 +322,7 @@ def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
     text = grid.read_text().replace("set = { learning_rate = 2e-3 }", 'set = { target_modules = "no_such_layer" }')
     grid.write_text(text + '\n[[exclude]]\ntask = "winogrande"\n')
     with pytest.raises(Incomplete, match="1 of 2 runs failed.*boolq-dora"):
-        run_grid(grid, tmp_path / "runs")
+        run_grid(grid, tmp_path / "runs", workers=2)
     said = capsys.readouterr().err
     assert said.count("FAILED") == 1 and "no_such_layer" in said
     results, problems = load(tmp_path / "runs" / "tiny")
