@@ -132,7 +132,7 @@ def _model(args: argparse.Namespace):
     model, tokenizer = load_base(args.model, args.source, args.compress, args.calibrate or args.task, device)
     return load_adapter(model, args.adapter) if args.adapter else model, tokenizer
 
-
+# %% ../nbs/16_cli.ipynb #5e0b7a1c
 def evaluate_options(p: argparse.ArgumentParser):
     "Options of `dora-nb evaluate`."
     _model_options(p)

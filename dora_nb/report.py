@@ -613,6 +613,24 @@ def partial_rank_correlation(
             found.append((xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2)))
     return np.nanmean(found, 0) if found else np.full(draws, math.nan)
 
+
+def _signed(ends: tuple[float, float, float]) -> str:
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*ends)
+
+
+def _looks(group: pd.DataFrame) -> dict[str, np.ndarray]:
+    "Four ways to ask whether ΔM and ΔD of one kind of run go together, each with its bootstrap."
+    points = group.assign(x=group.delta_d, y=group.delta_m)
+    each = group[group.part == 1].groupby("weight")[["delta_d", "delta_m", "m0"]].mean()
+    each = each.set_axis(["x", "y", "z"], axis=1)
+    each["kind"] = each.index.str.rpartition(".").get_level_values(-1)
+    return {
+        "correlation": correlation(points),
+        "at the last checkpoint": correlation(points[points.part == 1]),
+        "of ΔM / row length": correlation(points.assign(y=points.relative)),
+        "partial Spearman": partial_rank_correlation(each),
+    }
+
 # %% ../nbs/15_report.ipynb #4e645538
 def geometry_rows(
     results: list[dict],  # as `collect` returns them
@@ -635,24 +653,6 @@ def geometry_rows(
     return rows.assign(
         part=rows.step / rows.steps, relative=relative, of_step=relative / turned, of_walk=rows.delta_m / rows.walk
     )
-
-
-def _signed(ends: tuple[float, float, float]) -> str:
-    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*ends)
-
-
-def _looks(group: pd.DataFrame) -> dict[str, np.ndarray]:
-    "Four ways to ask whether ΔM and ΔD of one kind of run go together, each with its bootstrap."
-    points = group.assign(x=group.delta_d, y=group.delta_m)
-    each = group[group.part == 1].groupby("weight")[["delta_d", "delta_m", "m0"]].mean()
-    each = each.set_axis(["x", "y", "z"], axis=1)
-    each["kind"] = each.index.str.rpartition(".").get_level_values(-1)
-    return {
-        "correlation": correlation(points),
-        "at the last checkpoint": correlation(points[points.part == 1]),
-        "of ΔM / row length": correlation(points.assign(y=points.relative)),
-        "partial Spearman": partial_rank_correlation(each),
-    }
 
 
 def geometry_table(
