@@ -528,7 +528,7 @@ def kfac(
     draws: int | None = None,  # labels drawn for every term; None for all of them, where terms share no inputs
     seed: int = 0,  # of the draws
 ) -> dict[str, Factors]:  # adapted layer → the factors of its ΔW, float64
-    "Kronecker factors of the Gauss-Newton matrix, over the tokens that bear on the loss, of the matrix's own trace."
+    "Kronecker factors of the Gauss-Newton matrix, over the tokens that bear on the loss; of its own trace where an item's tokens lie in one row, as they do where choices share their prompt."
     sums = {}
 
     def note(name, x, g, row):
@@ -548,7 +548,7 @@ class Metric(NamedTuple):
 
     B: Tensor  # (rank, rank), Bᵀ(S + δ)B
     A: Tensor  # (rank, rank), A(C + δ)Aᵀ
-    trace: float  # of S ⊗ C, and of the Gauss-Newton matrix: the curvature of the layer's weight
+    trace: float  # of S ⊗ C, and of the Gauss-Newton matrix (as for `kfac`): the curvature of the layer's weight
     felt: int  # directions of the update that the probe set feels at all: no spectrum in it has more values
     scale: float  # by what the factors were multiplied to have that trace: 1 if inputs and gradients are independent
 

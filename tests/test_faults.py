@@ -179,10 +179,8 @@ def test_told_to_stop(grid, tmp_path, undisturbed, number):
 
 def test_two_launchers_share_the_work(grid, tmp_path, undisturbed):
     cores = sorted(os.sched_getaffinity(0))
-    halves = [
-        cores[::2],
-        cores[1::2] or cores,
-    ]  # as many threads as when one launcher has two workers: sums depend on it
+    # as many threads as when one launcher has two workers: sums depend on their number
+    halves = [cores[::2], cores[1::2] or cores]
     shares = [lambda half=half: os.sched_setaffinity(0, half) for half in halves]
     both = [start(grid(), tmp_path / "runs", "--workers", "1", preexec_fn=share) for share in shares]
     said = [p.communicate(timeout=180)[1] for p in both]
