@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_GEOMETRY', 'ALL_CURVATURE', 'NOTHING', 'PUBLISHED', 'FOOTNOTES',
            'PAPER_CORRELATIONS', 'COST_NOTE', 'ONE_WORD', 'TEST_NOTE', 'PROVISIONAL_NOTE', 'CHANGE_NOTE',
-           'CURVATURE_NOTE', 'CERTAIN_NOTE', 'SPEC', 'GEOMETRY_NOTE', 'OVERVIEW', 'Gathered', 'collect', 'read_report',
-           'own_trainings', 'cost_table', 'plot_accuracy', 'sweep', 'plot_sweep', 'sweep_table', 'plot_learning_curves',
-           'curvature_rows', 'curvature_table', 'plot_sharpness', 'counted', 'plot_density', 'plot_layers',
-           'correlation', 'interval', 'partial_rank_correlation', 'geometry_rows', 'geometry_table',
+           'CURVATURE_NOTE', 'CERTAIN_NOTE', 'SPEC', 'GEOMETRY_NOTE', 'MOST_PANELS', 'OVERVIEW', 'Gathered', 'collect',
+           'read_report', 'own_trainings', 'cost_table', 'plot_accuracy', 'sweep', 'plot_sweep', 'sweep_table',
+           'plot_learning_curves', 'curvature_rows', 'curvature_table', 'plot_sharpness', 'counted', 'plot_density',
+           'plot_layers', 'correlation', 'interval', 'partial_rank_correlation', 'geometry_rows', 'geometry_table',
            'geometry_differences', 'plot_geometry', 'stability_table', 'sharpness_table', 'experiment', 'render',
            'reports_in', 'overview']
 
@@ -279,6 +279,12 @@ def _family(scheme: str) -> str:
     return scheme.rpartition("-")[0]
 
 
+def _degree(scheme: str) -> str:
+    "How harsh a scheme is: bits, or the share of zeros."
+    size = float(scheme.rpartition("-")[2])
+    return f"{100 * size:g}\u00a0% zeros" if size < 1 else f"{size:g} bits"
+
+
 def sweep(
     table: pd.DataFrame,  # as `accuracies` makes it, of one protocol and split
     against: str,  # a factor
@@ -305,7 +311,8 @@ def sweep(
     for r in rows:
         r["x"], r["at"] = math.nan, ""
         if moves(r):
-            r["x"], r["at"] = values[r["panel"]].index(r[against]), value_label(against, r[against])
+            at = _degree(r["compress"]) if r.get("family") and r["compress"] else value_label(against, r[against])
+            r["x"], r["at"] = values[r["panel"]].index(r[against]), at
     return pd.DataFrame(rows)
 
 # %% ../nbs/15_report.ipynb #da0ef087
@@ -315,7 +322,8 @@ def plot_sweep(
     "Accuracy along a factor: a panel per task or family, a line per method, 95 % intervals as bars."
     panels = list(dict.fromkeys(rows.panel))
     wide = max(3.0, 0.5 * rows.dropna(subset="x").x.nunique())  # room for the words under the ticks
-    fig, axes = plt.subplots(1, len(panels), figsize=(wide * len(panels) + 1.2, 3.0), dpi=110, squeeze=False)
+    size = (wide * len(panels) + 1.2, 3.0)
+    fig, axes = plt.subplots(1, len(panels), figsize=size, dpi=110, squeeze=False, sharey=rows.task.nunique() == 1)
     styles = ("-", "--", ":", "-.")
     for ax, panel in zip(axes[0], panels):
         here, given = rows[rows.panel == panel], {}
@@ -933,7 +941,7 @@ SPEC = {
     "contrasts": list,
     "changes_from": dict,  # a factor and the value from which a difference may change
     "published": bool,
-    "doubts": list,
+    "doubts": (list, dict),  # texts, or lists of them for each scale
     "verdict": (str, dict),  # a text, or one for each scale
 }
 
@@ -964,11 +972,9 @@ def experiment(
                 raise ValueError(
                     f"{path}: report.changes_from is a table with a run's parameter and a value that some run of the grid has, not {start}"
                 )
-            if isinstance(spec.get("verdict"), dict):
-                spec = {k: v for k, v in spec.items() if k != "verdict"} | (
-                    {"verdict": spec["verdict"][scale]} if scale in spec["verdict"] else {}
-                )
-            return spec, path, scale
+            by_scale = {k: spec[k] for k in ("verdict", "doubts") if isinstance(spec.get(k), dict)}
+            own = {k: v[scale] for k, v in by_scale.items() if scale in v}
+            return {k: v for k, v in spec.items() if k not in by_scale} | own, path, scale
     return {}, None, None
 
 # %% ../nbs/15_report.ipynb #8046d633
@@ -1039,15 +1045,20 @@ def render(
 GEOMETRY_NOTE = "ΔM is the mean change of the rows' lengths, ΔD the mean of 1 − cos between a row before and after, per weight. Pearson's correlation as in the paper, over all checkpoints and at the last one; the same with ΔM divided by the length of the rows; then Spearman's partial correlation at the last checkpoint, among weights of a kind and with the length of the rows held constant, averaged over kinds. The third is large for every method, as both sides are then shares of a row's length, and a step of a given size turns and lengthens a short row more; the last takes the length out. Intervals draw weights anew, with all their checkpoints and seeds; seeds are not drawn. A random step turns a row as far in a random direction, a random walk takes AdamW's steps up or down by chance (chapter 15); the medians over weights at the last checkpoint are given. The paper's figures are of VL-BART, six layers and four checkpoints.\n"
 
 
+MOST_PANELS = 20  # of a figure that can still be read
+
+
 def _geometry_section(out: Path, found: Gathered) -> list[str]:
     "Table and figure of ΔM and ΔD."
     if not len(found.geometry):
         return []
     rows = geometry_rows(found.results, found.geometry, found.history)
-    _savefig(plot_geometry(rows), out / "geometry.png")
     table = geometry_table(rows).to_markdown(index=False, disable_numparse=True)
     apart = [f"- {line}" for line in geometry_differences(rows)]
     apart = ["Two methods' correlations, the same weights drawn for both:\n", *apart, ""] if apart else []
+    if rows.groupby(["task", "label"]).ngroups > MOST_PANELS:
+        return ["## Lengths and directions\n", table, "", GEOMETRY_NOTE, *apart]
+    _savefig(plot_geometry(rows), out / "geometry.png")
     picture = "![ΔM against ΔD by method](geometry.png)\n"
     return ["## Lengths and directions\n", table, "", GEOMETRY_NOTE, *apart, picture]
 

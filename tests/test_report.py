@@ -20,12 +20,13 @@ from dora_nb.compare import (
     change_verdict,
     changes,
     compare,
-    crossed_bootstrap,
     factors,
     freedom,
     holm,
     majority,
     mean_interval,
+    mean_squares,
+    standard_error,
     verdict,
 )
 from dora_nb.decompose import delta_direction, delta_magnitude
@@ -106,14 +107,22 @@ def test_what_follows_from_something_else_is_no_factor():
     assert "probe" not in factors([*runs, result("dora", 3, learning_rate=2e-3, train_items=5, probe=True)])
 
 
-def test_the_crossed_bootstrap_is_as_wide_as_theory_says():
+def test_a_standard_error_is_as_wide_as_theory_says():
     "Variance of a mean: seeds' part over S, items' part over n, the rest over both."
     rng = np.random.default_rng(0)
     seeds, items = rng.normal(0, 0.2, (12, 1)), rng.normal(0, 1, (1, 300))
-    error = crossed_bootstrap(seeds + items, draws=8_000)
-    assert error == pytest.approx((seeds.var(ddof=1) / 12 + items.var(ddof=1) / 300) ** 0.5, rel=0.05)
-    errors = [crossed_bootstrap(rng.normal(0, 1, (6, 300)), draws=2_000) for _ in range(20)]  # each value for itself
+    expected = (seeds.var(ddof=1) / 12 + items.var(ddof=1) / 300) ** 0.5
+    assert standard_error(seeds + items) == pytest.approx(expected, rel=1e-9)
+    errors = [standard_error(rng.normal(0, 1, (6, 300))) for _ in range(200)]  # each value for itself
     assert 0.95 < np.mean(errors) * 1800**0.5 < 1.2  # not √3, as of a bootstrap that is left as it is
+
+
+def test_a_standard_error_is_that_of_a_crossed_bootstrap_less_what_it_counts_too_often():
+    rng = np.random.default_rng(1)
+    table = rng.integers(0, 2, (3, 400)) * rng.integers(0, 2, 400) + 0.1 * rng.normal(size=(3, 1))
+    draws = [table[rng.integers(0, 3, 2)][:, rng.integers(0, 400, 400)].mean() for _ in range(20_000)]
+    rest = mean_squares(table)[2]
+    assert np.var(draws) - 2 * rest / table.size == pytest.approx(standard_error(table) ** 2, rel=0.05)
 
 
 def test_degrees_of_freedom():
@@ -362,11 +371,8 @@ def test_a_sweep_over_schemes_of_compression():
     rows = sweep(accuracies(results, pd.concat([answers(r["run"], [1] * 10) for r in results])), "compress")
     assert list(dict.fromkeys(rows.panel)) == ["hqq", "magnitude", "rtn"]
     at = lambda f: list(rows[rows.panel == f].sort_values("x")["at"])
-    assert at("rtn") == ["as it comes", "rtn-4", "rtn-2"] and at("magnitude") == [
-        "as it comes",
-        "magnitude-0.25",
-        "magnitude-0.7",
-    ]
+    assert at("rtn") == ["as it comes", "4 bits", "2 bits"]
+    assert at("magnitude") == ["as it comes", "25\u00a0% zeros", "70\u00a0% zeros"]
     assert list(rows[rows.panel == "magnitude"].sort_values("x").x) == [0, 1, 2]  # no room for the schemes of others
 
 
@@ -462,4 +468,8 @@ def test_a_page_s_words_come_from_the_grid_file(tmp_path):
             experiment(folder)
     (folder.parent / "grid.toml").write_text(SPEC + "changes_from = { rank = 2 }")
     assert experiment(folder)[0]["changes_from"] == {"rank": 2}
+    by_scale = '[report.doubts]\nsmall = ["One."]\nlarge = ["Two."]\n[report.verdict]\nlarge = "Yes."'
+    (folder.parent / "grid.toml").write_text(SPEC.replace('verdict = "Undecided."', by_scale))
+    spec = experiment(folder)[0]
+    assert spec["doubts"] == ["One."] and "verdict" not in spec
     assert experiment(tmp_path) == ({}, None, None)
