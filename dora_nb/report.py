@@ -842,7 +842,8 @@ def _accuracy_section(out: Path, found: Gathered, protocol: str, split: str, aga
         losses = ["Cross-entropy over the choices (nats); the lowest of each method in bold:\n"]
         losses += [loss_table(results, predictions).to_markdown(disable_numparse=True), ""]
     along, constant = against in table.columns, majority(results, predictions)
-    wide = lambda t, *last: sweep_table(sweep(t, against)) if along else accuracy_table(t, *last)
+    # some of a page's tasks may hold one value of the factor only
+    wide = lambda t, *last: sweep_table(sweep(t, against)) if against in t.columns else accuracy_table(t, *last)
     _savefig(plot_sweep(sweep(table, against)) if along else plot_accuracy(table, constant), out / figure)
     what = "along the experiment's factor" if along else "by method and task, with intervals"
     lines += [wide(table, constant).to_markdown(), ""]
