@@ -59,8 +59,11 @@ class Grid:
     report: dict = field(default_factory=dict)  # what its page says and shows, see 15_report
 
 
+_DEFAULTS = asdict(RunConfig())
+
+
 def _matches(cell: dict, condition: dict) -> bool:
-    return all((asdict(RunConfig()) | cell).get(k) == v for k, v in condition.items())
+    return all(cell.get(k, _DEFAULTS[k]) == v for k, v in condition.items())
 
 # %% ../nbs/13_grid.ipynb #791618e8
 def _check_rules(spec: dict, where: str):

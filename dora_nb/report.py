@@ -955,7 +955,8 @@ def experiment(
     beside = out.parent / f"{out.name}.toml"  # of a grid that prepares another one
     for path, scale in ((out / "grid.toml", None), (out.parent / "grid.toml", out.name), (beside, None)):
         if path.exists() and (scale is None or scale in tomllib.loads(path.read_text()).get("scale", {})):
-            spec = load_grid(path, scale).report
+            grid = load_grid(path, scale)
+            spec = grid.report
             contrasts = spec.get("contrasts", [])
             known = {f.name for f in dataclasses.fields(RunConfig)}
             side = lambda s: isinstance(s, dict) and s.keys() <= known
@@ -968,7 +969,7 @@ def experiment(
                 raise ValueError(
                     f"{path}: report.{wrong[0]} is unknown or of the wrong type; there are {', '.join(SPEC)}"
                 )
-            start, configs = spec.get("changes_from", {}), load_grid(path, scale).configs
+            start, configs = spec.get("changes_from", {}), grid.configs
             if not side(start) or not any(all(getattr(c, k) == v for k, v in start.items()) for c in configs):
                 raise ValueError(
                     f"{path}: report.changes_from is a table with a run's parameter and a value that some run of the grid has, not {start}"
@@ -1093,15 +1094,16 @@ def overview(
 ) -> Path:  # README.md
     "What is claimed, what was measured, and what came of it, a line per experiment."
     folder, lines = Path(folder), []
+    about = {p: experiment(p) for p in reports_in(folder)}
     for path in folder.glob("*/grid.toml"):
         spec = tomllib.loads(path.read_text()).get("report", {})
         if "claim" not in spec:
             continue
-        made = [p for p in reports_in(folder) if experiment(p)[1] == path.resolve()]
+        made = [p for p, (_, grid, _) in about.items() if grid == path.resolve()]
         links = ", ".join(
             f"[{p.name if p != path.parent else 'report'}]({p.relative_to(folder)}/report.md)" for p in made
         )
-        verdicts = [f"{p.name}: {v}" for p in made if (v := experiment(p)[0].get("verdict"))]
+        verdicts = [f"{p.name}: {v}" for p in made if (v := about[p][0].get("verdict"))]
         words = [
             spec["claim"],
             " ".join(verdicts) or ("Under way." if made else "Not measured yet."),
