@@ -177,10 +177,12 @@ def evaluate_options(p: argparse.ArgumentParser):
 def evaluate_command(args: argparse.Namespace):
     "Ask a model about the items of a task; print a summary, write an answer per line."
     from dora_nb.adapt import merge, write_whole
-    from dora_nb.compress import PRUNERS
+    from dora_nb.compress import PRUNERS, parse_scheme
     from dora_nb.evaluate import evaluate, format_of
     from dora_nb.tasks import load_task
 
+    if args.compress:
+        parse_scheme(args.compress)  # says what is wrong before anything is read or made
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     items = load_task(

@@ -50,6 +50,12 @@ def test_help(name, capsys):
     assert e.value.code == 0 and "default" in capsys.readouterr().out
 
 
+def test_a_scheme_that_is_none_is_refused_before_anything_is_made(tmp_path, capsys):
+    out = tmp_path / "made" / "answers.jsonl"
+    assert main(["evaluate", "--task", "boolq", "--compress", "rtn-5", "--out", str(out)]) != 0
+    assert "compress='rtn-5' does not exist" in capsys.readouterr().err and not out.parent.exists()
+
+
 def test_help_does_not_wait_for_torch():
     code = "import sys; from dora_nb.cli import parser; parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
