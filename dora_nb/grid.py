@@ -451,7 +451,8 @@ def time_left(
     workers: int,  # at a time
 ) -> float | None:  # seconds; None if nothing is known
     "An estimate for all of a grid."
-    done, now, guesses, left = [j.result for j in jobs if j.result], time.monotonic(), {}, [0.0]
+    of_here = lambda r: bool(r.get("machine", {}).get("gpu")) == bool(gpus())  # or a GPU's seconds are a CPU's minutes
+    done, now, guesses, left = [j.result for j in jobs if j.result and of_here(j.result)], time.monotonic(), {}, [0.0]
     for job in jobs:
         if job.state in ("done", "failed"):
             continue

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from dora_nb.adapt import load_adapter, merge
 from dora_nb.assets import load_model
 from dora_nb.decompose import decompose
-from dora_nb.grid import Job, load_grid, run_grid, waves
+from dora_nb.grid import Job, load_grid, run_grid, time_left, waves
 from dora_nb.runs import (
     GEOMETRY,
     HISTORY,
@@ -37,6 +37,16 @@ def make(tiny_model_dir, tmp_path):
         return run(config, folder, progress=False), folder
 
     return go
+
+
+def test_a_gpu_s_seconds_are_no_estimate_for_a_cpu(tmp_path, monkeypatch):
+    params = dict(method="lora", task="boolq")
+    made = dict(params=params, seconds=6.0, machine={"gpu": "one"})
+    jobs = [Job(RunConfig(**params), tmp_path / "a", "done", result=made), Job(RunConfig(**params), tmp_path / "b")]
+    monkeypatch.setattr("dora_nb.grid.gpus", lambda: ["0"])
+    assert time_left(jobs, 1) == 6.0
+    monkeypatch.setattr("dora_nb.grid.gpus", lambda: [])
+    assert time_left(jobs, 1) is None
 
 
 @pytest.mark.parametrize("method", ("lora", "dora", "full"))
