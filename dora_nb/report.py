@@ -374,7 +374,7 @@ def plot_learning_curves(
     results: list[dict],  # as `collect` returns them
     history: pd.DataFrame,  # likewise, gathered
 ) -> matplotlib.figure.Figure:
-    "Training loss by step, mean over seeds and a tenth of the steps, a panel per task, a line per kind of run, paler for earlier ones."
+    "Training loss by step, mean over seeds and a tenth of the steps, a panel per task, a line per kind of run, paler for earlier ones; and a band between the seeds where there is room."
     names = factors(results)
     trained = [r for r in own_trainings(results) if r["training"]]
     trained.sort(key=lambda r: place(parameters(r), names))
@@ -389,8 +389,11 @@ def plot_learning_curves(
                         r["run"]
                     )
             for i, (label, runs) in enumerate(kinds.items()):
-                curve = history[history.run.isin(runs)].groupby("step").loss.mean()
-                curve = curve.rolling(max(1, len(curve) // 10), min_periods=1).mean()
+                curves = history[history.run.isin(runs)].pivot(index="step", columns="run", values="loss")
+                curves = curves.rolling(max(1, len(curves) // 10), min_periods=1).mean()
+                curve, ends = curves.mean(axis=1), (curves.min(axis=1), curves.max(axis=1))
+                if len(runs) > 1 and len(kinds) <= 3:
+                    ax.fill_between(curve.index, *ends, color=COLORS[method], alpha=0.15, lw=0)
                 style = dict(lw=4, alpha=0.35) if method == "lora" else dict(lw=1.2)  # both show where they agree
                 style["alpha"] = style.get("alpha", 1) * (i + 1) / len(kinds)  # from the first kind to the last
                 first, last = list(kinds)[0], list(kinds)[-1]
@@ -1031,7 +1034,8 @@ def render(
         page += [FOOTNOTES.replace("\n", "\n\n"), ""]
     if any(r["training"] for r in found.results):
         _savefig(plot_learning_curves(found.results, found.history), out / "learning-curves.png")
-        page += ["## Learning curves\n", "Mean over seeds, running mean over a tenth of the steps.\n"]
+        words = "Mean over seeds, running mean over a tenth of the steps; a band reaches from the lowest seed to the highest."
+        page += ["## Learning curves\n", words + "\n"]
         page += ["![Training loss by step](learning-curves.png)\n"]
     page += _geometry_section(out, found)
     if any(found.probes.values()):

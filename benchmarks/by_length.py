@@ -1,0 +1,33 @@
+"How often the answers that were chosen are the shortest or the longest of their item, by sums and by length-normalised sums."
+
+import argparse
+
+import numpy as np
+import pandas as pd
+
+from dora_nb.report import read_report
+from dora_nb.tasks import load_task
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--report", default="reports/main/large")
+    parser.add_argument("--task", default="hellaswag")
+    options = parser.parse_args()
+    found, items = read_report(options.report), load_task(options.task, "validation")
+    lengths = {item["doc_index"]: [len(text) for text in item["continuations"]] for item in items}
+    ends = {i: (int(np.argmin(n)), int(np.argmax(n))) for i, n in lengths.items()}
+    rows = []
+    for r in found.results:
+        if (r["params"]["task"], r["params"]["eval_split"]) != (options.task, "validation"):
+            continue
+        answers = found.predictions[found.predictions.run == r["run"]]
+        short, long = np.array([ends[i] for i in answers.doc_index]).T
+        for metric, chosen in (("right", "gold"), ("sum", "pred"), ("normalised", "pred_norm")):
+            shares = dict(shortest=(answers[chosen] == short).mean(), longest=(answers[chosen] == long).mean())
+            rows.append(dict(method=r["params"]["method"], metric=metric) | shares)
+    print((100 * pd.DataFrame(rows).groupby(["method", "metric"], sort=False).mean()).round(1).to_markdown())
+
+
+if __name__ == "__main__":
+    main()
