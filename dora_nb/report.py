@@ -257,11 +257,11 @@ def plot_accuracy(
                 [x, x],
                 [100 * r["low"], 100 * r["high"]],
                 color=COLORS[r["method"]],
-                lw=5,
+                lw=7,
                 alpha=0.35,
                 solid_capstyle="butt",
             )
-            ax.plot(x, 100 * r["share"], "o", color=COLORS[r["method"]])
+            ax.plot(x, 100 * r["share"], "o", ms=3.5, color=COLORS[r["method"]])
         line = ax.axhline(100 * constant[task], ls=":", color="0.6", lw=1)
         ax.set_xticks(
             range(len(rows)), [r["label"].replace(", ", "\n").replace("full ", "full\n") for r in rows], fontsize=8
@@ -731,7 +731,10 @@ def plot_geometry(
     for ax in axes[:, 0]:
         ax.set_ylabel("ΔM / row length", fontsize=8)
     handles, words = axes.flat[len(panels) - 1].get_legend_handles_labels()
-    fig.legend(handles, words, loc="lower center", ncols=3, frameon=False, fontsize=7, markerscale=2)
+    legend = fig.legend(handles, words, loc="lower center", ncols=3, frameon=False, fontsize=7, markerscale=2)
+    for handle in legend.legend_handles:
+        if hasattr(handle, "set_facecolor"):  # a dot, and of no method
+            handle.set_facecolor("0.3")
     fig.tight_layout(rect=(0, 0.4 / height, 1, 1))
     return fig
 
