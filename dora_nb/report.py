@@ -803,7 +803,13 @@ def _settings(results: list[dict]) -> str:
     more = [f"format {words('format')}"] if each("format") != ["cloze"] else []
     more += [f"trained together: {'; '.join(mixed)}"] if mixed else []
     more += [f"ranks by layer: {', '.join(sorted(set(shared)))}"] if len(set(shared)) > 1 else []
-    rates = sorted({(p["method"], p["learning_rate"]) for p in params if p["method"] != "base"})
+    rates = {}  # (method, rate) → tasks
+    for p in params:
+        if p["method"] != "base":
+            rates.setdefault((p["method"], p["learning_rate"]), set()).add(TASK_LABELS[p["task"]])
+    everywhere = {t for tasks in rates.values() for t in tasks}
+    where = lambda tasks: f" ({', '.join(sorted(tasks))})" if tasks != everywhere else ""
+    rates = ", ".join(f"{LABELS[m]} {lr:g}{where(tasks)}" for (m, lr), tasks in sorted(rates.items()))
     machines = sorted(
         {f"{r['machine']['gpu'] or r['machine']['cpu']} ({r['machine']['threads']} threads)" for r in results}
     )
@@ -819,7 +825,7 @@ def _settings(results: list[dict]) -> str:
     smaller = f" Compressed by: {', '.join(schemes)} (chapter 10)." if schemes else ""
     return f"""\
 - Model: {words("model")}, from: {words("source")}.{weights}{smaller}
-- Training: {"".join(f"{m}, " for m in more)}objective {words("objective")}, items: {items}, {words("epochs")} epoch(s), batches of {words("batch_size")}, dropout {words("dropout")}, α {words("alpha")}, init {words("init")}, targets {words("target_modules")}, warm-up {words("warmup_ratio")} of the steps, precision {used("precision", trained)}; learning rate {", ".join(f"{LABELS[m]} {lr:g}" for m, lr in rates)}; seeds {words("seed")}, each with its own items, their order, and its own start of A.
+- Training: {"".join(f"{m}, " for m in more)}objective {words("objective")}, items: {items}, {words("epochs")} epoch(s), batches of {words("batch_size")}, dropout {words("dropout")}, α {words("alpha")}, init {words("init")}, targets {words("target_modules")}, warm-up {words("warmup_ratio")} of the steps, precision {used("precision", trained)}; learning rate {rates}; seeds {words("seed")}, each with its own items, their order, and its own start of A.
 - Evaluation: split {words("eval_split")}, protocol {words("protocol")}, precision {used("eval_precision", results)}; the same items for every run{tested}.
 - Machine: {"; ".join(machines)}. Versions: {", ".join(versions)}."""
 
