@@ -247,7 +247,10 @@ def plot_accuracy(
 ) -> matplotlib.figure.Figure:
     "Accuracy with its 95 % interval, a panel per task."
     tasks = list(dict.fromkeys(table.task))
-    fig, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks) + 1, 2.6), dpi=110, sharey=True, squeeze=False)
+    under = lambda label: label.replace(", ", "\n").replace("full ", "full\n").replace("ranks by ", "ranks by\n")
+    wide = max(2.6, 0.8 * table.groupby("task").size().max() - 0.8)  # room for the words under the ticks
+    size = (wide * len(tasks) + 1, 2.6 + 0.15 * max(0, *(under(t).count("\n") - 1 for t in table.label)))
+    fig, axes = plt.subplots(1, len(tasks), figsize=size, dpi=110, sharey=True, squeeze=False)
     for ax, task in zip(axes[0], tasks):
         rows = (
             table[table.task == task].sort_values("method", key=lambda c: c.map(list(LABELS).index)).to_dict("records")
@@ -263,9 +266,7 @@ def plot_accuracy(
             )
             ax.plot(x, 100 * r["share"], "o", ms=3.5, color=COLORS[r["method"]])
         line = ax.axhline(100 * constant[task], ls=":", color="0.6", lw=1)
-        ax.set_xticks(
-            range(len(rows)), [r["label"].replace(", ", "\n").replace("full ", "full\n") for r in rows], fontsize=8
-        )
+        ax.set_xticks(range(len(rows)), [under(r["label"]) for r in rows], fontsize=8)
         ax.set(title=f"{TASK_LABELS[task]} (n = {rows[0]['n']})", xlim=(-0.5, len(rows) - 0.5))
         ax.margins(y=0.12)
     axes[0, 0].set_ylabel("accuracy (%), 95 % interval")
