@@ -29,10 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package is no
 
 WHEELS = ("datasets", "dill", "multiprocess", "xxhash", "gguf")  # that a machine with torch and transformers may lack
 SOURCES = ("hqq", "termcolor")  # that come as source: pure Python, so built here
-PART, ARCHIVE = (
-    58 * 2**20,
-    15 * 2**20,
-)  # bytes of a part on its way there (the second and the data fill a trip), of an archive on its way back
+PART = 58 * 2**20  # bytes of a part of the model on its way there; the second one and the data fill a trip
+ARCHIVE = 15 * 2**20  # bytes of an archive on its way back
 ARCHIVES = 3  # full ones, after which a slice ends: so much comes back from one trip
 LEFT_THERE = ("adapter", "checkpoints")  # too large to bring back
 ENDS = ("result.json", "error.json")  # a run has one of these when it has ended

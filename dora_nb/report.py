@@ -1044,7 +1044,7 @@ def render(
         page += [FOOTNOTES.replace("\n", "\n\n"), ""]
     if any(r["training"] for r in found.results):
         _savefig(plot_learning_curves(found.results, found.history), out / "learning-curves.png")
-        words = "Mean over seeds, running mean over a tenth of the steps; a band reaches from the lowest seed to the highest."
+        words = "Mean over seeds, running mean over a tenth of the steps; a band, where there is room for one, reaches from the lowest seed to the highest."
         page += ["## Learning curves\n", words + "\n"]
         page += ["![Training loss by step](learning-curves.png)\n"]
     page += _geometry_section(out, found)
