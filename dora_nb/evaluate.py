@@ -14,6 +14,8 @@ from statistics import NormalDist
 import datasets
 import torch
 from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from .tasks import collate, encode_item, encode_text
 from dora_nb.train import (
@@ -117,6 +119,25 @@ def _padded(prompts: list[list[int]], pad_id: int, device: torch.device) -> dict
     fill = lambda pad, row: torch.tensor([[pad] * (width - len(p)) + row(p) for p in prompts], device=device)
     return dict(input_ids=fill(pad_id, list), attention_mask=fill(0, lambda p: [1] * len(p)))
 
+# %% ../nbs/07_evaluate.ipynb #5e1f0c2a
+def _write(
+    model: nn.Module,  # a causal language model
+    batch: dict[str, torch.Tensor],  # prompts, padded on the left, (B, T)
+    num_beams: int,  # beams
+    **options,  # of `generate`
+) -> torch.Tensor:  # the tokens that follow each prompt, (B, at most max_new_tokens)
+    "Go on with prompts by beam search; all but a prompt's last token is read once, and not once for every beam."
+    options |= dict(do_sample=False)
+    width, kept = batch["input_ids"].shape[1], {}
+    if num_beams > 1 and width > 1:
+        heads = {k: v[:, :-1] for k, v in batch.items()}
+        first = model.generate(**heads, **options | dict(max_new_tokens=1, return_dict_in_generate=True))
+        cache = first.past_key_values
+        if isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers):
+            cache.batch_repeat_interleave(num_beams)
+            kept = dict(past_key_values=cache)  # other kinds, a sliding window's for one, may not be repeated
+    return model.generate(**batch, **kept, **options, num_beams=num_beams)[:, width:]
+
 # %% ../nbs/07_evaluate.ipynb #797115a3
 @torch.no_grad()
 def generate_answers(
@@ -151,14 +172,8 @@ def generate_answers(
             size = max(1, (batch_tokens or 4096) // (num_beams * (width + max_new_tokens)))
             group, order = order[:size], order[size:]
             batch = _padded([prompts[i] for i in group], pad, model.device)
-            written = model.eval().generate(
-                **batch,
-                max_new_tokens=max_new_tokens,
-                num_beams=num_beams,
-                do_sample=False,
-                pad_token_id=pad,
-            )
-            outputs |= zip(group, tokenizer.batch_decode(written[:, width:], skip_special_tokens=True))
+            written = _write(model.eval(), batch, num_beams, max_new_tokens=max_new_tokens, pad_token_id=pad)
+            outputs |= zip(group, tokenizer.batch_decode(written, skip_special_tokens=True))
             bar.update(len(group))
     outputs = dict(pair for part in team.gather(list(outputs.items())) for pair in part)
     records = []

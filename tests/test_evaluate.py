@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import transformers
 
 from dora_nb.assets import load_model
 from dora_nb.evaluate import evaluate, format_of, generate_answers, match_answer, rank_choices, standard_error, wilson
-from dora_nb.tasks import load_task
+from dora_nb.tasks import encode_text, load_task
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,37 @@ def test_generation_does_not_depend_on_padding(smollm):
     _, one_by_one = generate_answers(model, tokenizer, items, batch_tokens=1, progress=False, max_new_tokens=6)
     _, together = generate_answers(model, tokenizer, items, progress=False, max_new_tokens=6)
     assert [r["output"] for r in one_by_one] == [r["output"] for r in together]
+
+
+def test_beams_share_the_reading_of_their_prompt(smollm):
+    "The answers are those of `generate` alone, item by item; a prompt is read once and not four times."
+    model, tokenizer = smollm
+    items, read = load_task("winogrande", "validation", "instruction", limit=3), []
+    prompts = [torch.tensor([encode_text(tokenizer, item["contexts"][0])]) for item in items]
+    options = dict(max_new_tokens=6, num_beams=4, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    alone = [tokenizer.decode(model.generate(p, **options)[0, p.shape[1] :], skip_special_tokens=True) for p in prompts]
+    hook = model.get_input_embeddings().register_forward_hook(lambda m, x, y: read.append(x[0].numel()))
+    _, records = generate_answers(model, tokenizer, items, progress=False, max_new_tokens=6)
+    hook.remove()
+    assert [r["output"] for r in records] == alone
+    assert sum(read) <= 3 * max(p.shape[1] for p in prompts) + 3 * 4 * 6
+
+
+def test_generation_where_the_cache_cannot_be_shared(tiny_model_dir):
+    "A model without a cache, and one whose cache slides over the prompt."
+    model, tokenizer = load_model(str(tiny_model_dir))
+    items = load_task("boolq", "validation", "instruction", limit=3)
+    ask = lambda m: [r["output"] for r in generate_answers(m, tokenizer, items, progress=False, max_new_tokens=4)[1]]
+    expected = ask(model)
+    model.generation_config.use_cache = False
+    assert ask(model) == expected
+    config = transformers.MistralConfig(**model.config.to_dict() | dict(sliding_window=16))
+    sliding = transformers.MistralForCausalLM(config).eval()
+    sliding.load_state_dict(model.state_dict())
+    options = dict(max_new_tokens=4, num_beams=4, do_sample=False, pad_token_id=2)
+    prompts = [torch.tensor([encode_text(tokenizer, item["contexts"][0])]) for item in items]
+    alone = [sliding.generate(p, **options)[0, p.shape[1] :] for p in prompts]
+    assert ask(sliding) == tokenizer.batch_decode(alone, skip_special_tokens=True) != expected
 
 
 def test_a_tokenizer_without_a_padding_token(tiny_model_dir):
