@@ -26,7 +26,8 @@ def main():
         for metric, chosen in (("right", "gold"), ("sum", "pred"), ("normalised", "pred_norm")):
             shares = dict(shortest=(answers[chosen] == short).mean(), longest=(answers[chosen] == long).mean())
             rows.append(dict(method=r["params"]["method"], metric=metric) | shares)
-    print((100 * pd.DataFrame(rows).groupby(["method", "metric"], sort=False).mean()).round(1).to_markdown())
+    shares = 100 * pd.DataFrame(rows).groupby(["method", "metric"], sort=False).mean()
+    print(shares.reset_index().to_markdown(index=False, floatfmt=".1f"))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -80,6 +82,14 @@ def peak_bytes(f):
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
     f()
     return max(1, used() - before)
+
+
+def alone(f, *args):
+    "What a call returns in a process of its own: one that did other work has memory to use again, which no peak shows."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peft", "transformers", "dora_nb.adapt"])  # imported once and not for every call
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(f, *args).result()
 
 
 def interleave(candidates, rounds, warm_up=1):

@@ -1,13 +1,9 @@
 "Curvature: what a product costs, how many are needed, and what other tools say of a case whose truth is known."
 
-import json
-import subprocess
-import sys
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import DEVICE, arguments, finish, interleave, peak_bytes, ratio
+from common import DEVICE, alone, arguments, finish, interleave, peak_bytes, ratio
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
 
@@ -75,7 +71,7 @@ def costs(method, rounds, items):
         off = (candidates["curvlinops, GGN product"](v) - candidates["GGN product"](v)).norm() / v.norm()
         assert off < 1e-4, f"the two GGNs differ by {off}"
         times = interleave({name: lambda f=f: f(v) for name, f in candidates.items()}, rounds)
-    peaks = {name: peak_of(method, items, name) for name in CALLS}
+    peaks = {name: alone(peak_of, method, items, name) for name in CALLS}
     for name in candidates:
         row = {
             "method": method,
@@ -88,12 +84,7 @@ def costs(method, rounds, items):
 
 
 def peak_of(method, items, name):
-    "Bytes above the loaded model, in a process of its own."
-    command = [sys.executable, "-W", "ignore", __file__, "--one", json.dumps([method, items, name])]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def measure_one(method, items, name):
+    "Bytes above the loaded model."
     model, parts, params, _ = setup(method, items)
     v = torch.randn(sum(p.numel() for p in params.values()), device=DEVICE)
     with probing(model):
@@ -207,9 +198,7 @@ def cases():
 
 
 def main():
-    options = arguments(__doc__, rounds=7, items=8, k=10, tol=1e-3, methods="lora,dora", one="")
-    if options.one:
-        return print(measure_one(*json.loads(options.one)))
+    options = arguments(__doc__, rounds=7, items=8, k=10, tol=1e-3, methods="lora,dora")
     methods, tables = options.methods.split(","), {}
     rows = []
     for method in methods:

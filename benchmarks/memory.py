@@ -1,12 +1,9 @@
 "What adapted layers keep for the backward pass, and the peak of a whole step."
 
 import itertools
-import json
-import subprocess
-import sys
 
 import torch
-from common import DEVICE, DTYPES, LARGE, SMALL, TARGETS, arguments, blocks, finish, ours, peak_bytes, peft
+from common import DEVICE, DTYPES, LARGE, SMALL, TARGETS, alone, arguments, blocks, finish, ours, peak_bytes, peft
 
 MODELS = {
     "frozen": lambda model, rank: model,
@@ -52,19 +49,8 @@ def peak(name, dtype, rank, tokens, layers):
     return peak_bytes(steps)
 
 
-def alone(*args):
-    "`peak` in a process of its own, since a process does not forget its peak."
-    done = subprocess.run([sys.executable, __file__, "--one", json.dumps(args)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main():
-    options = arguments(__doc__, rounds=3, layers=4, ranks="16,64", dtypes="float32,bfloat16", tokens=2048, one="")
-    if options.one:
-        print(peak(*json.loads(options.one)))
-        return
+    options = arguments(__doc__, rounds=3, layers=4, ranks="16,64", dtypes="float32,bfloat16", tokens=2048)
     shape, rows = LARGE if DEVICE.type == "cuda" else SMALL, []
     for dtype, rank in itertools.product(options.dtypes.split(","), map(int, options.ranks.split(","))):
         row = {"dtype": dtype, "rank": rank, "tokens": options.tokens}
@@ -73,7 +59,8 @@ def main():
             each = kept(model, inputs(shape, options.tokens, DTYPES[dtype])) / (options.layers * len(TARGETS))
             row[f"{name}, kept"] = each
         peaks = {
-            n: min(alone(n, dtype, rank, options.tokens, options.layers) for _ in range(options.rounds)) for n in MODELS
+            n: min(alone(peak, n, dtype, rank, options.tokens, options.layers) for _ in range(options.rounds))
+            for n in MODELS
         }
         base, lora = row.pop("frozen, kept"), row["our LoRA, kept"]
         for name in list(MODELS)[1:]:

@@ -1,6 +1,7 @@
 "The benchmarks run, and the page on speed is the one that their stored results make. No timing is judged here."
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -34,12 +35,31 @@ def test_the_page_is_made_from_the_results(tmp_path):
     assert new.shape == old.shape and np.abs(new - old).mean() < 0.01, again
 
 
-def test_answers_alone():
-    command = [sys.executable, ROOT / "benchmarks" / "answers_alone.py", "--tasks", "openbookqa", "--items", "all"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    row = json.loads(done.stdout)
+def printed(monkeypatch, capsys, name, *options):
+    "What a benchmark prints, run in this process: imports take longer than it does."
+    monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+    runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_answers_alone(monkeypatch, capsys):
+    row = json.loads(printed(monkeypatch, capsys, "answers_alone", "--tasks", "openbookqa", "--items", "all"))
     assert row["validation"]["n"] == 500 and row["validation"]["interval"][0] > 0.3  # far above a quarter
+
+
+def test_lengths_of_what_is_chosen(monkeypatch, capsys):
+    "The shares are those that reports/LOG.md gives, and the right answers' are the same for every method."
+    said = printed(monkeypatch, capsys, "by_length", "--report", ROOT / "reports" / "main" / "large")
+    rows = [[word.strip() for word in line.split("|")[1:-1]] for line in said.splitlines()[2:]]
+    shares = {(method, metric): (float(short), float(long)) for method, metric, short, long in rows}
+    assert len({shares[method, "right"] for method in ("base", "lora", "dora", "full")}) == 1
+    log = (ROOT / "reports" / "LOG.md").read_text()
+    short, after, right = (round(shares[key][0]) for key in (("base", "sum"), ("dora", "sum"), ("base", "right")))
+    assert f"shortest ending for {short} % of the items, after training {after}, where it is right for {right}" in log
+    long, after, right = (
+        round(shares[key][1]) for key in (("base", "normalised"), ("dora", "normalised"), ("base", "right"))
+    )
+    assert f"longest for {long} and then {after}, where it is right for {right}" in log
 
 
 SLICE = """
