@@ -85,21 +85,25 @@ def test_a_slice_and_what_it_brings_back(tmp_path, tiny_model_dir):
     (tmp_path / "stage" / "cache").symlink_to(cache_dir().resolve())
     (tmp_path / "grid.toml").write_text(SLICE.format(model=tiny_model_dir))
     (tmp_path / "same.toml").write_text(SLICE.format(model=tiny_model_dir).replace('"x"', '"y"'))  # not made twice
+    broken = SLICE.format(model=tiny_model_dir).replace('"x"', '"z"').replace('["base", "lora"]', '["lora"]')
+    (tmp_path / "broken.toml").write_text(broken.replace("rank = 2", "rank = 4\nlearning_rate = 1e30"))
     tool = [sys.executable, ROOT / "benchmarks" / "slices.py"]
 
     def go(out, seconds):
         command = [*tool, "run", tmp_path / "stage", tmp_path / out, tmp_path / "grid.toml"]
-        command += [tmp_path / "same.toml", "--workers", "2"]
+        command += [tmp_path / "same.toml", tmp_path / "broken.toml", "--workers", "2"]
         done = subprocess.run([*command, "--seconds", seconds], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout.splitlines()
 
-    assert go("none", "0")[-1] == "4 runs are left to do"
+    assert go("none", "0")[-1] == "6 runs are left to do"
     said = go("first", "300")
-    assert said[-1] == "0 runs are left to do", said
-    assert go("again", "0")[-1] == "0 runs are left to do" and list((tmp_path / "again").glob("*.zip"))
+    assert said[-1] == "2 runs are left to do, of which 2 failed", said
+    assert sum("FAILED: Diverged" in line for line in said) == 2
+    assert go("again", "0")[-1] == "2 runs are left to do" and list((tmp_path / "again").glob("*.zip"))
     done = subprocess.run([*tool, "fetch", tmp_path / "first", tmp_path / "runs"], capture_output=True, text=True)
-    assert done.stdout.startswith("4 runs in"), done.stderr
+    assert done.stdout.startswith("6 runs in"), done.stderr
+    assert [("Diverged" in p) for p in load(tmp_path / "runs" / "z")[1]] == [True, True]
     results, problems = load(tmp_path / "runs" / "x")
     assert len(results) == 4 and not problems
     assert sum("trained_by" in (r["training"] or {}) for r in results) == 1

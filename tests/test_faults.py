@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from dora_nb.grid import Incomplete, load_grid, put_files, run_grid
-from dora_nb.runs import CHECKPOINTS, ERROR, HISTORY, PREDICTIONS, RESULT, SCHEMA, load, run_name
+from dora_nb.grid import Incomplete, load_grid, make_elsewhere, put_files, run_grid
+from dora_nb.runs import CHECKPOINTS, ERROR, HISTORY, PREDICTIONS, RESULT, SCHEMA, RunConfig, load, run_name
 
 GRID = """
 name = "tiny"
@@ -295,6 +296,16 @@ def test_a_lost_machine(grid, tmp_path, undisturbed, capsys):
     finally:
         ray.shutdown()
         nodes.shutdown()
+
+
+def test_another_model_where_a_run_was_sent(tiny_model_dir, tmp_path):
+    "A folder of the same name that holds other files makes another run: nothing is trained."
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    config = RunConfig(task="boolq", method="lora", model=str(tmp_path / "model"))
+    planned = run_name(config)
+    os.utime(next((tmp_path / "model").glob("*.safetensors")), (1, 1))
+    with pytest.raises(ValueError, match=f"is not the same here as where {planned} was planned"):
+        make_elsewhere(config, planned, None)
 
 
 def test_names_that_lead_elsewhere(tmp_path):
