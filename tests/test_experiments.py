@@ -41,12 +41,31 @@ def make(tiny_model_dir, tmp_path):
 
 def test_a_gpu_s_seconds_are_no_estimate_for_a_cpu(tmp_path, monkeypatch):
     params = dict(method="lora", task="boolq")
-    made = dict(params=params, seconds=6.0, machine={"gpu": "one"})
-    jobs = [Job(RunConfig(**params), tmp_path / "a", "done", result=made), Job(RunConfig(**params), tmp_path / "b")]
+    made = dict(params=params, seconds=6.0, machine={"gpu": "one"}, training={"steps": 1}, timings=dict(loading=1, evaluation=2))
+    jobs = [Job(RunConfig(**params, seed=i), tmp_path / "ab"[i]) for i in (0, 1)]
+    jobs[0].state, jobs[0].result = "done", made
     monkeypatch.setattr("dora_nb.grid.gpus", lambda: ["0"])
     assert time_left(jobs, 1) == 6.0
     monkeypatch.setattr("dora_nb.grid.gpus", lambda: [])
     assert time_left(jobs, 1) is None
+
+
+def test_what_is_trained_already_is_not_counted_again(tmp_path):
+    "Two questions to one adapter: a training and two times the rest, or twice everything where nothing is shared."
+    params = dict(method="lora", task="boolq")
+    made = dict(params=params, seconds=100.0, machine={}, training={"steps": 1}, timings=dict(loading=1, evaluation=9))
+    base = dict(params=params | dict(method="base"), seconds=50.0, machine={}, training=None)
+    base["timings"] = dict(loading=2, evaluation=48)
+    job = lambda **more: Job(RunConfig(**params | more), tmp_path / str(more))
+    jobs = [job(), job(eval_split="dev"), job(seed=1), job(seed=1, eval_split="dev"), job(method="base")]
+    jobs[4].state, jobs[4].result = "done", base
+    assert time_left(jobs, 1) is None  # nothing has been trained yet
+    jobs[0].state, jobs[0].result = "done", made
+    assert time_left(jobs, 1, shared=False) == 100 + 100 + 100
+    assert time_left(jobs, 1) == 100 + 100 + 10  # the first is known from a report only, without its adapter
+    (jobs[0].folder / "adapter").mkdir(parents=True)
+    (jobs[0].folder / RESULT).touch()
+    assert time_left(jobs, 1) == 10 + 100 + 10
 
 
 @pytest.mark.parametrize("method", ("lora", "dora", "full"))
