@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'FAMILIES', 'WEIGHTS', 'CONFIG', 'matches', 'AdapterConfig', 'find_targets', 'adapter_layers', 'adapt',
-           'remove_adapter', 'trainable_parameters', 'count_parameters', 'write_whole', 'whole', 'whole_tensors',
-           'save_adapter', 'load_adapter', 'merge', 'unmerge']
+           'remove_adapter', 'trainable_parameters', 'count_parameters', 'write_whole', 'check_writable', 'whole',
+           'whole_tensors', 'save_adapter', 'load_adapter', 'can_merge', 'merge', 'unmerge']
 
 # %% ../nbs/03_adapt.ipynb #c74ed81b
 import difflib
@@ -14,12 +14,12 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -73,11 +73,12 @@ class AdapterConfig:
                 )
         number = lambda v, kind: isinstance(v, kind) and not isinstance(v, bool)
         patterns = {f"{f}[{k!r}]": v for f in ("rank_pattern", "alpha_pattern") for k, v in getattr(self, f).items()}
-        for key in (*self.rank_pattern, *self.alpha_pattern):
+        written = [self.target_modules] if isinstance(self.target_modules, str) else []
+        for key in (*self.rank_pattern, *self.alpha_pattern, *written):
             try:
                 re.compile(key)
             except re.error as e:
-                raise ValueError(f"{key!r} in a pattern is no regular expression: {e}") from None
+                raise ValueError(f"{key!r} is no regular expression: {e}") from None
         for what, value in {"rank": self.rank, "alpha": self.alpha, **patterns}.items():
             if what.startswith("rank") and (not number(value, int) or value < 1):
                 raise ValueError(f"{what}={value!r} is not possible; it must be a whole number of at least 1")
@@ -89,7 +90,7 @@ class AdapterConfig:
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"{option}={getattr(self, option)!r} must be True or False")
         if not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+            object.__setattr__(self, "target_modules", tuple(self.target_modules or ()))
         if not self.target_modules:
             raise ValueError("target_modules is empty; name at least one module, or use 'all-linear'")
 
@@ -102,31 +103,40 @@ class AdapterConfig:
         return of(self.rank_pattern, self.rank), of(self.alpha_pattern, self.alpha)
 
 # %% ../nbs/03_adapt.ipynb #c7478bf3
-def find_targets(
-    model: nn.Module,  # the model to look through
-    target_modules: str | Sequence[str],  # as in `AdapterConfig`
-) -> dict[str, nn.Linear]:  # name → layer, in the order of the model
-    "The linear layers that `target_modules` names; ValueError for an entry that matches none, or something that is not linear."
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if target_modules == "all-linear":
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        found = {
-            n: m
-            for n, m in modules.items()
-            if (type(m) is nn.Linear or hasattr(m, "stored"))
-            and m is not head
-            and n.rpartition(".")[2] not in ("score", "classifier")
-            and not isinstance(modules[n.rpartition(".")[0]], nn.TransformerEncoderLayer)
-        }
-        if not found:
-            raise ValueError(
-                f"target_modules='all-linear' finds no torch.nn.Linear; this model is made of {', '.join(sorted({type(m).__name__ for m in modules.values()}))}"
-            )
-        return found
+def _inner(model: nn.Module) -> nn.Module:
+    "The model that torch.compile has wrapped, or the model: names are those of a checkpoint."
+    return getattr(model, "_orig_mod", model)
+
+
+def _hits(entry: str, names: Iterable[str]) -> set[str]:
+    "The modules that an entry of a list means."
+    return {n for n in names if n == entry or n.endswith(f".{entry}")}
+
+
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+    "The linear layers of a model but its head."
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    found = {
+        n
+        for n, m in modules.items()
+        if (type(m) is nn.Linear or hasattr(m, "stored"))
+        and m is not head
+        and n.rpartition(".")[2] not in ("score", "classifier")
+        and not isinstance(modules[n.rpartition(".")[0]], nn.TransformerEncoderLayer)
+    }
+    if not found:
+        raise ValueError(
+            f"target_modules='all-linear' finds no torch.nn.Linear; this model is made of {', '.join(sorted({type(m).__name__ for m in modules.values()}))}"
+        )
+    return found
+
+
+def _named(modules: dict[str, nn.Module], target_modules: str | Sequence[str]) -> set[str]:
+    "The modules that a regular expression means, or a list; every entry has to mean one."
     single = isinstance(target_modules, str)
-    found = {}
+    found = set()
     for entry in [target_modules] if single else target_modules:
-        hits = {n for n in modules if (re.fullmatch(entry, n) if single else n == entry or n.endswith(f".{entry}"))}
+        hits = {n for n in modules if re.fullmatch(entry, n)} if single else _hits(entry, modules)
         if not hits:
             leaves = sorted({n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)})
             near = difflib.get_close_matches(entry, leaves, n=1, cutoff=0.5)
@@ -134,7 +144,19 @@ def find_targets(
                 f"target_modules: {entry!r} matches no module"
                 + (f"; did you mean {near[0]!r}?" if near else f"; the linear layers are called {', '.join(leaves)}")
             )
-        found |= dict.fromkeys(hits)
+        found |= hits
+    return found
+
+# %% ../nbs/03_adapt.ipynb #a3d9e7b1
+def find_targets(
+    model: nn.Module,  # the model to look through
+    target_modules: str | Sequence[str],  # as in `AdapterConfig`
+) -> dict[str, nn.Linear]:  # name → layer, in the order of the model
+    "The linear layers that `target_modules` names; ValueError for an entry that matches none, or something that is not linear."
+    modules, names = dict(_inner(model).named_modules(remove_duplicate=False)), {}
+    for name, m in modules.items():
+        names.setdefault(id(m), []).append(name)
+    found = _all_linear(model, modules) if target_modules == "all-linear" else _named(modules, target_modules)
     for name in found:
         if type(modules[name]) is not nn.Linear and not hasattr(modules[name], "stored"):  # subclasses may do anything
             raise ValueError(
@@ -144,9 +166,9 @@ def find_targets(
             raise ValueError(
                 f"target_modules: {name!r} belongs to a torch.nn.TransformerEncoderLayer, which goes around its layers in eval mode; it cannot be adapted"
             )
-        if other := next((n for n in modules if n != name and modules[n] is modules[name]), None):
+        if len(shared := names[id(modules[name])]) > 1:
             raise ValueError(
-                f"target_modules: {name!r} and {other!r} are one layer under two names; it cannot be adapted"
+                f"target_modules: {shared[0]!r} and {shared[1]!r} are one layer under two names; it cannot be adapted"
             )
     return {n: m for n, m in modules.items() if n in found}
 
@@ -185,7 +207,8 @@ def adapter_layers(
 ) -> dict[str, LoRALinear]:  # name of the adapted layer → its adapter
     "The adapters of a model; empty if it has none."
     merged = getattr(model, "dora_nb_merged", None)
-    return dict(merged) if merged else {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    modules = merged or dict(_inner(model).named_modules())
+    return {n: m for n, m in modules.items() if isinstance(m, LoRALinear)}
 
 
 def _new_layer(name: str, linear: nn.Linear, config: AdapterConfig) -> LoRALinear:
@@ -271,12 +294,19 @@ _INERT = {
 }
 
 
-def _to_peft(config: AdapterConfig, base_model: str | None) -> dict:
+def _task_type(model: nn.Module) -> str | None:
+    "As which kind of model PEFT should wrap it, if it is to know."
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def _to_peft(config: AdapterConfig, model: nn.Module) -> dict:
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     return dict(
         peft_type="LORA",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
+        task_type=_task_type(model),
+        base_model_name_or_path=getattr(getattr(model, "config", None), "name_or_path", None) or None,
         r=config.rank,
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
@@ -298,7 +328,7 @@ def _from_peft(peft: dict, source: Path) -> AdapterConfig:
         raise ValueError(
             f"{source}: peft_type is {kind!r}; only LORA adapters (with or without use_dora) can be loaded"
         )
-    if missing := {"r", "lora_alpha", "target_modules"} - peft.keys():
+    if missing := {k for k in ("r", "lora_alpha", "target_modules") if peft.get(k) is None}:
         raise ValueError(f"{source} lacks {', '.join(sorted(missing))}; it is not a complete LoRA configuration")
     if (init := peft.pop("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal", "eva"):
         raise ValueError(
@@ -334,6 +364,18 @@ def write_whole(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(
+    folder: Path,  # made if need be
+):
+    "Refuse a folder that cannot be written to, before the work that it is to hold: ValueError."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink(missing_ok=True)
+    except OSError as e:
+        raise ValueError(f"{folder} cannot be written to ({e.strerror}); choose another place with --out") from None
 
 
 def whole(
@@ -385,11 +427,10 @@ def save_adapter(
     if not write:
         return path
     path.mkdir(parents=True, exist_ok=True)
-    base_model = getattr(getattr(model, "config", None), "name_or_path", None) or None
     ours = {k: getattr(config, k) for k in _OURS} | {"compress": getattr(model, "dora_nb_compressed", "")}
     ours = json.dumps(ours)
     write_whole(path / WEIGHTS, lambda p: save_file(tensors, p, metadata={"format": "pt", "dora_nb": ours}))
-    write_whole(path / CONFIG, lambda p: p.write_text(json.dumps(_to_peft(config, base_model), indent=2)))
+    write_whole(path / CONFIG, lambda p: p.write_text(json.dumps(_to_peft(config, model), indent=2)))
     return path
 
 # %% ../nbs/03_adapt.ipynb #5efadbbc
@@ -404,6 +445,21 @@ def _expected(targets: dict[str, nn.Linear], config: AdapterConfig) -> dict[str,
             each["magnitude"] = (out_features,)
         shapes |= {f"base_model.model.{name}.{_SUFFIX[k]}": v for k, v in each.items()}
     return shapes
+
+
+def _without_base(tensors: dict[str, Tensor], expected: dict[str, tuple], model: nn.Module, source: Path) -> dict:
+    "Tensors without weights of the base model, which PEFT saves along with an adapted vocabulary projection."
+    base, kept = model.state_dict(), dict(tensors)
+    for key in tensors.keys() - expected.keys():
+        own = base.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
+        if own is None:
+            continue
+        t = kept.pop(key)
+        if own.shape != t.shape or not torch.equal(own.cpu().to(t.dtype), t):
+            raise ValueError(
+                f"{source} holds {key!r}, a weight of the base model, with other values than this one's: it was trained or resized along with the adapter. Load it with PEFT, and merge it there"
+            )
+    return kept
 
 
 def _check(tensors: dict[str, Tensor], expected: dict[str, tuple], source: Path):
@@ -423,6 +479,48 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, tuple], source: Path)
             )
 
 # %% ../nbs/03_adapt.ipynb #7a270a90
+def _read(path: Path) -> tuple[AdapterConfig, dict[str, Tensor], str]:
+    "What an adapter's folder holds: configuration, tensors, and what its base model was compressed by."
+    if not (path / CONFIG).exists():
+        raise FileNotFoundError(
+            f"{path} holds no {CONFIG}; give the folder that save_adapter, or PEFT's save_pretrained, wrote (a fully fine-tuned model is a model: load it as one)"
+        )
+    try:
+        peft = json.loads((path / CONFIG).read_text())
+    except ValueError as e:
+        raise ValueError(f"{path / CONFIG} is damaged: {e}") from None
+    config = _from_peft(peft, path / CONFIG)
+    if not (path / WEIGHTS).exists():
+        raise FileNotFoundError(
+            f"{path} holds no {WEIGHTS}; an adapter in PEFT's older .bin format must be saved again with a PEFT of today"
+        )
+    try:
+        with safe_open(path / WEIGHTS, "pt") as f:
+            tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    except SafetensorError as e:
+        raise ValueError(f"{path / WEIGHTS} is damaged: {e}") from None
+    as_peft_trains = {"dropout_form": "delta"} if config.method == "dora" else {}
+    ours = json.loads(metadata["dora_nb"]) if "dora_nb" in metadata else as_peft_trains
+    return replace(config, **{k: v for k, v in ours.items() if k in _OURS}), tensors, ours.get("compress", "")
+
+
+def _fitted(config: AdapterConfig, model: nn.Module, source: Path) -> AdapterConfig:
+    "A configuration without entries that mean nothing in this model, which PEFT passes over too; a warning for each."
+    names, idle = dict(_inner(model).named_modules(remove_duplicate=False)), []
+    if not isinstance(config.target_modules, str):
+        idle = [("target_modules", entry) for entry in config.target_modules if not _hits(entry, names)]
+        if len(idle) == len(config.target_modules):
+            return config  # `find_targets` says what is wrong
+        left = tuple(entry for entry in config.target_modules if ("target_modules", entry) not in idle)
+        config = replace(config, target_modules=left)
+    for pattern, key in _unmatched(find_targets(model, config.target_modules), config):
+        idle.append((pattern, key))
+        config = replace(config, **{pattern: {k: v for k, v in getattr(config, pattern).items() if k != key}})
+    for field_, key in idle:
+        warnings.warn(f"{source}: {field_}: {key!r} matches no layer", stacklevel=3)
+    return config
+
+# %% ../nbs/03_adapt.ipynb #c81f4e06
 def load_adapter(
     model: nn.Module,  # not adapted; changed in place
     path: str | Path,  # folder that `save_adapter` or PEFT wrote
@@ -434,30 +532,18 @@ def load_adapter(
         raise ValueError(
             f"{', '.join(sorted(wrong))} cannot be changed, as the adapter's values depend on it; only dropout, detach_norm, dropout_form and plan can"
         )
-    if not (path / CONFIG).exists():
-        raise FileNotFoundError(
-            f"{path} holds no {CONFIG}; give the folder that save_adapter, or PEFT's save_pretrained, wrote (a fully fine-tuned model is a model: load it as one)"
-        )
-    config = _from_peft(json.loads((path / CONFIG).read_text()), path / CONFIG)
-    if not (path / WEIGHTS).exists():
-        raise FileNotFoundError(
-            f"{path} holds no {WEIGHTS}; an adapter in PEFT's older .bin format must be saved again with a PEFT of today"
-        )
-    with safe_open(path / WEIGHTS, "pt") as f:
-        tensors, ours = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("dora_nb", "{}"))
-    config = replace(config, **{k: v for k, v in ours.items() if k in _OURS} | changes)
-    base, here = ours.get("compress", ""), getattr(model, "dora_nb_compressed", "")
+    config, tensors, base = _read(path)
+    config, here = replace(config, **changes), getattr(model, "dora_nb_compressed", "")
     if base != here:
         warnings.warn(
             f"{path} was trained on a base model that was compressed by {base or 'nothing'}, and this one is by {here or 'nothing'}; dora_nb.compress.compress(model, scheme) does it",
             stacklevel=2,
         )
     if not getattr(model, "dora_nb_config", None):  # otherwise `adapt` says what is wrong
-        targets = find_targets(model, config.target_modules)
-        for pattern, key in _unmatched(targets, config):  # PEFT passes over them too
-            warnings.warn(f"{path / CONFIG}: {pattern}: {key!r} matches no layer", stacklevel=2)
-            config = replace(config, **{pattern: {k: v for k, v in getattr(config, pattern).items() if k != key}})
-        _check(tensors, _expected(targets, config), path / WEIGHTS)
+        config = _fitted(config, model, path / CONFIG)
+        expected = _expected(find_targets(model, config.target_modules), config)
+        tensors = _without_base(tensors, expected, _inner(model), path / WEIGHTS)
+        _check(tensors, expected, path / WEIGHTS)
     adapt(model, config)
     with torch.no_grad():
         for name, layer in adapter_layers(model).items():
@@ -466,39 +552,56 @@ def load_adapter(
     return model
 
 # %% ../nbs/03_adapt.ipynb #88967b3f
-def _plain(name: str, layer: LoRALinear, model: nn.Module) -> nn.Linear:
-    "A linear layer with the merged weight and the same bias."
+def _obstacle(name: str, layer: LoRALinear, model: nn.Module) -> str:
+    "What stands against merging a layer; empty if nothing does."
     base = layer.base_layer
     if getattr(base, "pruned", 0):
-        raise RuntimeError(
+        return (
             f"{name!r} is pruned ({base.pruned:.0%} zeros), and merging would fill its zeros; use the adapter unmerged"
         )
     own = base._parameters.get("weight")  # a compressed layer has none
     if own is not None and sum(p is own for _, p in model.named_parameters(remove_duplicate=False)) > 1:
-        raise RuntimeError(
-            f"{name!r} shares its weight with another layer (tied embeddings); merged, the two would differ, and a saved checkpoint would tie them again. Use the adapter unmerged, or untie the model before adapting it"
-        )
-    plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    plain.weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
-    if base.bias is not None:
-        plain.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
+        return f"{name!r} shares its weight with another layer (tied embeddings); merged, the two would differ, and a saved checkpoint would tie them again. Use the adapter unmerged, or untie the model before adapting it"
+    return ""
+
+
+def can_merge(
+    model: nn.Module,  # adapted
+) -> bool:
+    "Whether `merge` can fold every adapter into its weight: not over zeros that should stay, nor into a weight that is used twice."
+    return not any(_obstacle(name, layer, model) for name, layer in adapter_layers(model).items())
+
+
+def _plain(layer: nn.Module, weight: Tensor) -> nn.Linear:
+    "A linear layer of another one's shape and bias."
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
     return plain
 
-
+# %% ../nbs/03_adapt.ipynb #f20b6d93
 def merge(
     model: nn.Module,  # adapted; changed in place
     keep_base: bool = True,  # keep W₀ aside for `unmerge`; False frees its memory, for good
 ) -> nn.Module:  # the same model, with plain linear layers
-    "Fold the adapter into the weights. What is merged already is not merged again, but may still let go of its W₀."
-    layers = adapter_layers(model)
-    merged = bool(getattr(model, "dora_nb_merged", None))
-    plain = {} if merged else {name: _plain(name, layer, model) for name, layer in layers.items()}
-    for name, linear in plain.items():
-        model.set_submodule(name, linear.train(model.training))
+    "Fold the adapter into the weights, and write out those that are compressed. What is merged already is not merged again, but may still let go of its W₀."
+    layers = getattr(model, "dora_nb_merged", None)
+    if not layers:
+        layers = adapter_layers(model)
+        if obstacle := next(filter(None, (_obstacle(n, layer, model) for n, layer in layers.items())), ""):
+            raise RuntimeError(obstacle)
+        plain = {name: _plain(layer.base_layer, layer.merged_weight()) for name, layer in layers.items()}
+        coded = {n: m for n, m in _inner(model).named_modules() if hasattr(m, "stored") and layers}
+        coded = {n: m for n, m in coded.items() if n.removesuffix(".base_layer") not in layers}
+        plain |= {name: _plain(layer, layer.weight) for name, layer in coded.items()}
+        for name, linear in plain.items():
+            model.set_submodule(name, linear.train(model.training))
+        layers |= coded
     model.dora_nb_merged = layers if keep_base else None
     if not keep_base:
         _separate(model)
-        model.dora_nb_config = None
+        model.dora_nb_config, model.dora_nb_compressed = None, ""
     return model
 
 # %% ../nbs/03_adapt.ipynb #352b1045

@@ -174,30 +174,39 @@ def evaluate_options(p: argparse.ArgumentParser):
     )
 
 # %% ../nbs/16_cli.ipynb #8215f592
+def _check_file(path: str):
+    "Refuse a file that cannot be written, before the work that it is to hold; its folder is made."
+    from dora_nb.adapt import check_writable
+
+    if Path(path).is_dir():
+        raise ValueError(f"--out {path} is a folder; name a file in it")
+    check_writable(Path(path).parent)
+
+
 def evaluate_command(args: argparse.Namespace):
     "Ask a model about the items of a task; print a summary, write an answer per line."
-    from dora_nb.adapt import merge, write_whole
-    from dora_nb.compress import PRUNERS, parse_scheme
+    from dora_nb.adapt import can_merge, merge, write_whole
+    from dora_nb.compress import parse_scheme
     from dora_nb.evaluate import evaluate, format_of
     from dora_nb.tasks import load_task
 
     if args.compress:
         parse_scheme(args.compress)  # says what is wrong before anything is read or made
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        _check_file(args.out)
     items = load_task(
         args.task, args.split, format_of(args.protocol), args.limit, None if args.first else 0, args.source
     )
     model, tokenizer = _model(args)
-    if args.adapter and not args.compress.startswith(PRUNERS):
+    if args.adapter and can_merge(model):
         merge(model, keep_base=False)
     summary, records = evaluate(
         model, tokenizer, items, args.protocol, batch_tokens=args.batch_tokens, precision=args.precision
     )
-    if args.out:
-        write_whole(Path(args.out), lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in records)))
     asked = {k: getattr(args, k) for k in ("task", "split", "protocol", "model", "adapter")}
     print(json.dumps(asked | summary, indent=2))
+    if args.out:
+        write_whole(Path(args.out), lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in records)))
 
 # %% ../nbs/16_cli.ipynb #a6c69535
 def probe_options(p: argparse.ArgumentParser):
@@ -215,6 +224,7 @@ def probe_command(args: argparse.Namespace):
     from dora_nb.runs import ProbeConfig, config_from, run_probe
 
     given = {k: v for k, v in vars(args).items() if k not in ("command", "function", "out")}
+    _check_file(args.out)
     found = run_probe(config_from(given, "options", ProbeConfig), args.out)
     for name, block in found["blocks"].items():
         ends = {end: block["hessian"][end]["values"] for end in ("top", "bottom")} if "hessian" in block else {}
@@ -244,12 +254,13 @@ def ranks_options(p: argparse.ArgumentParser):
 
 def ranks_command(args: argparse.Namespace):
     "Cut a trained adapter to a budget; print a line per layer, write the pattern and the smaller adapter."
-    from dora_nb.adapt import save_adapter
+    from dora_nb.adapt import check_writable, save_adapter
     from dora_nb.rank import fit_budget, rank_pattern
     from dora_nb.runs import write_json
     from dora_nb.tasks import load_task
     from dora_nb.train import TrainConfig
 
+    check_writable(Path(args.out))
     items = load_task(args.task, args.split, limit=args.items, source=args.source)
     model, tokenizer = _model(args)
     rows = fit_budget(model, tokenizer, items, TrainConfig(), args.budget, args.score)

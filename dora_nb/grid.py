@@ -30,7 +30,7 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 
-from .adapt import write_whole
+from .adapt import check_writable, write_whole
 from .execute import DIED, DONE, FULL, RAISED, STOPPED
 from dora_nb.runs import (
     CHECKPOINTS,
@@ -691,16 +691,6 @@ def _traceback(job: Job) -> str:
     lines = _error_of(job).get("traceback", "").splitlines() or [f"see {job.folder / 'run.log'}"]
     return "\n".join(f"    {line}" for line in lines[-12:])
 
-
-def _writable(folder: Path):
-    "Refuse a folder that cannot be written to before anything starts."
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink(missing_ok=True)
-    except OSError as e:
-        raise ValueError(f"{folder} cannot be written to ({e.strerror}); choose another place with --out") from None
-
 # %% ../nbs/13_grid.ipynb #b50c5084
 def waves(
     jobs: Sequence[Job],  # all of a grid
@@ -757,7 +747,7 @@ def run_grid(
     if dry_run:
         say(board.summary())
         return folder
-    _writable(folder)
+    check_writable(folder)
     if any(job.state != "done" for job in jobs):
         places = Ray(workers, timeout, address, processes) if engine == "ray" else Local(workers, timeout, processes)
         board.workers = places.workers

@@ -51,6 +51,7 @@ from dora_nb.adapt import (
     AdapterConfig,
     adapt,
     adapter_layers,
+    can_merge,
     count_parameters,
     find_targets,
     load_adapter,
@@ -59,7 +60,7 @@ from dora_nb.adapt import (
     write_whole,
 )
 from .assets import load_model
-from .compress import PRUNERS, compress, parse_scheme
+from .compress import compress, parse_scheme
 from .curvature import check_blocks, probe
 from .decompose import delta_direction, delta_magnitude, row_norm
 from .evaluate import PROTOCOLS, evaluate, format_of
@@ -584,7 +585,7 @@ def _take_over(config: RunConfig, model, run_dir: Path, twin: Path, team: Team) 
 # %% ../nbs/11_runs.ipynb #1243b2d7
 def _settle(config: RunConfig, model):
     "Merge the adapter for evaluation, where that can be."
-    if not config.fsdp and not config.compress.startswith(PRUNERS):  # those are used with the adapter on
+    if not config.fsdp and can_merge(model):
         merge(model, keep_base=False)
 
 # %% ../nbs/11_runs.ipynb #afedbbed

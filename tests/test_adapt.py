@@ -15,6 +15,7 @@ from dora_nb.adapt import (
     AdapterConfig,
     adapt,
     adapter_layers,
+    can_merge,
     count_parameters,
     find_targets,
     load_adapter,
@@ -24,6 +25,7 @@ from dora_nb.adapt import (
     trainable_parameters,
     unmerge,
 )
+from dora_nb.compress import compress
 
 METHODS = ("lora", "dora")
 
@@ -53,6 +55,8 @@ def assert_untouched(model, before):
         ("init", "pissa", "kaiming"),
         ("dropout_form", "x", "delta"),
         ("target_modules", [], "target_modules"),
+        ("target_modules", None, "target_modules"),
+        ("target_modules", "q_(proj", "no regular expression"),
     ],
 )
 def test_impossible_configurations(field, value, named):
@@ -154,11 +158,45 @@ def test_merged_model_is_a_plain_checkpoint(llama, shake, ids, tmp_path, method)
     )
 
 
+def test_over_codes_too_a_merged_model_is_a_plain_checkpoint(llama, shake, ids, tmp_path):
+    "The layers without an adapter are written out as well, and unmerging brings their codes back."
+    model = shake(adapt(compress(llama(), "rtn-4"), AdapterConfig("dora", rank=3)))
+    adapted, codes = model(ids).logits, {n for n in model.state_dict() if n.endswith("codes")}
+    merge(model).save_pretrained(tmp_path)
+    torch.testing.assert_close(type(model).from_pretrained(tmp_path)(ids).logits, adapted, atol=1e-4, rtol=1e-4)
+    assert {n for n in unmerge(model).state_dict() if n.endswith("codes")} == codes
+    torch.testing.assert_close(model(ids).logits, adapted)
+    merge(model, keep_base=False)
+    assert not [n for n in model.state_dict() if n.endswith("codes")] and not model.dora_nb_compressed
+
+
+def test_what_torch_compile_wraps_is_saved_by_its_own_names(llama, shake, ids, tmp_path):
+    model = llama()
+    compiled = torch.compile(model)
+    shake(adapt(compiled, AdapterConfig(rank=3)))
+    adapted = model(ids).logits
+    save_adapter(compiled, tmp_path)
+    assert torch.equal(load_adapter(llama(), tmp_path)(ids).logits, adapted)
+    torch.testing.assert_close(merge(compiled)._orig_mod(ids).logits, adapted, atol=1e-5, rtol=1e-4)
+    assert torch.equal(unmerge(compiled)._orig_mod(ids).logits, adapted)
+    again = load_adapter(torch.compile(llama()), tmp_path)
+    assert torch.equal(again._orig_mod(ids).logits, adapted)
+
+
+def test_one_layer_under_two_names(llama):
+    model = llama()
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+    for targets in ("all-linear", ["up_proj"]):
+        with pytest.raises(ValueError, match="one layer under two names"):
+            adapt(model, AdapterConfig(target_modules=targets))
+
+
 def test_tied_weights_are_not_merged(llama):
     model = adapt(llama(tie_word_embeddings=True), AdapterConfig("dora", target_modules=["q_proj", "lm_head"]))
     before = model.state_dict().keys()
     with pytest.raises(RuntimeError, match="lm_head.*shares its weight"):
         merge(model)
+    assert not can_merge(model) and can_merge(adapt(llama(), AdapterConfig()))
     assert model.state_dict().keys() == before
 
 
@@ -271,6 +309,9 @@ SPOILT = {
     "another rank pattern": (lambda f: spoil_config(f, rank_pattern={"q_proj": 2}), r"q_proj.*needs \(2, 64\)"),
     "a pattern that is none": (lambda f: spoil_config(f, rank_pattern={"q_(": 2}), "no regular expression"),
     "saved modules": (lambda f: spoil_config(f, modules_to_save=["lm_head"]), "modules_to_save"),
+    "no targets": (lambda f: spoil_config(f, target_modules=None), "lacks target_modules"),
+    "half a file": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-8]), f"{WEIGHTS} is damaged"),
+    "a config cut short": (lambda f: (f / CONFIG).write_text('{"r":'), f"{CONFIG} is damaged"),
     "missing tensor": (lambda f: spoil_weights(f, lambda t: t.pop(sorted(t)[0])), "lacks"),
     "no config": (lambda f: (f / CONFIG).unlink(), "holds no adapter_config.json"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "holds no adapter_model.safetensors.*bin"),

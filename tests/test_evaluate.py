@@ -63,6 +63,17 @@ def test_beams_share_the_reading_of_their_prompt(smollm):
     assert sum(read) <= 3 * max(p.shape[1] for p in prompts) + 3 * 4 * 6
 
 
+def test_a_model_s_own_ways_of_writing_are_set_aside(tiny_model_dir):
+    model, tokenizer = load_model(str(tiny_model_dir))
+    items = load_task("boolq", "validation", "instruction", limit=3)
+    ask = lambda: generate_answers(model, tokenizer, items, progress=False, max_new_tokens=6)[1]
+    expected = ask()
+    own = dict(repetition_penalty=1.3, num_beams=2, num_return_sequences=2, no_repeat_ngram_size=2, length_penalty=3.0)
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    assert ask() == expected
+
+
 def test_generation_where_the_cache_cannot_be_shared(tiny_model_dir):
     "A model without a cache, and one whose cache slides over the prompt."
     model, tokenizer = load_model(str(tiny_model_dir))

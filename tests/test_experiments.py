@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_nb.adapt import load_adapter, merge
 from dora_nb.assets import load_model
@@ -41,7 +42,9 @@ def make(tiny_model_dir, tmp_path):
 
 def test_a_gpu_s_seconds_are_no_estimate_for_a_cpu(tmp_path, monkeypatch):
     params = dict(method="lora", task="boolq")
-    made = dict(params=params, seconds=6.0, machine={"gpu": "one"}, training={"steps": 1}, timings=dict(loading=1, evaluation=2))
+    made = dict(
+        params=params, seconds=6.0, machine={"gpu": "one"}, training={"steps": 1}, timings=dict(loading=1, evaluation=2)
+    )
     jobs = [Job(RunConfig(**params, seed=i), tmp_path / "ab"[i]) for i in (0, 1)]
     jobs[0].state, jobs[0].result = "done", made
     monkeypatch.setattr("dora_nb.grid.gpus", lambda: ["0"])
@@ -66,6 +69,17 @@ def test_what_is_trained_already_is_not_counted_again(tmp_path):
     (jobs[0].folder / "adapter").mkdir(parents=True)
     (jobs[0].folder / RESULT).touch()
     assert time_left(jobs, 1) == 10 + 100 + 10
+
+
+def test_what_cannot_be_merged_is_asked_as_it_is(make, tmp_path, tiny_model_dir, smollm):
+    "An adapter on a vocabulary projection whose weight is the embeddings', too."
+    config = LlamaConfig.from_pretrained(tiny_model_dir, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    smollm[1].save_pretrained(tmp_path / "tied")
+    options = dict(method="dora", task="winogrande", model=str(tmp_path / "tied"), target_modules="q_proj,lm_head")
+    result, _ = make(**options)
+    again, _ = make(**options, eval_split="dev")
+    assert result["metrics"]["n"] == 6 and again["training"]["trained_by"] == result["run"]
 
 
 @pytest.mark.parametrize("method", ("lora", "dora", "full"))

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from dora_nb.adapt import AdapterConfig, adapt, load_adapter, save_adapter
+from dora_nb.adapt import WEIGHTS, AdapterConfig, adapt, load_adapter, save_adapter
 
 SETTINGS = [
     dict(),
@@ -54,9 +56,51 @@ def test_peft_loads_ours(llama, shake, ids, tmp_path, method, settings):
     assert not torch.allclose(ours(ids).logits, llama()(ids).logits, atol=1e-2)
 
 
-def test_there_and_back_keeps_every_tensor(llama, shake, tmp_path):
-    from safetensors.torch import load_file
+def test_an_adapted_head_comes_with_the_base_s_own_weights(llama, ids, tmp_path):
+    theirs = shaken_peft(llama(), True, dict(target_modules=["q_proj", "lm_head"]))
+    theirs.save_pretrained(tmp_path)
+    assert any(k.endswith("base_layer.weight") for k in load_file(tmp_path / WEIGHTS))
+    torch.testing.assert_close(load_adapter(llama(), tmp_path)(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-4)
+    other = llama()
+    other.lm_head.weight.data.add_(1)
+    with pytest.raises(ValueError, match="lm_head.*other values than this one's"):
+        load_adapter(other, tmp_path)
 
+
+def test_targets_that_peft_passed_over_are_named(llama, ids, tmp_path):
+    theirs = shaken_peft(llama(), False, dict(target_modules=["q_proj", "c_attn"]))
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="target_modules: 'c_attn' matches no layer"):
+        ours = load_adapter(llama(), tmp_path)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_pefts_dropout_is_gone_on_with(llama, tmp_path):
+    shaken_peft(llama(), True, dict(lora_dropout=0.5)).save_pretrained(tmp_path)
+    assert load_adapter(llama(), tmp_path).dora_nb_config.dropout_form == "delta"
+    assert load_adapter(llama(), tmp_path, dropout_form="lowrank").dora_nb_config.dropout_form == "lowrank"
+
+
+def test_a_model_that_does_not_generate(shake, ids, tmp_path):
+    "PEFT wraps what it is told; a classifier is no causal language model."
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0
+    )
+    weights = LlamaForSequenceClassification(config).state_dict()
+
+    def fresh():
+        model = LlamaForSequenceClassification(config).eval()
+        model.load_state_dict(weights)
+        return model
+
+    ours = shake(adapt(fresh(), AdapterConfig("dora", rank=3)))
+    save_adapter(ours, tmp_path)
+    theirs = PeftModel.from_pretrained(fresh(), tmp_path)
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_there_and_back_keeps_every_tensor(llama, shake, tmp_path):
     save_adapter(shake(adapt(llama(), AdapterConfig("dora"))), tmp_path / "ours")
     PeftModel.from_pretrained(llama(), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     ours, theirs = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))

@@ -407,6 +407,21 @@ def test_a_checkpoint_of_another_training(tiny, stopped):
         train(model, tokenizer, items(n=20), SHORT, progress=False, checkpoints=stopped[0].parent)
 
 
+def test_a_checkpoint_of_another_model_or_adapter(tiny, tmp_path):
+    "Of the same shapes, items and settings: what is frozen and how the adapter is set up tell them apart."
+    (model, tokenizer), refused = tiny("dora"), "of a training on other items, or set up in another way"
+    go = lambda model: train(model, tokenizer, items(), SHORT, progress=False, checkpoints=tmp_path)
+    go(model)
+    for change in (dict(alpha=3.0), dict(dropout=0.5), dict(detach_norm=False), dict(rslora=True)):
+        with pytest.raises(ValueError, match=refused):
+            go(tiny("dora", **change)[0])
+    other = tiny("dora")[0]
+    other.model.norm.weight[0] += 1
+    with pytest.raises(ValueError, match=refused):
+        go(other)
+    assert len(go(tiny("dora")[0])) == 6
+
+
 def test_a_checkpoint_holds_no_code(stopped):
     "safetensors and JSON only: nothing is unpickled."
     from safetensors import safe_open
