@@ -174,6 +174,12 @@ def _frame(rows: list[dict], names: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(**{k: pd.Series([r[k] for r in rows], dtype=object) for k in names})
 
 
+def _of_one_seed(group: list[tuple[dict, dict]]) -> list[str]:
+    "The runs of a group whose seed is not theirs alone."
+    seeds = [params["seed"] for params, _ in group]
+    return [r["run"] for params, r in group if seeds.count(params["seed"]) > 1]
+
+
 def accuracies(
     results: list[dict],  # of runs
     predictions: pd.DataFrame,  # their answers
@@ -191,7 +197,7 @@ def accuracies(
         shares, seeds = [r["metrics"][metric] for _, r in group], {p["seed"] for p, _ in group}
         if len(seeds) < len(group):
             raise ValueError(
-                f"{group[0][1]['run']} and {group[1][1]['run']} differ in nothing that could tell them apart; a table would average over them"
+                f"{' and '.join(_of_one_seed(group))} differ in nothing that could tell them apart; a table would average over them"
             )
         if len(group) == 1:
             low, high = wilson(round(shares[0] * n), n)

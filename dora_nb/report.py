@@ -57,7 +57,19 @@ from dora_nb.compare import (
     verdict,
 )
 from .grid import RESULTS, gathered, load_grid
-from .runs import CURVATURE, GEOMETRY, HISTORY, IGNORED, PREDICTIONS, RunConfig, load, run_name, write_json
+from dora_nb.runs import (
+    CURVATURE,
+    ERROR,
+    GEOMETRY,
+    HISTORY,
+    IGNORED,
+    PREDICTIONS,
+    RunConfig,
+    load,
+    run_name,
+    say,
+    write_json,
+)
 
 # %% ../nbs/15_report.ipynb #52a0ccfb
 ALL_PREDICTIONS, ALL_HISTORY, ALL_GEOMETRY = "predictions.parquet", "history.parquet", "geometry.parquet"
@@ -133,6 +145,10 @@ def collect(
             f"{out} holds {len(lost)} runs that are not in {runs}; say with --grid which grid it is of, or choose another place with --out"
         )
     kept = _kept([out, *known], {run_name(c) for c in configs or ()} - folders.keys())
+    if kept.results:
+        say(f"{len(kept.results)} runs are not in {runs}; they are as earlier reports have them")
+    if failed := [r["run"] for r in kept.results if (runs / r["run"] / ERROR).exists()]:
+        say(f"of these {', '.join(failed)} failed in {runs}")
     if not results and not kept.results:
         raise ValueError(f"{runs} holds no finished run" + "".join(f"\n  {p}" for p in problems))
     out.mkdir(parents=True, exist_ok=True)
@@ -750,12 +766,14 @@ def stability_table(
     ranked = [r for r in found.results if r["params"]["protocol"] == "loglikelihood"]
     losses = choice_losses(found.predictions[found.predictions.run.isin([r["run"] for r in ranked])])
     place_of = lambda p: json.dumps([p[k] for k in names if k != "method" and k not in IGNORED["base"]])
+    several = len({r["params"]["eval_split"] for r in ranked}) > 1
     start = {place_of(parameters(r)): losses[r["run"]] for r in ranked if r["params"]["method"] == "base"}
     each = [(parameters(r), losses[r["run"]]) for r in ranked if r["training"]]
     each = sorted([*each, *((p, math.nan) for p in broken)], key=lambda x: (x[0]["task"], place(x[0], names)))
     cells, values = {}, {}
     for params, loss in each:
-        label = f"{TASK_LABELS[params['task']]}, {run_label(params, names, (*ALWAYS[:3], against))}"
+        split = f", {params['eval_split']}" if several else ""
+        label = f"{TASK_LABELS[params['task']]}{split}, {run_label(params, names, (*ALWAYS[:3], against))}"
         values[params[against]] = value_label(against, params[against])
         worse = not loss <= start[place_of(params)] if place_of(params) in start else None
         cells.setdefault((label, params[against]), []).append((loss, worse))
@@ -771,13 +789,13 @@ def sharpness_table(
     rows: pd.DataFrame,  # as `curvature_rows` makes them
     table: pd.DataFrame,  # as `accuracies` makes it
 ) -> pd.DataFrame:  # text, a row per task, method and rate
-    "The largest eigenvalues of the Gauss-Newton matrix by learning rate, beside the accuracy that it came to."
-    share = {(r.task, r.method, r.learning_rate): cell(r) for r in table.itertuples() if r.method != "base"}
+    "The largest eigenvalues of the Gauss-Newton matrix by kind of run, rates included, beside the accuracy that it came to."
+    share = {(r.task, r.label, r.eval_split): cell(r) for r in table.itertuples()}
     found = []
-    for key, group in rows.groupby(["task", "method", "learning_rate"], sort=True):
+    for key, group in rows.groupby(["task", "label", "eval_split"], sort=False):
         top = lambda at: np.mean([p["blocks"]["all"]["ggn"]["eigenvalues"][0] for p in group.probe[group["at"] == at]])
         found.append(
-            {"task": TASK_LABELS[key[0]], "method": LABELS[key[1]], "learning rate": f"{key[2]:g}"}
+            {"task": TASK_LABELS[key[0]], "kind": key[1]}
             | {f"λmax, {at}": f"{top(at):.3g}" for at in ("warm-up", "middle", "end")}
             | {"accuracy": share.get(key, "–")}
         )
@@ -878,7 +896,7 @@ def _accuracy_section(out: Path, found: Gathered, protocol: str, split: str, aga
     return lines
 
 # %% ../nbs/15_report.ipynb #8cc89f7c
-TEST_NOTE = "Interval and p are of the mean over items and seeds, both drawn anew (of McNemar's test where there is one seed); p is corrected for the number of comparisons on this page (Holm); g is Cohen's, the share that the one named first has in the items that only one got right, less a half. A difference is claimed where interval and p agree. Where the two give the same answer much oftener than two seeds of one do, they are still nearly one model, and a narrow interval says that, not that the methods come to the same when trained for longer.\n"
+TEST_NOTE = "Interval and p are of the mean over items and seeds, both drawn anew (of McNemar's test where there is one seed); p is corrected for the number of comparisons on this page (Holm); g is Cohen's, the share that the one named first has in the items that only one got right, less a half. A difference is claimed where interval and p agree; how small a p below 0.01 is must not be taken at its word, as two or three seeds that lie close by luck make it too small (chapter 14). Where the two give the same answer much oftener than two seeds of one do, they are still nearly one model, and a narrow interval says that, not that the methods come to the same when trained for longer.\n"
 PROVISIONAL_NOTE = "Runs of this grid are missing, so p is corrected for fewer comparisons than the whole page will make: what is claimed here is provisional.\n"
 CHANGE_NOTE = "The difference of the differences, by the same items and seeds; interval and p as above (Student's, over items, where there is one seed).\n"
 

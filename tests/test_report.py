@@ -39,6 +39,7 @@ from dora_nb.report import (
     collect,
     correlation,
     cost_table,
+    curvature_rows,
     experiment,
     geometry_differences,
     geometry_rows,
@@ -49,6 +50,7 @@ from dora_nb.report import (
     read_report,
     render,
     reports_in,
+    sharpness_table,
     stability_table,
     sweep,
     sweep_table,
@@ -90,8 +92,9 @@ def test_what_tells_runs_apart_is_never_averaged_over():
     predictions = pd.concat([answers(r["run"], [1, 0]) for r in results])
     table = accuracies(results, predictions)
     assert list(table.seeds) == [1, 1] and "LoRA, rank 16, rate 0.0001" in list(table.label)
-    with pytest.raises(ValueError, match="nothing that could tell them apart"):
-        accuracies([result("lora"), result("lora")], predictions)
+    twice = [result("lora", 2) | {"run": "a"}, result("lora", 1), result("lora", 2) | {"run": "b"}]
+    with pytest.raises(ValueError, match="^a and b differ in nothing that could tell them apart"):
+        accuracies(twice, predictions)
 
 
 def test_what_follows_from_something_else_is_no_factor():
@@ -243,6 +246,10 @@ def test_who_diverged():
     history = pd.DataFrame({"run": [], "step": [], "loss": []})
     found = Gathered(runs, [], pd.concat(frames), history, NOTHING.geometry, {})
     assert stability_table(found, "learning_rate").to_numpy().tolist() == [["1.70, 1 of 2"]]
+    dev = [r | dict(run=f"{r['run']}-dev", params=r["params"] | dict(eval_split="dev")) for r in runs]
+    both = found.predictions.assign(run=found.predictions.run + "-dev")
+    both = found._replace(results=[*runs, *dev], predictions=pd.concat([found.predictions, both]))
+    assert stability_table(both, "learning_rate").to_numpy().tolist() == [["1.70, 1 of 2"]] * 2  # a row for each split
     lost = asdict(RunConfig("boolq", "lora", seed=2, learning_rate=1e-3))
     assert stability_table(found, "learning_rate", [lost]).to_numpy().tolist() == [["nan, 2 of 3"]]
     assert stability_table(found._replace(results=runs[1:]), "learning_rate").to_numpy().tolist() == [["1.70"]]
@@ -260,6 +267,32 @@ def test_nothing_to_report(tmp_path):
         collect(tmp_path / "runs", tmp_path)
     with pytest.raises(ValueError, match="holds no results.json"):
         read_report(tmp_path)
+
+
+def test_sharpness_of_kinds_that_differ_in_more_than_the_rate():
+    "A row for each, with its own accuracy."
+    runs = [result("lora", rank=r, learning_rate=1e-3, acc=acc) for r, acc in ((4, 0.2), (8, 0.9))]
+    runs = [r | {"run": f"rank-{r['params']['rank']}", "training": {"items": 1}} for r in runs]
+    predictions = pd.concat([answers(r["run"], [1, 0]) for r in runs])
+    probe = lambda at, top: dict(at=at, step=1, blocks={"all": {"ggn": {"eigenvalues": [top]}}})
+    probes = {f"rank-{r}": [probe(at, top) for at in ("warm-up", "middle", "end")] for r, top in ((4, 12.0), (8, 1e3))}
+    rows = curvature_rows(runs, probes)
+    table = sharpness_table(rows, accuracies(runs, predictions)).set_index("kind")
+    assert table["λmax, end"].to_dict() == {"LoRA, rank 4": "12", "LoRA, rank 8": "1e+03"}
+    assert table.accuracy["LoRA, rank 4"].startswith("20.0 ") and table.accuracy["LoRA, rank 8"].startswith("90.0 ")
+
+
+def test_what_an_earlier_report_fills_in_is_said(tmp_path, capsys):
+    "Runs that are not in the folder, and that failed there."
+    kept = shutil.copytree(QUICK, tmp_path / "quick")
+    found = read_report(kept)
+    failed = tmp_path / "runs" / found.results[0]["run"]
+    failed.mkdir(parents=True)
+    (failed / "error.json").write_text('{"error": "Diverged: step 2", "traceback": ""}')
+    results = collect(tmp_path / "runs", kept, QUICK / "grid.toml")
+    said = capsys.readouterr().err
+    assert len(results) == len(found.results) and f"{len(results)} runs are not in {tmp_path / 'runs'}" in said
+    assert f"of these {failed.name} failed in" in said
 
 
 def test_a_difference_that_changes():
