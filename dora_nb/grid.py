@@ -475,7 +475,7 @@ def time_left(
         left.append(max(0.0, guesses[kind] - (now - job.since if job.state == "running" else 0.0)))
     return max(*left, sum(left) / workers)
 
-
+# %% ../nbs/13_grid.ipynb #e02b9d47
 def duration(
     seconds: float,  # how long
 ) -> str:  # for instance 3 min

@@ -750,6 +750,19 @@ def _sum_of_bits(t: Tensor) -> int:
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return int(t.detach().contiguous().view(-1).view(kinds[t.element_size()]).sum(dtype=torch.int64))
 
+
+def _identity(training) -> str:
+    "How a training goes, on what, and of what, before its first step."
+    how, adapter = asdict(replace(training.config, batch_tokens=None)), getattr(training.model, "dora_nb_config", None)
+    weights = {n: list(p.shape) for n, p in training.params.items()}
+    rows = [[row.ids, row.choice] for each in training.rows for row in each]
+    what = [how, adapter and asdict(adapter), list(training.docs), list(training.gold), rows, training.batches, weights]
+    digest = hashlib.sha256(json.dumps(what).encode())
+    if not training.team.sharded:  # of whose weights each process has a part
+        frozen = {n: t for n, t in training.model.state_dict().items() if n not in training.params}
+        digest.update(json.dumps({n: _sum_of_bits(t) for n, t in frozen.items()}).encode())
+    return digest.hexdigest()
+
 # %% ../nbs/06_train.ipynb #61586971
 class Training:
     "A training, ready to make its steps."
@@ -775,19 +788,7 @@ class Training:
             self.params.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         self.optimizer.zero_grad()  # of a training of the same model that was stopped
-        self.what = self._identity()
-
-    def _identity(self) -> str:
-        "Of this training: how, on what, and of what, before its first step."
-        how, adapter = asdict(replace(self.config, batch_tokens=None)), getattr(self.model, "dora_nb_config", None)
-        weights = {n: list(p.shape) for n, p in self.params.items()}
-        rows = [[row.ids, row.choice] for each in self.rows for row in each]
-        what = [how, adapter and asdict(adapter), list(self.docs), list(self.gold), rows, self.batches, weights]
-        digest = hashlib.sha256(json.dumps(what).encode())
-        if not self.team.sharded:  # of whose weights each process has a part
-            frozen = {n: t for n, t in self.model.state_dict().items() if n not in self.params}
-            digest.update(json.dumps({n: _sum_of_bits(t) for n, t in frozen.items()}).encode())
-        return digest.hexdigest()
+        self.what = _identity(self)
 
     def gradient(
         self,
