@@ -748,7 +748,7 @@ class stoppable:
 def _sum_of_bits(t: Tensor) -> int:
     "A number that other values would not give, in whatever order it is added up: their bits as whole numbers."
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return int(t.detach().contiguous().view(-1).view(kinds[t.element_size()]).sum(dtype=torch.int64))
+    return int(t.detach().contiguous().view(-1).view(kinds.get(t.element_size(), torch.uint8)).sum(dtype=torch.int64))
 
 
 def _identity(training) -> str:
