@@ -298,7 +298,7 @@ def _task_type(model: nn.Module) -> str | None:
     "As which kind of model PEFT should wrap it, if it is to know."
     if not hasattr(model, "prepare_inputs_for_generation"):
         return None
-    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def _to_peft(config: AdapterConfig, model: nn.Module) -> dict:
