@@ -748,7 +748,18 @@ class stoppable:
 def _sum_of_bits(t: Tensor) -> int:
     "A number that other values would not give, in whatever order it is added up: their bits as whole numbers."
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return int(t.detach().contiguous().view(-1).view(kinds.get(t.element_size(), torch.uint8)).sum(dtype=torch.int64))
+    bits = t.detach().contiguous().view(-1).view(kinds.get(t.element_size(), torch.uint8))
+    return int(bits.sum(dtype=torch.int64)) % 2**32
+
+
+def _frozen_sums(training) -> dict[str, int]:
+    "Of every weight and buffer that is not trained; of a sharded model, the sum of its parts."
+    frozen = {n: t for n, t in training.model.state_dict().items() if n not in training.params}
+    part = lambda t: _sum_of_bits(t.to_local() if hasattr(t, "to_local") else t)
+    if not training.team.sharded:
+        return {n: part(t) for n, t in frozen.items()}
+    own = [part(t) if hasattr(t, "to_local") or training.team.rank == 0 else 0 for t in frozen.values()]
+    return {n: int(s) % 2**32 for n, s in zip(frozen, training.team.sum(*own))}
 
 
 def _identity(training) -> str:
@@ -756,12 +767,9 @@ def _identity(training) -> str:
     how, adapter = asdict(replace(training.config, batch_tokens=None)), getattr(training.model, "dora_nb_config", None)
     weights = {n: list(p.shape) for n, p in training.params.items()}
     rows = [[row.ids, row.choice] for each in training.rows for row in each]
-    what = [how, adapter and asdict(adapter), list(training.docs), list(training.gold), rows, training.batches, weights]
-    digest = hashlib.sha256(json.dumps(what).encode())
-    if not training.team.sharded:  # of whose weights each process has a part
-        frozen = {n: t for n, t in training.model.state_dict().items() if n not in training.params}
-        digest.update(json.dumps({n: _sum_of_bits(t) for n, t in frozen.items()}).encode())
-    return digest.hexdigest()
+    items = [list(training.docs), list(training.gold), rows, training.batches]
+    what = [how, adapter and asdict(adapter), items, weights, _frozen_sums(training)]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 # %% ../nbs/06_train.ipynb #61586971
 class Training:

@@ -199,6 +199,7 @@ run(config_from({k: v for k, v in globals().items() if k in names}), run_dir)
 QUICK = f"""
 import json
 result = dict(schema={SCHEMA}, run=Path(run_dir).name, params={{}}, metrics=dict(acc=1.0), seconds=1.0)
+result |= dict(machine={{}}, training=dict(steps=1), timings=dict(loading=0.1, evaluation=0.2))
 (Path(run_dir) / "{PREDICTIONS}").touch()
 (Path(run_dir) / "{RESULT}").write_text(json.dumps(result))
 """
