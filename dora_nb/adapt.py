@@ -585,7 +585,7 @@ def merge(
     model: nn.Module,  # adapted; changed in place
     keep_base: bool = True,  # keep W₀ aside for `unmerge`; False frees its memory, for good
 ) -> nn.Module:  # the same model, with plain linear layers
-    "Fold the adapter into the weights, and write out those that are compressed. What is merged already is not merged again, but may still let go of its W₀."
+    "Fold the adapter into the weights, and write out those that are compressed. What is merged already is not merged again, but may still let go of its W₀. RuntimeError, and the model untouched, where `can_merge` says no."
     layers = getattr(model, "dora_nb_merged", None)
     if not layers:
         layers = adapter_layers(model)

@@ -610,7 +610,7 @@ def _newest(folder: Path | None, what: str) -> Path | None:
             continue
         if of != what:
             raise ValueError(
-                f"{path} is of a training on other items, or set up in another way; delete {folder} to start anew"
+                f"{path} is of another training: of other items, another model or adapter, or other settings; delete {folder} to start anew"
             )
         return path
 

@@ -403,13 +403,18 @@ def test_a_damaged_checkpoint(tiny, stopped, damage):
 
 def test_a_checkpoint_of_another_training(tiny, stopped):
     model, tokenizer = tiny()
-    with pytest.raises(ValueError, match="of a training on other items, or set up in another way"):
+    with pytest.raises(
+        ValueError, match="is of another training: of other items, another model or adapter, or other settings"
+    ):
         train(model, tokenizer, items(n=20), SHORT, progress=False, checkpoints=stopped[0].parent)
 
 
 def test_a_checkpoint_of_another_model_or_adapter(tiny, tmp_path):
     "Of the same shapes, items and settings: what is frozen and how the adapter is set up tell them apart."
-    (model, tokenizer), refused = tiny("dora"), "of a training on other items, or set up in another way"
+    (model, tokenizer), refused = (
+        tiny("dora"),
+        "is of another training: of other items, another model or adapter, or other settings",
+    )
     go = lambda model: train(model, tokenizer, items(), SHORT, progress=False, checkpoints=tmp_path)
     go(model)
     for change in (dict(alpha=3.0), dict(dropout=0.5), dict(detach_norm=False), dict(rslora=True)):
