@@ -9,6 +9,7 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 SMALL = dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)  # SmolLM2-135M's
 LARGE = dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32)  # LLaMA-7B's
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "lm_eval")  # whose versions matter
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16)
 
 
@@ -27,7 +29,14 @@ def blocks(shape, layers, dtype):
     "A Llama without its head, frozen, random, always the same."
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=128, num_hidden_layers=layers, attn_implementation="sdpa", **shape)
-    return LlamaModel(config).to(DEVICE, dtype).requires_grad_(False).train()
+    with DEVICE:  # drawn there: on a CPU it takes longer than all that is measured
+        model = LlamaModel(config)
+    return model.to(dtype).requires_grad_(False).train()
+
+
+def shape_of(name):
+    "A model's shape by name: small (SmolLM2-135M's), large (LLaMA-7B's), or what suits the device."
+    return {"small": SMALL, "large": LARGE, "": LARGE if DEVICE.type == "cuda" else SMALL}[name]
 
 
 def ours(model, method, rank, **options):
@@ -120,7 +129,7 @@ def machine():
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
         count = torch.get_num_threads()
-    packages = ("torch", "transformers", "peft", "accelerate", "lm_eval")
+    packages = [p for p in PACKAGES if find_spec(p)]
     return dict(device=name, count=count, unit="GPU" if DEVICE.type == "cuda" else "threads") | {
         p: version(p) for p in packages
     }

@@ -3,7 +3,7 @@
 import contextlib
 
 import torch
-from common import DEVICE, DTYPES, LARGE, SMALL, arguments, blocks, finish, interleave, ours, peft, ratio
+from common import DEVICE, DTYPES, arguments, blocks, finish, interleave, ours, peft, ratio, shape_of
 from peft.helpers import DoraCaching
 from transformers import DynamicCache
 
@@ -45,8 +45,8 @@ def extra_bytes(model, x):
 
 
 def main():
-    options = arguments(__doc__, rounds=15, layers=8, ranks="16,64", dtypes="float32,bfloat16")
-    shape, rows = LARGE if DEVICE.type == "cuda" else SMALL, []
+    options = arguments(__doc__, rounds=15, layers=8, ranks="16,64", dtypes="float32,bfloat16", shape="")
+    shape, rows = shape_of(options.shape), []
     for dtype in options.dtypes.split(","):
         for rank in map(int, options.ranks.split(",")):
             new = lambda: blocks(shape, options.layers, DTYPES[dtype]).eval()

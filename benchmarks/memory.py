@@ -3,7 +3,7 @@
 import itertools
 
 import torch
-from common import DEVICE, DTYPES, LARGE, SMALL, TARGETS, alone, arguments, blocks, finish, ours, peak_bytes, peft
+from common import DEVICE, DTYPES, TARGETS, alone, arguments, blocks, finish, ours, peak_bytes, peft, shape_of
 
 MODELS = {
     "frozen": lambda model, rank: model,
@@ -36,7 +36,7 @@ def kept(model, x):
 
 def peak(name, dtype, rank, tokens, layers):
     "Bytes at the peak of three steps, beyond what was there before."
-    shape = LARGE if DEVICE.type == "cuda" else SMALL
+    shape = shape_of("")
     model = MODELS[name](blocks(shape, layers, DTYPES[dtype]), rank)
     x = inputs(shape, tokens, DTYPES[dtype])
 
@@ -51,7 +51,7 @@ def peak(name, dtype, rank, tokens, layers):
 
 def main():
     options = arguments(__doc__, rounds=3, layers=4, ranks="16,64", dtypes="float32,bfloat16", tokens=2048)
-    shape, rows = LARGE if DEVICE.type == "cuda" else SMALL, []
+    shape, rows = shape_of(""), []
     for dtype, rank in itertools.product(options.dtypes.split(","), map(int, options.ranks.split(","))):
         row = {"dtype": dtype, "rank": rank, "tokens": options.tokens}
         for name in MODELS:

@@ -7,7 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from common import table
+from common import PACKAGES, table
 
 HERE = Path(__file__).parent.parent / "reports" / "speed"
 TITLES = {
@@ -20,6 +20,8 @@ TITLES = {
     "growth": "How the cost of one layer grows",
     "curvature": "Products with second derivatives",
 }
+
+SHAPES = {"small": "of SmolLM2-135M's width", "large": "of LLaMA-7B's width"}
 
 
 def first(cell):
@@ -156,16 +158,39 @@ def figure(rows, path):
     fig.savefig(path)
 
 
+def section(data):
+    "How a benchmark was called, and its tables."
+    options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in data["options"].items() if v not in (None, ""))
+    parts = [f"`python benchmarks/{data['name']} {options}`", table(data["rows"], data["columns"])]
+    for heading, rows in data.get("tables", {}).items():
+        parts += [f"### {heading}", table(rows, list(dict.fromkeys(k for r in rows for k in r)))]
+    return parts
+
+
+def on_a_gpu():
+    "What was measured on a GPU (--out reports/speed/NAME-gpu-SHAPE.json)."
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(HERE.glob("*-gpu-*.json"), reverse=True)}
+    if not found:
+        return []
+    where = next(iter(found.values()))["machine"]
+    packages = ", ".join(f"{p} {where[p]}" for p in PACKAGES if p in where)
+    parts = ["## On a GPU", f"{where['device']}, {packages}.", (HERE / "notes-gpu.md").read_text().strip()]
+    for name, data in found.items():
+        kind, _, shape = name.split("-")
+        parts += [f"### {TITLES[kind]}, {SHAPES[shape]}", *section(data)]
+    return parts
+
+
 def main():
     data = {
         name: json.loads((HERE / f"{name}.json").read_text()) for name in TITLES if (HERE / f"{name}.json").exists()
     }
     where = data["step"]["machine"]
-    packages = ", ".join(f"{p} {where[p]}" for p in ("torch", "transformers", "peft", "accelerate", "lm_eval"))
+    packages = ", ".join(f"{p} {where[p]}" for p in PACKAGES)
     figure(data["growth"]["rows"], HERE / "growth.png")
     parts = [
         "# Speed",
-        f"Measured on {where['count']} {where['unit']} of {where['device']} with {packages}. No GPU was at hand: everything that the project wants of one is **not measured**, the fused kernel included.",
+        f"Measured on {where['count']} {where['unit']} of {where['device']} with {packages}. What was measured on a GPU stands at the end; the rest, and the targets, are of this CPU.",
         "Every table compares candidates that took turns, round by round, in one process, and gives the median over the rounds of their ratio in time (in brackets its quartiles). Timings here are noisy: two runs of one table differ by some 3 %.",
         "## Targets",
         table(targets(data), ["what", "target", "measured", "met"]),
@@ -174,18 +199,10 @@ def main():
     for name, title in TITLES.items():
         if name not in data:
             continue
-        options = " ".join(
-            f"--{k.replace('_', '-')} {v}" for k, v in data[name]["options"].items() if v not in (None, "")
-        )
-        parts += [
-            f"## {title}",
-            f"`python benchmarks/{name}.py {options}`",
-            table(data[name]["rows"], data[name]["columns"]),
-        ]
-        for heading, rows in data[name].get("tables", {}).items():
-            parts += [f"### {heading}", table(rows, list(dict.fromkeys(k for r in rows for k in r)))]
+        parts += [f"## {title}", *section(data[name])]
         if name == "growth":
             parts.append("![Cost of one layer against tokens, rank and width](growth.png)")
+    parts += on_a_gpu()
     (HERE / "report.md").write_text("\n\n".join(parts) + "\n")
 
 

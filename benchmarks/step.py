@@ -4,7 +4,7 @@ import itertools
 import statistics
 
 import torch
-from common import DEVICE, DTYPES, LARGE, SMALL, arguments, blocks, finish, interleave, ours, peft, ratio
+from common import DEVICE, DTYPES, arguments, blocks, finish, interleave, ours, peak_bytes, peft, ratio, shape_of
 
 
 def candidates(shape, layers, dtype, rank, dropout, checkpointing, tokens, length):
@@ -29,23 +29,16 @@ def candidates(shape, layers, dtype, rank, dropout, checkpointing, tokens, lengt
 
     for model in models.values():
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
     return {name: lambda m=model: step(m) for name, model in models.items()}
 
 
-def memory(step):
-    "Peak bytes on the GPU during a call, beyond what was there before."
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def main():
-    options = arguments(__doc__, rounds=11, layers=4, ranks="16,64", dtypes="float32,bfloat16", tokens=2048, length=128)
-    large = DEVICE.type == "cuda"
-    shape, ranks = LARGE if large else SMALL, [int(r) for r in options.ranks.split(",")]
-    rows = []
+    options = arguments(
+        __doc__, rounds=11, layers=4, ranks="16,64", dtypes="float32,bfloat16", tokens=2048, length=128, shape=""
+    )
+    shape, ranks, rows = shape_of(options.shape), [int(r) for r in options.ranks.split(",")], []
     for dtype, rank, dropout, checkpointing in itertools.product(
         options.dtypes.split(","), ranks, (0.0, 0.05), (False, True)
     ):
@@ -58,8 +51,10 @@ def main():
             row[f"{name} / frozen"] = "{:.2f} [{:.2f}, {:.2f}]".format(*ratio(times, name, "frozen"))
         row["our DoRA / PEFT LoRA"] = f"{ratio(times, 'our DoRA', 'PEFT LoRA')[0]:.2f}"
         row["PEFT DoRA / ours"] = f"{ratio(times, 'PEFT DoRA', 'our DoRA')[0]:.2f}"
-        if large:
-            row["our DoRA's peak / PEFT LoRA's"] = f"{memory(steps['our DoRA']) / memory(steps['PEFT LoRA']):.3f}"
+        if DEVICE.type == "cuda":  # on a CPU this takes a process for each: memory.py
+            row["our DoRA's peak / PEFT LoRA's"] = "{:.3f}".format(
+                peak_bytes(steps["our DoRA"]) / peak_bytes(steps["PEFT LoRA"])
+            )
         rows.append(row)
         print(row, statistics.median(times["frozen"]), flush=True)
     finish(

@@ -207,6 +207,9 @@ def convert_model(
             gguf.parent, **source, quantization_config=config, dtype=torch.float32
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **source)
+        # Some versions of transformers read other special tokens from a GGUF file than the configuration has.
+        for kind in ("bos_token", "eos_token", "pad_token"):
+            setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(getattr(model.config, f"{kind}_id")))
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

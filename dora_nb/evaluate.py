@@ -146,6 +146,12 @@ PLAIN = dict(
 )
 PLAIN |= dict(early_stopping=False, min_length=0, return_dict_in_generate=False)
 
+
+def _stops(model: nn.Module, tokenizer) -> list[int] | None:
+    "Tokens that end an answer: the tokenizer's, with which training on instructions ends one, and the model's own."
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}) or None
+
 # %% ../nbs/07_evaluate.ipynb #797115a3
 @torch.no_grad()
 def generate_answers(
@@ -162,13 +168,14 @@ def generate_answers(
 ) -> tuple[
     dict, list[dict]
 ]:  # acc, stderr, acc_low, acc_high, n, seconds, unparsed (a share), truncated; and a record per item
-    "Let the model write an answer, and match it, as the authors do."
+    "Let the model write an answer, to a token that ends one (the tokenizer's or the model's own) or to its most tokens, and match it, as the authors do."
     start, team = time.perf_counter(), team or Team()
     if team.sharded:
         raise RuntimeError("a sharded model cannot generate here; use the protocol loglikelihood")
     encoded = [encode_text(tokenizer, item["contexts"][0]) for item in items]
     prompts, outputs = [ids[-max_tokens:] for ids in encoded], {}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ends = dict(pad_token_id=pad, eos_token_id=_stops(model, tokenizer))
     order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))[team.rank :: team.size]
     with (
         progress_bar(range(len(order)), "generate", "item", progress) as bar,
@@ -180,7 +187,7 @@ def generate_answers(
             size = max(1, (batch_tokens or 4096) // (num_beams * (width + max_new_tokens)))
             group, order = order[:size], order[size:]
             batch = _padded([prompts[i] for i in group], pad, model.device)
-            written = _write(model.eval(), batch, num_beams, max_new_tokens=max_new_tokens, pad_token_id=pad)
+            written = _write(model.eval(), batch, num_beams, max_new_tokens=max_new_tokens, **ends)
             outputs |= zip(group, tokenizer.batch_decode(written, skip_special_tokens=True))
             bar.update(len(group))
     outputs = dict(pair for part in team.gather(list(outputs.items())) for pair in part)

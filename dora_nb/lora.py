@@ -82,7 +82,7 @@ def _scaled(y: Tensor, t: Term, out: Tensor | None = None) -> Tensor:
         return y
     if y.is_cpu and y.dtype.itemsize < 4 and t.change is not None:  # there a product of two dtypes is slow
         return torch.addcmul(y, y, t.change.to(y.dtype), out=out)
-    return torch.mul(y, t.scale, out=out) if out is not None else (y * t.scale).to(y.dtype)
+    return torch.mul(y, t.scale, out=torch.empty_like(y) if out is None else out)  # rounded once, in one pass
 
 
 def _dense(t: Term, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,6 @@
 "Fetching: what arrives is verified, what fails leaves nothing behind and says what to do."
 
+import copy
 import hashlib
 import json
 import os
@@ -262,3 +263,23 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch):
 def test_unknown_assets():
     with pytest.raises(ValueError, match="smollm2-135m-instruct, tasks"):
         fetch("gpt5")
+
+
+def test_the_converted_model_and_its_tokenizer_name_the_same_special_tokens(smollm):
+    model, tokenizer = smollm
+    for kind in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(tokenizer, kind) == getattr(model.config, kind)
+    assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_conversion_does_not_trust_the_tokenizer_of_a_gguf_file(tmp_path, smollm, monkeypatch):
+    "transformers 5.17 gives <|im_start|> as the end of a text, so training taught that one."
+    model, tokenizer = smollm
+    other = copy.deepcopy(tokenizer)
+    other.eos_token, other.pad_token = "<|im_start|>", None
+    monkeypatch.setattr(assets.transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: model)
+    monkeypatch.setattr(assets.transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: other)
+    monkeypatch.setattr(model, "save_pretrained", lambda folder: None)
+    assets.convert_model(tmp_path / "model.gguf", tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (saved["eos_token"], saved["pad_token"]) == ("<|im_end|>", "<|im_end|>")

@@ -74,6 +74,20 @@ def test_a_model_s_own_ways_of_writing_are_set_aside(tiny_model_dir):
     assert ask() == expected
 
 
+@pytest.mark.parametrize("own, more", [(None, []), (7, [7]), ([7, 8], [7, 8])])
+def test_an_answer_ends_with_the_token_that_training_teaches(tiny_model_dir, monkeypatch, own, more):
+    "Also where the model's generation_config names others, or none; and with those."
+    model, tokenizer = load_model(str(tiny_model_dir))
+    items, asked, generate = load_task("boolq", "validation", "instruction", limit=1), [], model.generate
+    model.generation_config.eos_token_id = own
+    monkeypatch.setattr(model, "generate", lambda **how: asked.append(how["eos_token_id"]) or generate(**how))
+    bias = torch.zeros(model.config.vocab_size).index_fill(0, torch.tensor(tokenizer.eos_token_id), 1e4)
+    model.lm_head.register_forward_hook(lambda module, x, y: y + bias)
+    _, records = generate_answers(model, tokenizer, items, progress=False, max_new_tokens=6)
+    assert records[0]["output"] == ""
+    assert all(stops == sorted({tokenizer.eos_token_id, *more}) for stops in asked)
+
+
 def test_generation_where_the_cache_cannot_be_shared(tiny_model_dir):
     "A model without a cache, and one whose cache slides over the prompt."
     model, tokenizer = load_model(str(tiny_model_dir))
