@@ -341,20 +341,20 @@ def plot_sweep(
     wide = max(3.0, 0.5 * rows.dropna(subset="x").x.nunique())  # room for the words under the ticks
     size = (wide * len(panels) + 1.2, 3.0)
     fig, axes = plt.subplots(1, len(panels), figsize=size, dpi=110, squeeze=False, sharey=rows.task.nunique() == 1)
-    styles = ("-", "--", ":", "-.")
+    styles = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # the mark tells lines of one point apart
     for ax, panel in zip(axes[0], panels):
         here, given = rows[rows.panel == panel], {}
         ticks = here.dropna(subset="x").drop_duplicates("x").sort_values("x")
         for line, group in here.groupby("line", sort=False):
             method, group = group.method.iloc[0], group.sort_values("x")
-            style = styles[given.setdefault(method, []).__len__() % len(styles)]
+            style, mark = styles[len(given.setdefault(method, [])) % len(styles)]
             given[method].append(line)
             if group.x.isna().all():  # the base model
                 ax.axhline(100 * group.share.iloc[0], ls=style, color=COLORS[method], lw=1, label=line)
                 continue
             x = group.x + 0.06 * (len(given) - 2 + 0.5 * (len(given[method]) - 1))  # side by side where they agree
             ends = 100 * np.array([group.share - group.low, group.high - group.share])
-            bars = dict(fmt="o", ls=style, ms=4, lw=1.2, elinewidth=2.5, ecolor=(COLORS[method], 0.3))
+            bars = dict(fmt=mark, ls=style, ms=4, lw=1.2, elinewidth=2.5, ecolor=(COLORS[method], 0.3))
             ax.errorbar(x, 100 * group.share, ends, color=COLORS[method], label=line, **bars)
         ax.set_xticks(ticks.x, [t.replace(" ", "\n", 1) for t in ticks["at"]], fontsize=8)
         ax.set(title=panel)
@@ -387,41 +387,45 @@ def _if_one(names: list[str]) -> tuple[str, ...]:
     return () if "rank" in names else ("rank",)
 
 
+def _trained_on(params: dict) -> str:
+    "What a run trains on, for a person."
+    return value_label("mixture", params["mixture"]) if params["mixture"] else TASK_LABELS[params["task"]]
+
+
 def plot_learning_curves(
     results: list[dict],  # as `collect` returns them
     history: pd.DataFrame,  # likewise, gathered
 ) -> matplotlib.figure.Figure:
-    "Training loss by step, mean over seeds and a tenth of the steps, a panel per task, a line per kind of run, paler for earlier ones; and a band between the seeds where there is room."
-    names = factors(results)
-    trained = [r for r in own_trainings(results) if r["training"]]
-    trained.sort(key=lambda r: place(parameters(r), names))
-    tasks = list(dict.fromkeys(r["params"]["task"] for r in trained))
-    fig, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks) + 2.4, 2.6), dpi=110, squeeze=False)
-    for ax, task in zip(axes[0], tasks):
-        for method in COLORS:
-            kinds = {}
-            for r in trained:
-                if (r["params"]["task"], r["params"]["method"]) == (task, method):
-                    kinds.setdefault(run_label(parameters(r), names, (*ALWAYS[:3], *_if_one(names))), []).append(
-                        r["run"]
-                    )
-            for i, (label, runs) in enumerate(kinds.items()):
-                curves = history[history.run.isin(runs)].pivot(index="step", columns="run", values="loss")
-                curves = curves.rolling(max(1, len(curves) // 10), min_periods=1).mean()
-                curve, ends = curves.mean(axis=1), (curves.min(axis=1), curves.max(axis=1))
-                if len(runs) > 1 and len(kinds) <= 3:
-                    ax.fill_between(curve.index, *ends, color=COLORS[method], alpha=0.15, lw=0)
-                style = dict(lw=4, alpha=0.35) if method == "lora" else dict(lw=1.2)  # both show where they agree
-                style["alpha"] = style.get("alpha", 1) * (i + 1) / len(kinds)  # from the first kind to the last
-                first, last = list(kinds)[0], list(kinds)[-1]
-                words = label if len(kinds) <= 3 else None
-                if len(kinds) > 3 and label == last:
-                    words = f"{first} (pale)\nto {last} (full)"
-                ax.plot(curve.index, curve, color=COLORS[method], label=words, **style)
-        ax.set(title=TASK_LABELS[task], xlabel="optimiser step")
+    "Training loss by step, mean over seeds and a tenth of the steps, a panel per task or mixture, a line per kind of run, paler for earlier ones; and a band between the seeds where there is room."
+    names, panels, labels = factors(results), {}, {}
+    trained = [(parameters(r), r["run"]) for r in own_trainings(results) if r["training"]]
+    for params, run in sorted(trained, key=lambda t: (bool(t[0]["mixture"]), place(t[0], names))):
+        label = run_label(params, names, (*ALWAYS[:3], *_if_one(names), "mixture"))
+        panels.setdefault(_trained_on(params), {}).setdefault((params["method"], label), []).append(run)
+        labels.setdefault(params["method"], {})[label] = None
+    fig, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels) + 2.4, 2.6), dpi=110, squeeze=False)
+    for ax, (panel, kinds) in zip(axes[0], panels.items()):
+        for (method, label), runs in sorted(kinds.items(), key=lambda kind: list(COLORS).index(kind[0][0])):
+            own = list(labels[method])
+            curves = history[history.run.isin(runs)].pivot(index="step", columns="run", values="loss")
+            curves = curves.rolling(max(1, len(curves) // 10), min_periods=1).mean()
+            curve, ends = curves.mean(axis=1), (curves.min(axis=1), curves.max(axis=1))
+            if len(runs) > 1 and sum(m == method for m, _ in kinds) <= 3:
+                ax.fill_between(curve.index, *ends, color=COLORS[method], alpha=0.15, lw=0)
+            style = dict(lw=4, alpha=0.35) if method == "lora" else dict(lw=1.2)  # both show where they agree
+            style["alpha"] = (
+                style.get("alpha", 1) * (own.index(label) + 1) / len(own)
+            )  # from the first kind to the last
+            words = label if len(own) <= 3 else None
+            if len(own) > 3 and label == own[-1]:
+                words = f"{own[0]} (pale)\nto {label} (full)"
+            ax.plot(curve.index, curve, color=COLORS[method], label=words, **style)
+        ax.set(title=panel, xlabel="optimiser step")
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
     axes[0, 0].set_ylabel("training loss (nats)")
-    axes[0, -1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    handles = {words: line for ax in axes[0] for line, words in zip(*ax.get_legend_handles_labels())}
+    beside = dict(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[0, -1].legend(handles.values(), handles.keys(), **beside)
     fig.tight_layout()
     return fig
 

@@ -46,6 +46,7 @@ from dora_nb.report import (
     interval,
     overview,
     partial_rank_correlation,
+    plot_learning_curves,
     plot_sweep,
     read_report,
     render,
@@ -253,6 +254,22 @@ def test_who_diverged():
     lost = asdict(RunConfig("boolq", "lora", seed=2, learning_rate=1e-3))
     assert stability_table(found, "learning_rate", [lost]).to_numpy().tolist() == [["nan, 2 of 3"]]
     assert stability_table(found._replace(results=runs[1:]), "learning_rate").to_numpy().tolist() == [["1.70"]]
+
+
+def test_learning_curves_of_mixtures_have_their_own_panel():
+    "And not that of the task that was asked; a kind of run looks the same in every panel."
+    found = read_report(QUICK.parent / "mixture" / "large")
+    fig = plot_learning_curves(found.results, found.history)
+    axes = {ax.get_title(): ax.get_lines() for ax in fig.axes}
+    assert list(axes) == ["BoolQ", "HellaSwag", "WinoGrande", "3 tasks together", "8 tasks together"]
+    assert [len(lines) for lines in axes.values()] == [4, 4, 4, 2, 2]
+    assert [max(line.get_xdata()) for line in axes["8 tasks together"]] == [654, 654]
+    looks = {(line.get_label(), line.get_alpha(), line.get_linewidth()) for lines in axes.values() for line in lines}
+    assert len(looks) == 4
+    assert [t.get_text() for t in fig.axes[-1].get_legend().get_texts()] == [
+        f"{method}, {n} items" for method in ("LoRA", "DoRA") for n in ("1,333", "4,000")
+    ]
+    plt.close(fig)
 
 
 def test_costs_of_a_base_model_are_dashes():
