@@ -190,7 +190,7 @@ def main():
     figure(data["growth"]["rows"], HERE / "growth.png")
     parts = [
         "# Speed",
-        f"Measured on {where['count']} {where['unit']} of {where['device']} with {packages}. What was measured on a GPU stands at the end; the rest, and the targets, are of this CPU.",
+        f"Measured on {where['count']} {where['unit']} of {where['device']} with {packages}. What was measured on a GPU stands at the end; the rest, and the table of targets, are of this CPU.",
         "Every table compares candidates that took turns, round by round, in one process, and gives the median over the rounds of their ratio in time (in brackets its quartiles). Timings here are noisy: two runs of one table differ by some 3 %.",
         "## Targets",
         table(targets(data), ["what", "target", "measured", "met"]),
