@@ -34,7 +34,7 @@ def blocks(shape, layers, dtype):
     return model.to(dtype).requires_grad_(False).train()
 
 
-def shape_of(name):
+def shape_of(name=""):
     "A model's shape by name: small (SmolLM2-135M's), large (LLaMA-7B's), or what suits the device."
     return {"small": SMALL, "large": LARGE, "": LARGE if DEVICE.type == "cuda" else SMALL}[name]
 

@@ -36,7 +36,7 @@ def kept(model, x):
 
 def peak(name, dtype, rank, tokens, layers):
     "Bytes at the peak of three steps, beyond what was there before."
-    shape = shape_of("")
+    shape = shape_of()
     model = MODELS[name](blocks(shape, layers, DTYPES[dtype]), rank)
     x = inputs(shape, tokens, DTYPES[dtype])
 
@@ -51,7 +51,7 @@ def peak(name, dtype, rank, tokens, layers):
 
 def main():
     options = arguments(__doc__, rounds=3, layers=4, ranks="16,64", dtypes="float32,bfloat16", tokens=2048)
-    shape, rows = shape_of(""), []
+    shape, rows = shape_of(), []
     for dtype, rank in itertools.product(options.dtypes.split(","), map(int, options.ranks.split(","))):
         row = {"dtype": dtype, "rank": rank, "tokens": options.tokens}
         for name in MODELS:

@@ -172,12 +172,11 @@ def on_a_gpu():
     found = {path.stem: json.loads(path.read_text()) for path in sorted(HERE.glob("*-gpu-*.json"), reverse=True)}
     if not found:
         return []
-    where = next(iter(found.values()))["machine"]
-    packages = ", ".join(f"{p} {where[p]}" for p in PACKAGES if p in where)
-    parts = ["## On a GPU", f"{where['device']}, {packages}.", (HERE / "notes-gpu.md").read_text().strip()]
+    parts = ["## On a GPU", (HERE / "notes-gpu.md").read_text().strip()]
     for name, data in found.items():
-        kind, _, shape = name.split("-")
-        parts += [f"### {TITLES[kind]}, {SHAPES[shape]}", *section(data)]
+        (kind, _, shape), where = name.split("-"), data["machine"]
+        packages = ", ".join(f"{p} {where[p]}" for p in PACKAGES if p in where)
+        parts += [f"### {TITLES[kind]}, {SHAPES[shape]}", f"{where['device']}, {packages}.", *section(data)]
     return parts
 
 

@@ -209,7 +209,9 @@ def convert_model(
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **source)
         # Some versions of transformers read other special tokens from a GGUF file than the configuration has.
         for kind in ("bos_token", "eos_token", "pad_token"):
-            setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(getattr(model.config, f"{kind}_id")))
+            ids = getattr(model.config, f"{kind}_id")
+            if ids is not None:  # several may end a text; the first one does for the tokenizer
+                setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(ids[0] if isinstance(ids, list) else ids))
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

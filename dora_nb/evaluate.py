@@ -148,7 +148,7 @@ PLAIN |= dict(early_stopping=False, min_length=0, return_dict_in_generate=False)
 
 
 def _stops(model: nn.Module, tokenizer) -> list[int] | None:
-    "Tokens that end an answer: the tokenizer's, with which training on instructions ends one, and the model's own."
+    "Tokens that end an answer: the tokenizer's, which training on instructions puts at its end, and the model's own."
     own = model.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}) or None
 
@@ -168,7 +168,7 @@ def generate_answers(
 ) -> tuple[
     dict, list[dict]
 ]:  # acc, stderr, acc_low, acc_high, n, seconds, unparsed (a share), truncated; and a record per item
-    "Let the model write an answer, to a token that ends one (the tokenizer's or the model's own) or to its most tokens, and match it, as the authors do."
+    "Let the model write an answer, up to a token that ends one (the tokenizer's or the model's own) or `max_new_tokens`, and match it, as the authors do."
     start, team = time.perf_counter(), team or Team()
     if team.sharded:
         raise RuntimeError("a sharded model cannot generate here; use the protocol loglikelihood")

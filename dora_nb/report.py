@@ -413,9 +413,8 @@ def plot_learning_curves(
             if len(runs) > 1 and sum(m == method for m, _ in kinds) <= 3:
                 ax.fill_between(curve.index, *ends, color=COLORS[method], alpha=0.15, lw=0)
             style = dict(lw=4, alpha=0.35) if method == "lora" else dict(lw=1.2)  # both show where they agree
-            style["alpha"] = (
-                style.get("alpha", 1) * (own.index(label) + 1) / len(own)
-            )  # from the first kind to the last
+            # paler for earlier kinds, and the same in every panel
+            style["alpha"] = style.get("alpha", 1) * (own.index(label) + 1) / len(own)
             words = label if len(own) <= 3 else None
             if len(own) > 3 and label == own[-1]:
                 words = f"{own[0]} (pale)\nto {label} (full)"

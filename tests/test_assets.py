@@ -283,3 +283,9 @@ def test_conversion_does_not_trust_the_tokenizer_of_a_gguf_file(tmp_path, smollm
     assets.convert_model(tmp_path / "model.gguf", tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert (saved["eos_token"], saved["pad_token"]) == ("<|im_end|>", "<|im_end|>")
+    monkeypatch.setattr(model.config, "eos_token_id", [2, 0])  # as many configurations have them
+    monkeypatch.setattr(model.config, "pad_token_id", None)
+    other.eos_token, other.pad_token = "<|im_start|>", None
+    assets.convert_model(tmp_path / "model.gguf", tmp_path / "more")
+    saved = json.loads((tmp_path / "more" / "tokenizer_config.json").read_text())
+    assert (saved["eos_token"], saved.get("pad_token")) == ("<|im_end|>", None)

@@ -85,7 +85,7 @@ def test_an_answer_ends_with_the_token_that_training_teaches(tiny_model_dir, mon
     model.lm_head.register_forward_hook(lambda module, x, y: y + bias)
     _, records = generate_answers(model, tokenizer, items, progress=False, max_new_tokens=6)
     assert records[0]["output"] == ""
-    assert all(stops == sorted({tokenizer.eos_token_id, *more}) for stops in asked)
+    assert asked and all(stops == sorted({tokenizer.eos_token_id, *more}) for stops in asked)
 
 
 def test_generation_where_the_cache_cannot_be_shared(tiny_model_dir):
