@@ -195,7 +195,8 @@ def jobs_of(options):
 
 def run_slice(options):
     "Make runs until the time is up, or as much has been written as one trip takes back."
-    from dora_nb.runs import ERROR, RESULT, training_id, write_json
+    from dora_nb.files import write_json
+    from dora_nb.runs import ERROR, RESULT, training_id
 
     start = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)

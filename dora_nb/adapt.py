@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'FAMILIES', 'WEIGHTS', 'CONFIG', 'matches', 'AdapterConfig', 'find_targets', 'adapter_layers', 'adapt',
-           'remove_adapter', 'trainable_parameters', 'count_parameters', 'write_whole', 'check_writable', 'whole',
-           'whole_tensors', 'save_adapter', 'load_adapter', 'can_merge', 'merge', 'unmerge']
+           'remove_adapter', 'trainable_parameters', 'count_parameters', 'whole', 'whole_tensors', 'save_adapter',
+           'load_adapter', 'can_merge', 'merge', 'unmerge']
 
 # %% ../nbs/03_adapt.ipynb #c74ed81b
 import difflib
 import json
 import math
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .dora import DROPOUT_FORMS, DoRALinear
+from .files import write_whole
 from .lora import INITS, PLANS, LoRALinear, Siblings
 
 # %% ../nbs/03_adapt.ipynb #00f2ae8b
@@ -351,33 +351,6 @@ def _from_peft(peft: dict, source: Path) -> AdapterConfig:
     return config
 
 # %% ../nbs/03_adapt.ipynb #74e6814e
-def write_whole(
-    path: Path,  # the file to make or replace
-    write: Callable[[Path], None],  # writes it under the name it is given
-):
-    "Write under a temporary name and rename when it is on the disk: a reader sees the old file or the new one, never a part."
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_writable(
-    folder: Path,  # made if need be
-):
-    "Refuse a folder that cannot be written to, before the work that it is to hold: ValueError."
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink(missing_ok=True)
-    except OSError as e:
-        raise ValueError(f"{folder} cannot be written to ({e.strerror}); choose another place with --out") from None
-
-
 def whole(
     t: Tensor,  # sharded over processes (a DTensor), or not
 ) -> Tensor:

@@ -176,7 +176,7 @@ def evaluate_options(p: argparse.ArgumentParser):
 # %% ../nbs/16_cli.ipynb #8215f592
 def _check_file(path: str):
     "Refuse a file that cannot be written, before the work that it is to hold; its folder is made."
-    from dora_nb.adapt import check_writable
+    from dora_nb.files import check_writable
 
     if Path(path).is_dir():
         raise ValueError(f"--out {path} is a folder; name a file in it")
@@ -185,9 +185,10 @@ def _check_file(path: str):
 
 def evaluate_command(args: argparse.Namespace):
     "Ask a model about the items of a task; print a summary, write an answer per line."
-    from dora_nb.adapt import can_merge, merge, write_whole
+    from dora_nb.adapt import can_merge, merge
     from dora_nb.compress import parse_scheme
     from dora_nb.evaluate import evaluate, format_of
+    from dora_nb.files import write_whole
     from dora_nb.tasks import load_task
 
     if args.compress:
@@ -254,9 +255,9 @@ def ranks_options(p: argparse.ArgumentParser):
 
 def ranks_command(args: argparse.Namespace):
     "Cut a trained adapter to a budget; print a line per layer, write the pattern and the smaller adapter."
-    from dora_nb.adapt import check_writable, save_adapter
+    from dora_nb.adapt import save_adapter
+    from dora_nb.files import check_writable, write_json
     from dora_nb.rank import fit_budget, rank_pattern
-    from dora_nb.runs import write_json
     from dora_nb.tasks import load_task
     from dora_nb.train import TrainConfig
 

@@ -30,8 +30,8 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 
-from .adapt import check_writable, write_whole
 from .execute import DIED, DONE, FULL, RAISED, STOPPED
+from .files import check_writable, write_json, write_whole
 from dora_nb.runs import (
     CHECKPOINTS,
     ERROR,
@@ -46,7 +46,6 @@ from dora_nb.runs import (
     run_name,
     training_id,
     say,
-    write_json,
 )
 from .train import stoppable
 

@@ -29,7 +29,6 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from .adapt import write_whole
 from .assets import TESTED
 from dora_nb.compare import (
     ALWAYS,
@@ -56,6 +55,7 @@ from dora_nb.compare import (
     value_label,
     verdict,
 )
+from .files import write_json, write_whole
 from .grid import RESULTS, gathered, load_grid
 from dora_nb.runs import (
     CURVATURE,
@@ -68,7 +68,6 @@ from dora_nb.runs import (
     load,
     run_name,
     say,
-    write_json,
 )
 
 # %% ../nbs/15_report.ipynb #52a0ccfb

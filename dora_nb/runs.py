@@ -6,8 +6,7 @@
 __all__ = ['RUN_METHODS', 'CHOICES', 'COUNTS', 'IGNORED', 'MANNER', 'LATER', 'ASKED', 'HERE', 'SCHEMA', 'RESULT', 'HISTORY',
            'PREDICTIONS', 'CURVATURE', 'GEOMETRY', 'RANKS', 'CHECKPOINTS', 'ERROR', 'CALIBRATION', 'LOST', 'RunConfig',
            'trained_tasks', 'check_params', 'config_from', 'effective', 'checksums', 'run_id', 'run_name',
-           'training_id', 'say', 'write_json', 'read_result', 'load_base', 'run', 'ProcessDied', 'ProbeConfig',
-           'run_probe', 'load']
+           'training_id', 'say', 'read_result', 'load_base', 'run', 'ProcessDied', 'ProbeConfig', 'run_probe', 'load']
 
 # %% ../nbs/11_runs.ipynb #1bcc8cd3
 import contextlib
@@ -57,13 +56,13 @@ from dora_nb.adapt import (
     load_adapter,
     merge,
     save_adapter,
-    write_whole,
 )
 from .assets import load_model
 from .compress import compress, parse_scheme
 from .curvature import check_blocks, probe
 from .decompose import delta_direction, delta_magnitude, row_norm
 from .evaluate import PROTOCOLS, evaluate, format_of
+from .files import write_json, write_whole
 from .lora import PLANS
 from .rank import WAYS, as_patterns, warm_ranks
 from .tasks import FORMATS, SPLITS, load_task
@@ -434,14 +433,6 @@ def say(
 ):
     "Tell the user, on stderr."
     print(text, file=sys.stderr, flush=True)
-
-# %% ../nbs/11_runs.ipynb #e830f4e8
-def write_json(
-    path: Path,  # where
-    thing,  # what
-):
-    "Write JSON, whole or not at all."
-    write_whole(path, lambda p: p.write_text(json.dumps(thing, indent=2)))
 
 # %% ../nbs/11_runs.ipynb #57db114e
 def _identity(config: RunConfig, device: torch.device) -> dict:

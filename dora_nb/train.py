@@ -37,7 +37,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .adapt import trainable_parameters, whole, whole_tensors, write_whole
+from .adapt import trainable_parameters, whole, whole_tensors
+from .files import write_whole
 from .tasks import Batch, Row, collate, encode_item, pack
 
 # %% ../nbs/06_train.ipynb #9ae2e7d3
