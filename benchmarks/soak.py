@@ -15,8 +15,8 @@ from common import arguments, finish, resident
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_nb.assets import load_model
-from dora_nb.grid import Board, load_grid, notebook, run_grid
 from dora_nb.files import write_json
+from dora_nb.grid import Board, load_grid, notebook, run_grid
 from dora_nb.runs import load, run_name
 
 GRID = """
