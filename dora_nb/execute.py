@@ -19,19 +19,44 @@ import threading
 import time
 from pathlib import Path
 
+from .files import child_environment, python_command, read_json, write_json
+
 # %% ../nbs/12_execute.ipynb #cb21630c
 DONE, RAISED, FULL, DIED, STOPPED = 0, 1, 74, 75, 130  # exit statuses; after DIED trying again may help
 
 
-def _configured(sockets: str):
-    "Kernels that talk through sockets in a folder of their own."
+def _configure(private: Path):
+    "Return the configuration of kernels that talk through sockets in a private folder."
     from traitlets.config import Config
 
     config = Config()
-    if os.name == "posix" and len(sockets) < 80:  # the system's limit for a socket's name is about 100
+    if os.name == "posix" and len(str(private)) < 80:  # the system's limit for a socket's name is about 100
         config.KernelManager.transport = "ipc"
-        config.KernelManager.ip = f"{sockets}/kernel"
+        config.KernelManager.ip = f"{private}/kernel"
     return config
+
+
+@contextlib.contextmanager
+def _private_kernel(private: Path):
+    "While this lasts, the kernel `python3` is this Python with this package, without the user's profile."
+    argv = [*python_command("ipykernel_launcher"), "-f", "{connection_file}"]
+    (private / "kernels" / "python3").mkdir(parents=True)
+    spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
+    write_json(private / "kernels" / "python3" / "kernel.json", spec)
+    before = dict(os.environ)
+    own = child_environment(JUPYTER_PATH=str(private), IPYTHONDIR=str(private / "ipython"))
+    try:
+        os.environ.clear()
+        os.environ.update(own)
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _literal(path: str | Path) -> str:
+    "Return a path that papermill, which formats paths with the parameters, leaves as it is."
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def execute(
@@ -44,16 +69,16 @@ def execute(
     import papermill
 
     Path(error).unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix="dora-nb-") as sockets:
+    with tempfile.TemporaryDirectory(prefix="dora-nb-") as folder, _private_kernel(private := Path(folder)):
         try:
-            options = dict(kernel_name="python3", log_output=True, progress_bar=False, config=_configured(sockets))
-            papermill.execute_notebook(str(notebook), str(out), params, **options)
+            options = dict(kernel_name="python3", log_output=True, progress_bar=False, config=_configure(private))
+            papermill.execute_notebook(_literal(notebook), _literal(out), params, **options)
         except papermill.PapermillExecutionError as e:
             if e.ename in ("Stopped", "ProcessDied"):
                 return STOPPED if e.ename == "Stopped" else DIED
             plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(e.traceback))
             with contextlib.suppress(OSError):
-                Path(error).write_text(json.dumps({"error": f"{e.ename}: {e.evalue}", "traceback": plain}))
+                write_json(Path(error), {"error": f"{e.ename}: {e.evalue}", "traceback": plain})
             return RAISED
         except (RuntimeError, TimeoutError) as e:  # a kernel that died, or never answered
             logging.error("the kernel is gone: %s", e)
@@ -84,14 +109,14 @@ def _stop_with(parent: int):
 def main(
     argv: list[str],  # the notebook, its parameters, the executed notebook, a file for an error, and who started this
 ) -> int:  # exit status
-    "`python -m dora_nb.execute NOTEBOOK PARAMS.json OUT.ipynb ERROR.json PID`"
+    "Execute a notebook as a program: `python -m dora_nb.execute NOTEBOOK PARAMS.json OUT.ipynb ERROR.json PID`."
     notebook, params, out, error, parent = argv
     # where jsonschema finds this it compiles a grammar of web addresses, seconds of every start; no notebook needs it
     sys.modules.setdefault("rfc3987_syntax", None)
     signal.signal(signal.SIGTERM, _pass_on)
     threading.Thread(target=_stop_with, args=(int(parent),), daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return execute(notebook, json.loads(Path(params).read_text()), out, error)
+    return execute(notebook, read_json(params), out, error)
 
 # %% ../nbs/12_execute.ipynb #d40c74cc
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is called __main__ too

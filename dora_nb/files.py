@@ -87,12 +87,20 @@ def _strangers(folder: Path) -> list[str]:
 def check_claim(
     folder: str | Path,  # where files shall go
     kind: str,  # what we keep in it, for instance run
+    name: str = "",  # of what is kept in it; another name is refused
 ):
-    "Refuse a folder that is not ours: ValueError if it is a file, or holds files and no marker of this kind. Nothing is written."
+    "Refuse a folder that is not ours: ValueError if it is a file, holds files and no marker of this kind, or belongs to another name. Nothing is written."
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose another place with --out")
-    if folder.is_dir() and not owned(folder, kind) and (others := _strangers(folder)):
+    if not folder.is_dir():
+        return
+    if owned(folder, kind):
+        if (other := json.loads((folder / MARKER).read_text(encoding="utf-8")).get("name", "")) != name:
+            raise ValueError(
+                f"{folder} belongs to another {kind}, {other}, and not to {name}; nothing was changed. Choose another folder with --out"
+            )
+    elif others := _strangers(folder):
         raise ValueError(
             f"{folder} holds files that no {kind} of dora_nb made, for instance {others[0]!r}; nothing was changed. Choose an empty or a new folder with --out"
         )
@@ -101,13 +109,14 @@ def check_claim(
 def claim(
     folder: str | Path,  # made if need be
     kind: str,  # what we keep in it, for instance run
+    name: str = "",  # of what is kept in it
 ) -> Path:  # the folder
     "Make a folder ours: ValueError as from `check_claim`."
-    check_claim(folder, kind)
+    check_claim(folder, kind, name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not owned(folder, kind):
-        write_json(folder / MARKER, {"made_by": "dora_nb", "kind": kind})
+        write_json(folder / MARKER, {"made_by": "dora_nb", "kind": kind, "name": name})
     return folder
 
 # %% ../nbs/files.ipynb #697d1ca3

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GRACE', 'ENGINES', 'LEARNING', 'ASKING', 'TRIES', 'RESULTS', 'Grid', 'load_grid', 'notebook', 'need', 'Job',
            'prepare', 'gpus', 'cores', 'default_workers', 'end', 'Local', 'files_in', 'put_files', 'make_elsewhere',
-           'Ray', 'seconds_of', 'time_left', 'duration', 'progress_of', 'Board', 'Incomplete', 'work', 'gathered',
-           'waves', 'run_grid']
+           'start_patiently', 'Ray', 'seconds_of', 'time_left', 'duration', 'progress_of', 'Board', 'Incomplete',
+           'work', 'gathered', 'waves', 'run_grid']
 
 # %% ../nbs/13_grid.ipynb #10efb8a4
 import contextlib
@@ -22,26 +22,38 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
-from filelock import FileLock, Timeout
 
 from .execute import DIED, DONE, FULL, RAISED, STOPPED
-from .files import check_writable, write_json, write_whole
+from dora_nb.files import (
+    HERE,
+    Lock,
+    check_claim,
+    check_writable,
+    child_environment,
+    claim,
+    owned,
+    python_command,
+    read_json,
+    read_text,
+    write_json,
+    write_whole,
+)
 from dora_nb.runs import (
     CHECKPOINTS,
     ERROR,
-    HERE,
     HISTORY,
     RESULT,
     RunConfig,
     check_params,
     config_from,
     effective,
+    forget_checkpoints,
     read_result,
     run_name,
     training_id,
@@ -81,6 +93,10 @@ def _check_rules(spec: dict, where: str):
         check_params(condition, f"{where}: condition")
 
 # %% ../nbs/13_grid.ipynb #1e3ec93d
+_NAME = re.compile(r"\w[\w.-]{0,99}")
+_NAMES_A_FOLDER = "is part of a folder's name: it must be of letters, digits, '_', '-' and '.', 100 at most"
+
+
 def _scaled(spec: dict, scale: str | None, where: str) -> dict:
     "A grid at one of its scales."
     scales = spec.get("scale", {})
@@ -89,6 +105,8 @@ def _scaled(spec: dict, scale: str | None, where: str) -> dict:
             raise ValueError(f"{where}: there is only one scale, and scale={scale!r} was asked for")
         return spec
     name = scale or next(iter(scales))
+    if wrong := next((s for s in scales if not _NAME.fullmatch(s)), None):
+        raise ValueError(f"{where}: the name of scale {wrong!r} {_NAMES_A_FOLDER}")
     if name not in scales or not isinstance(scales[name], dict):
         raise ValueError(f"{where}: there is no scale {name!r}; there are {', '.join(scales)}")
     own = scales[name]
@@ -106,10 +124,10 @@ def load_grid(
     "Read a grid file and check every run of it; ValueError names file, key and the nearest valid name."
     path = Path(path)
     try:
-        spec = tomllib.loads(path.read_text())
+        spec = tomllib.loads(read_text(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such grid file") from None
-    except tomllib.TOMLDecodeError as e:
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
         raise ValueError(f"{path}: not TOML: {e}") from None
     known = {"name": str, "fixed": dict, "axes": dict, "override": list, "exclude": list, "scale": dict, "report": dict}
     for key, value in spec.items():
@@ -121,10 +139,8 @@ def load_grid(
             )
         if not isinstance(value, known[key]):
             raise ValueError(f"{path}: {key} must be of type {known[key].__name__}")
-    if not re.fullmatch(r"\w[\w.-]*", spec.get("name", "")):
-        raise ValueError(
-            f"{path}: name is missing or has other characters than letters, digits, '_', '-' and '.'; it names the folder of the runs"
-        )
+    if not _NAME.fullmatch(spec.get("name", "")):
+        raise ValueError(f"{path}: name is missing or not possible; it {_NAMES_A_FOLDER}")
     spec = _scaled(spec, scale, str(path))
     _check_rules(spec, str(path))
     fixed, axes = spec.get("fixed", {}), spec.get("axes", {})
@@ -141,11 +157,10 @@ def load_grid(
         for rule in spec.get("override", []):
             if _matches(cell, rule["when"]):
                 cell = cell | rule["set"]
-        config = effective(config_from(cell, str(path)))
-        configs.setdefault(json.dumps(asdict(config)), config)
+        configs.setdefault(effective(config_from(cell, str(path))))
     if not configs:
         raise ValueError(f"{path}: every combination is excluded; no run is left")
-    return Grid(spec["name"], tuple(configs.values()), spec.get("report", {}))
+    return Grid(spec["name"], tuple(configs), spec.get("report", {}))
 
 # %% ../nbs/13_grid.ipynb #aceb6c81
 def notebook(
@@ -181,7 +196,9 @@ class Job:
     why: str = ""  # it failed, or was tried again
     process: object = None  # what the engine knows it by
     since: float = 0.0  # when its process was started
-    claim: FileLock | None = field(default=None, repr=False)
+    number: int = 0  # in the grid, counted from 1
+    mine: bool = False  # this launcher has claimed it
+    lock: Lock | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -200,22 +217,22 @@ class Job:
         return self.result is not None
 
     def take(self) -> bool:
-        "Claim the run; False if somebody else has it."
+        "Claim the run and its folder; return False if another launcher has it."
+        check_claim(self.folder, "run", self.name)
         self.folder.mkdir(parents=True, exist_ok=True)
-        claim = FileLock(self.folder / ".claim")
-        try:
-            claim.acquire(timeout=0)
-        except Timeout:
+        self.lock = self.lock or Lock(self.folder / ".claim")
+        self.mine = self.lock.try_acquire()
+        if self.mine:
+            claim(self.folder, "run", self.name)
+        else:
             self.state = "elsewhere"
-            return False
-        self.claim = claim
-        return True
+        return self.mine
 
     def give_back(self):
         "Let others have it."
-        if self.claim is not None:
-            self.claim.release()
-            self.claim = None
+        if self.mine:
+            self.lock.release()
+            self.mine = False
 
 # %% ../nbs/13_grid.ipynb #bb10af94
 def prepare(
@@ -226,15 +243,19 @@ def prepare(
     params, out = job.folder / "params.json", job.folder / "finetune.ipynb"
     write_json(params, asdict(job.config) | {"run_dir": str(job.folder.resolve())})
     files = (notebook("finetune"), params, out, job.folder / ERROR)
-    return [sys.executable, "-m", "dora_nb.execute", *map(str, files), str(os.getpid())]
+    return python_command("dora_nb.execute", *map(str, files), str(os.getpid()))
 
 # %% ../nbs/13_grid.ipynb #b07d2d7b
 def gpus() -> list[str]:
-    "Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    "Return the names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."
     if not torch.cuda.is_available():
         return []
-    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    n, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [str(i) for i in range(n)]
+    names = [name.strip() for name in named.split(",")]
+    # what stands behind a name that means no device, "" or -1 for instance, CUDA does not see either
+    return list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))[:n]
 
 
 def cores() -> int:
@@ -290,7 +311,7 @@ class Local:
     def start(self, job: Job):
         "Start a run's process; everything it says goes to run.log."
         slot = self.free[0]
-        env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
+        env = child_environment(OMP_NUM_THREADS=str(self.threads), MKL_NUM_THREADS=str(self.threads))
         if self.gpus:
             own = [self.gpus[(slot * self.each + i) % len(self.gpus)] for i in range(job.config.processes)]
             env["CUDA_VISIBLE_DEVICES"] = ",".join(own)
@@ -355,19 +376,43 @@ def make_elsewhere(
         job = Job(config, Path(folder) / name, tries=1, since=time.monotonic())
         if run_name(config) != name:
             raise ValueError(
-                f"{config.model} is not the same here as where {name} was planned; copy it with its files' times"
+                f"{config.model} is not the same here as where {name} was planned: its files differ, or the version of this package does"
             )
         engine = Local(
             1, timeout, config.processes, int(os.environ.get("OMP_NUM_THREADS", 0))
         )  # as Ray shares cores out
-        job.folder.mkdir()
+        claim(job.folder, "run", name)
         engine.start(job)
         while (outcome := engine.poll(job)) is None:
             time.sleep(0.2)
-        with FileLock(job.folder / ".lock", timeout=GRACE):  # a kernel whose parent was killed takes a moment to leave
-            return *outcome, files_in(job.folder)
+        lock, end = Lock(job.folder / ".lock"), time.monotonic() + GRACE
+        while not lock.try_acquire() and time.monotonic() < end:
+            time.sleep(0.2)  # a kernel whose parent was killed takes a moment to leave
+        lock.release()
+        return *outcome, files_in(job.folder)
 
 # %% ../nbs/13_grid.ipynb #66682f93
+def start_patiently(
+    start: Callable[[], object],  # starts a part of Ray
+    tidy: Callable[[], None] = lambda: None,  # removes what a failed start has left
+    tries: int = 3,  # at most
+):  # what `start` returns
+    "Start a part of Ray, again if need be: on a busy machine its processes can miss Ray's fixed limit of half a minute."
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")  # read by the processes that Ray starts
+    for left in range(tries - 1, -1, -1):
+        try:
+            return start()
+        except Exception as e:  # Ray raises no kind of its own
+            tidy()
+            if "timed out" not in str(e):
+                raise
+            if not left:
+                raise RuntimeError(
+                    f"Ray did not start within its time limit in {tries} tries ({e}); the machine may be too busy. Try again, or use --engine local"
+                ) from e
+            say("Ray did not start within its time limit, as the machine is busy; it is tried again")
+
+
 class Ray:
     "Tasks on a Ray cluster, a GPU each where there are any."
 
@@ -383,7 +428,8 @@ class Ray:
 
         self.ray, self.timeout, self.running = ray, timeout, set()
         if not ray.is_initialized():
-            ray.init(address=address, log_to_driver=False, include_dashboard=False)
+            options = dict(address=address, log_to_driver=False, include_dashboard=False)
+            start_patiently(lambda: ray.init(**options), ray.shutdown)
         nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
         kind = "GPU" if any(n.get("GPU") for n in nodes) else "CPU"
         nodes = [int(n[kind]) for n in nodes if n.get(kind)]
@@ -541,7 +587,7 @@ class Board:
     ):
         "A line that stays."
         self.clear()
-        say(f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {job.name}: {text}")
+        say(f"[{job.number}/{len(self.jobs)}] {job.name}: {text}")
 
     def show(self):
         "Draw the block; in a file, a line once a minute."
@@ -581,8 +627,7 @@ def _failed(job: Job, why: str, board: Board):
 def _error_of(job: Job) -> dict:
     "What the last try of a run left: error and traceback; nothing if there is no such file."
     try:
-        found = json.loads((job.folder / ERROR).read_text())
-        return found if isinstance(found, dict) else {}
+        return read_json(job.folder / ERROR)
     except (OSError, ValueError):
         return {}
 
@@ -678,7 +723,7 @@ def gathered(
     if not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder}; --known wants that of a report")
     try:
-        return {r["run"]: r for r in json.loads((Path(folder) / RESULTS).read_text())["results"]}
+        return {r["run"]: r for r in read_json(Path(folder) / RESULTS, ["results"])["results"]}
     except FileNotFoundError:
         return {}  # nothing is known yet
     except (ValueError, KeyError, TypeError) as e:
@@ -724,7 +769,8 @@ def run_grid(
     grid = load_grid(path, scale)
     folder = Path(out) / grid.name
     need("papermill", "ipykernel", "matplotlib", "pandas")
-    jobs, results = [Job(config, folder / run_name(config)) for config in grid.configs], {}
+    jobs = [Job(config, folder / run_name(config), number=i) for i, config in enumerate(grid.configs, 1)]
+    results = {}
     for report in known:
         results |= gathered(report)
     for job in jobs:
@@ -739,7 +785,8 @@ def run_grid(
     board = Board(jobs, workers or 1, shared)
     for job in jobs:
         if job.look():
-            shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)  # of a process that was killed at the very end
+            if not dry_run and owned(job.folder, "run") and (job.folder / RESULT).exists():
+                forget_checkpoints(job.folder)  # of a process that was killed at the very end
             board.event(job, f"done, accuracy {job.result['metrics']['acc']:.3f}")
         elif dry_run:
             board.event(job, "to do")
