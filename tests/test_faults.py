@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from dora_nb.grid import Incomplete, load_grid, make_elsewhere, put_files, run_grid, start_patiently
+from dora_nb.grid import Incomplete, Local, load_grid, make_elsewhere, put_files, run_grid, start_patiently
 from dora_nb.runs import CHECKPOINTS, ERROR, HISTORY, PREDICTIONS, RESULT, SCHEMA, RunConfig, load, run_name
 
 GRID = """
@@ -102,7 +102,7 @@ def working(folder):
     return sum(processes(folder).values(), [])
 
 
-def wait_for(condition, seconds=180):
+def wait_for(condition, seconds=900):  # a limit for what hangs, far above what a busy machine needs
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
@@ -129,11 +129,11 @@ def kill_once(grid, out, victim, rng, seconds):
     )
     if targets is not True:  # it had not ended before
         os.kill(rng.choice(targets).pid, signal.SIGKILL)
-    launcher.communicate(timeout=180)
+    launcher.communicate(timeout=900)
     again = start(grid, out, "--workers", "2")
-    _, said = again.communicate(timeout=180)
+    _, said = again.communicate(timeout=900)
     assert again.returncode == 0, said
-    wait_for(lambda: not working(out), 20)
+    wait_for(lambda: not working(out))
     return targets is not True
 
 
@@ -161,7 +161,7 @@ def test_told_to_stop(grid, tmp_path, undisturbed, number):
     launcher = start(grid(), tmp_path / "runs", "--workers", "2")
     wait_for(lambda: [p for p in folder.glob(f"*/{HISTORY}") if len(p.read_text().splitlines()) > 5])
     launcher.send_signal(number)
-    _, said = launcher.communicate(timeout=60)
+    _, said = launcher.communicate(timeout=900)
     assert launcher.returncode == 130 and "the same command goes on with the rest" in said
     assert not working(tmp_path / "runs") and (kept := list(folder.glob(f"*/{CHECKPOINTS}/*")))
     stopped = {p.parent.parent.name for p in kept}
@@ -184,7 +184,7 @@ def test_two_launchers_share_the_work(grid, tmp_path, undisturbed):
     halves = [cores[::2], cores[1::2] or cores]
     shares = [lambda half=half: os.sched_setaffinity(0, half) for half in halves]
     both = [start(grid(), tmp_path / "runs", "--workers", "1", preexec_fn=share) for share in shares]
-    said = [p.communicate(timeout=180)[1] for p in both]
+    said = [p.communicate(timeout=900)[1] for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert outcome(tmp_path / "runs" / "tiny") == undisturbed[0]
     for name in undisturbed[0]:
@@ -217,23 +217,19 @@ def fake(folder, body="", ending=REAL):
 
 
 def test_deaths_are_tried_again_and_errors_are_not(grid, tmp_path, monkeypatch, capsys):
-    "By method and seed: dies twice, raises, dies always, hangs once."
+    "By method and seed: dies twice, raises, dies always, is well."
     body = """
-import os, signal, time
+import os, signal
 if method == "lora" and seed == 0 and tries < 2 or method == "dora" and seed == 0:
     os.kill(os.getpid(), signal.SIGKILL)
 if method == "lora" and seed == 1:
     raise KeyError("an error of its own")
-if method == "dora" and seed == 1 and tries == 0:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    time.sleep(1000)
 """
     monkeypatch.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, body, QUICK))
-    monkeypatch.setattr("dora_nb.grid.GRACE", 1)
     with pytest.raises(Incomplete, match="2 of 4 runs failed"):
-        run_grid(grid(items=8, seed="[0, 1]"), tmp_path / "runs", workers=2, timeout=30)
+        run_grid(grid(items=8, seed="[0, 1]"), tmp_path / "runs", workers=2)
     said = capsys.readouterr().err
-    assert "KeyError: 'an error of its own'" in said and "in try 3 of 3" in said and "took longer than 30 s" in said
+    assert "KeyError: 'an error of its own'" in said and "in try 3 of 3" in said
     runs = {
         (c.method, c.seed): tmp_path / "runs" / "tiny" / run_name(c)
         for c in load_grid(grid(items=8, seed="[0, 1]")).configs
@@ -242,11 +238,36 @@ if method == "dora" and seed == 1 and tries == 0:
         ("lora", 0): 3,
         ("lora", 1): 1,
         ("dora", 0): 3,
-        ("dora", 1): 2,
+        ("dora", 1): 1,
     }
     assert {k for k, d in runs.items() if (d / RESULT).exists()} == {("lora", 0), ("dora", 1)}
     problems = load(tmp_path / "runs" / "tiny")[1]
     assert len(problems) == 2 and "KeyError" in "".join(problems) and "kernel died" in "".join(problems)
+
+
+@pytest.mark.attack("hang")
+def test_a_run_that_hangs_is_ended_and_tried_again(grid, tmp_path, monkeypatch, capsys):
+    "It also ignores that it is told to stop. The clock is moved once the run hangs, so that a slow machine has its time."
+    body = """
+import signal, time
+if tries == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (Path(run_dir) / "hangs").touch()
+    time.sleep(10_000)
+"""
+    monkeypatch.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, body, QUICK))
+    monkeypatch.setattr("dora_nb.grid.GRACE", 1)
+    poll = Local.poll
+
+    def later(self, job):
+        if job.tries == 1 and (job.folder / "hangs").exists():
+            job.since -= 10_000
+        return poll(self, job)
+
+    monkeypatch.setattr(Local, "poll", later)
+    folder = run_grid(grid(items=8, method='["lora"]'), tmp_path / "runs", timeout=9_000)
+    assert "took longer than 9000 s; it will be tried again" in capsys.readouterr().err
+    assert len(load(folder)[0]) == 1 and not working(tmp_path / "runs")
 
 
 def test_a_loss_that_is_no_number(grid, tmp_path, capsys):
@@ -284,7 +305,7 @@ def test_a_lost_machine(grid, tmp_path, undisturbed, capsys):
 
         def lose():
             "When both nodes are busy: kernels of Ray's tasks hold locks in temporary folders."
-            wait_for(lambda: len(processes("/dora-nb-")["kernel"]) == 2, 120)
+            wait_for(lambda: len(processes("/dora-nb-")["kernel"]) == 2)
             nodes.remove_node(lost, allow_graceful=False)
 
         loser = threading.Thread(target=lose)
@@ -447,14 +468,13 @@ seen = [dora_nb.__file__, datasets.__file__, __import__("sys").executable, "WORL
 
 
 @pytest.mark.attack("silent error")
-@pytest.mark.parametrize("victim", [PREDICTIONS, HISTORY])
-def test_a_finished_run_that_is_damaged_is_made_again(grid, tmp_path, victim):
+def test_a_finished_run_that_is_damaged_is_made_again(grid, tmp_path):
     file = grid(items=8, method='["lora"]')
     folder = run_grid(file, tmp_path / "runs")
     expected = outcome(folder)
-    path = next(folder.rglob(victim))
+    path = next(folder.rglob(PREDICTIONS))
     path.write_bytes(path.read_bytes()[:-10])
-    assert victim in load(folder)[1][0]
+    assert PREDICTIONS in load(folder)[1][0]
     run_grid(file, tmp_path / "runs")
     assert outcome(folder) == expected
 

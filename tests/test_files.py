@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from filelock import SoftFileLock
@@ -148,19 +148,31 @@ def test_a_lock_of_a_dead_host_does_not_last(tmp_path, without_flock, monkeypatc
 
 
 def test_a_lock_that_is_held_is_not_taken(tmp_path, without_flock, monkeypatch):
-    "Its holder touches it, however long it works."
-    monkeypatch.setattr(files, "STALE", 1.0)
-    monkeypatch.setattr(files, "BEAT", 0.05)
+    "Its holder touches it, however long it works; a waiter counts from the last touch, by its own clock."
+    now = [0.0]
+    monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=lambda: now[0]))
     one, two = Lock(tmp_path / ".lock"), Lock(tmp_path / ".lock")
     one.acquire()
-    end = time.monotonic() + 2.5
-    while time.monotonic() < end:
-        assert not two.try_acquire()
-        time.sleep(0.05)
-    one.release()
-    assert two.try_acquire()
+    for passed, touched, free in (
+        (0, False, False),
+        (119, False, False),
+        (2, True, False),
+        (119, False, False),
+        (2, False, True),
+    ):
+        now[0] += passed
+        if touched:
+            os.utime(tmp_path / ".lock", (1, now[0]))
+        assert two.try_acquire() == free
     two.release()
-    assert threading.active_count() < 20
+
+
+def test_the_holder_of_a_lock_touches_it(tmp_path, without_flock, monkeypatch):
+    monkeypatch.setattr(files, "BEAT", 0.01)
+    with Lock(tmp_path / ".lock"):
+        os.utime(tmp_path / ".lock", (1, 1))
+        while (tmp_path / ".lock").stat().st_mtime == 1:
+            time.sleep(0.01)
 
 
 @pytest.mark.attack("hostile input")
