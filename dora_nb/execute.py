@@ -78,7 +78,8 @@ def execute(
                 return STOPPED if e.ename == "Stopped" else DIED
             plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(e.traceback))
             with contextlib.suppress(OSError):
-                write_json(Path(error), {"error": f"{e.ename}: {e.evalue}", "traceback": plain})
+                said = f"{e.ename}: {e.evalue}" if e.evalue else e.ename or "an error without a message"
+                write_json(Path(error), {"error": said, "traceback": plain})
             return RAISED
         except (RuntimeError, TimeoutError) as e:  # a kernel that died, or never answered
             logging.error("the kernel is gone: %s", e)

@@ -497,3 +497,14 @@ def test_braces_in_a_path(grid, tmp_path, monkeypatch):
     monkeypatch.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, ending=QUICK))
     folder = run_grid(grid(items=8, method='["lora"]'), tmp_path / "{runs} {0} {}")
     assert len(load(folder)[0]) == 1 and folder.parent.name == "{runs} {0} {}"
+
+
+@pytest.mark.attack("crash")
+def test_a_limit_of_the_system_is_named(grid, tmp_path, monkeypatch, capsys):
+    "A kernel that cannot have more files, threads or memory dies; its log says why, and so does the reason."
+    body = "import os\nos.write(2, b'OSError: [Errno 24] Too many open files\\n')\nos.kill(os.getpid(), 9)"
+    monkeypatch.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, f"import time\n{body}"))
+    monkeypatch.setattr("dora_nb.grid.TRIES", 1)
+    with pytest.raises(Incomplete):
+        run_grid(grid(items=8, method='["lora"]'), tmp_path / "runs")
+    assert "its kernel died (Too many open files; see `ulimit -a`)" in capsys.readouterr().err
