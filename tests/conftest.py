@@ -9,7 +9,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cor
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -52,6 +52,7 @@ def toy_tokenizer():
         words = ["<s>", "</s>", "\n", *map(chr, range(32, 127)), *map("".join, merges)]
         vocab = {word: i for i, word in enumerate(words)}
         tokenizer = Tokenizer(BPE(vocab, merges))
+        tokenizer.decoder = decoders.Fuse()
         if template:
             known = [(token, vocab[token]) for token in ("<s>", "</s>")]
             tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=known)
