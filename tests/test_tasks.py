@@ -84,7 +84,7 @@ def close_to_train(rows, dev):
 @pytest.mark.attack("silent error")
 def test_no_dev_item_of_winogrande_has_a_twin_in_train():
     rows = load_items("winogrande", "train").to_list()
-    train, dev = (load_task("winogrande", split)["doc_index"] for split in ("train", "dev"))
+    train, dev = (load_task("winogrande", split)["doc_index"][:] for split in ("train", "dev"))
     assert len(dev) == DEV_ITEMS and sorted(train + dev) == list(range(len(rows)))
     groups = winogrande_twins(rows)
     assert sorted(i for g in groups for i in g) == sorted(train + dev)
@@ -301,6 +301,17 @@ def test_an_end_that_the_tokenizer_appends_is_never_scored(toy_tokenizer, contex
     assert encode_item(ends, item) == encode_item(never, item)
     (row,), _ = encode_item(ends, item, end=True)  # an end that is asked for is there, once for each choice
     assert row.target.count(ends.eos_token_id) == 2
+
+
+@pytest.mark.parametrize("template", ("<s> $A", None))
+@pytest.mark.parametrize("context,continuation", PAIRS[:-1])
+def test_a_beginning_and_the_join_are_lm_eval_s(smollm, toy_tokenizer, template, context, continuation):
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = toy_tokenizer(template)
+    harness = HFLM(pretrained=smollm[0], tokenizer=tokenizer, device="cpu")
+    theirs = tuple(harness._encode_pair(context, continuation))
+    assert encode_pair(tokenizer, context, continuation) == theirs
 
 
 def test_an_end_that_is_written_out_stays(toy_tokenizer, smollm):
