@@ -117,7 +117,7 @@ def match_names(
 
 # %% ../nbs/03_adapt.ipynb #780ed42c
 METHODS = ("lora", "dora", "full")
-NEGLIGIBLE = 0.1  # part of the blocks' weights that may stay out of reach without a word
+NEGLIGIBLE = 0.2  # part of the blocks' weights that may stay out of reach without a word
 WIDEST = 2**16  # the largest rank; no layer needs one
 
 
@@ -305,7 +305,7 @@ def _is_quantised(weight: Tensor) -> bool:
 def unreached(
     model: nn.Module,  # adapted, compressed, or neither
 ) -> tuple[dict[str, Tensor], float]:  # name → weight; and which part of the blocks' weights they are
-    "Return the matrices in a model's blocks that belong to no linear layer, as those of fused experts."
+    "Return the matrices in a model's blocks that belong to no linear layer, as those of fused experts; the largest first."
     modules = _modules(model)
     reached = _all_linear(model, modules)
     aside = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, LoRALinear, ParametrizationList)
@@ -317,6 +317,7 @@ def unreached(
         for key, p in m.named_parameters(recurse=False)
         if p.dim() > 1
     }
+    found = dict(sorted(found.items(), key=lambda item: -item[1].numel()))
     here = sum(p.numel() for p in found.values())
     return found, here / (here + sum(modules[n].in_features * modules[n].out_features for n in reached))
 
