@@ -9,6 +9,7 @@ __all__ = ['SECONDS', 'LONGEST', 'MOST', 'METHODS', 'NEGLIGIBLE', 'WIDEST', 'FAM
            'check_adapter', 'load_adapter', 'can_merge', 'merge', 'unmerge']
 
 # %% ../nbs/03_adapt.ipynb #c74ed81b
+import contextlib
 import difflib
 import functools
 import json
@@ -487,6 +488,8 @@ def _task_type(model: nn.Module) -> str | None:
 
 def _to_peft(config: AdapterConfig, model: nn.Module) -> dict:
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    if targets == "all-linear":  # what PEFT takes that for depends on its version, and on the kind of model
+        targets = list(adapter_layers(model))
     return dict(
         peft_type="LORA",
         task_type=_task_type(model),
@@ -557,6 +560,15 @@ def whole_tensors(
     return found
 
 # %% ../nbs/03_adapt.ipynb #16ecfda2
+@contextlib.contextmanager
+def _saving(path: Path):
+    "Say in one line what stands against writing into a folder: OSError."
+    try:
+        yield path.mkdir(parents=True, exist_ok=True)
+    except (SafetensorError, OSError) as e:
+        raise OSError(f"nothing can be saved in {path}: {e}") from None
+
+
 def save_adapter(
     model: nn.Module,  # adapted, merged or not
     path: str | Path,  # folder, made if need be
@@ -575,7 +587,8 @@ def save_adapter(
         sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
         tensors = whole_tensors(model.state_dict(), write) if sharded else None
         if write:
-            model.save_pretrained(path, state_dict=tensors)
+            with _saving(path):
+                model.save_pretrained(path, state_dict=tensors)
         return path
     tensors = {
         f"base_model.model.{name}.{_SUFFIX[key]}": p
@@ -585,14 +598,11 @@ def save_adapter(
     tensors = whole_tensors(tensors, write)
     if not write:
         return path
-    path.mkdir(parents=True, exist_ok=True)
     ours = {k: getattr(config, k) for k in _OURS} | {"compress": getattr(model, "dora_nb_compressed", "")}
     metadata = {"format": "pt", "dora_nb": json.dumps(ours)}
-    try:
+    with _saving(path):
         write_whole(path / WEIGHTS, lambda p: save_file(tensors, p, metadata=metadata))
         write_json(path / CONFIG, _to_peft(config, model))
-    except (SafetensorError, OSError) as e:
-        raise OSError(f"the adapter cannot be saved in {path}: {e}") from None
     return path
 
 # %% ../nbs/03_adapt.ipynb #5efadbbc
@@ -673,6 +683,15 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, ours
 
 
+@contextlib.contextmanager
+def _naming(path: Path):
+    "Put the name of a file before the message of a ValueError that does not have it."
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
+
+
 def _read(path: Path) -> tuple[AdapterConfig, dict[str, Tensor], str, bool]:
     "Read an adapter's folder: configuration, tensors, what its base model was compressed by, and whether some of the targets have none."
     if not (path / CONFIG).exists():
@@ -681,19 +700,18 @@ def _read(path: Path) -> tuple[AdapterConfig, dict[str, Tensor], str, bool]:
         )
     if check_file(path / CONFIG).stat().st_size > LARGEST:
         raise ValueError(f"{path / CONFIG} is larger than {LARGEST // 2**20} MB; it is no adapter's configuration")
-    peft = read_json(path / CONFIG)
+    with _naming(path / CONFIG):
+        peft = read_json(path / CONFIG)
+        config = _from_peft(peft, path / CONFIG)
     if not (path / WEIGHTS).exists():
         raise FileNotFoundError(
             f"{path} holds no {WEIGHTS}; an adapter in PEFT's older .bin format must be saved again with a PEFT of today"
         )
-    try:
-        config = _from_peft(peft, path / CONFIG)
-        tensors, ours = _read_tensors(path / WEIGHTS)
-        if not ours and config.method == "dora":
-            ours = {"dropout_form": "delta"}  # as PEFT trains
+    tensors, ours = _read_tensors(path / WEIGHTS)
+    if not ours and config.method == "dora":
+        ours = {"dropout_form": "delta"}  # as PEFT trains
+    with _naming(path / WEIGHTS):
         config = replace(config, **{k: v for k, v in ours.items() if k in _OURS})
-    except ValueError as e:
-        raise ValueError(str(e) if str(path) in str(e) else f"{path / CONFIG}: {e}") from None
     narrowed = any(peft.get(key) not in (None, [], "") for key in _NARROWING)
     return config, tensors, ours.get("compress", ""), narrowed
 
@@ -756,10 +774,11 @@ def load_adapter(
             stacklevel=2,
         )
     if not getattr(model, "dora_nb_config", None):  # otherwise `adapt` says what is wrong
-        if narrowed:
-            config = _with_tensors(config, model, tensors, path / WEIGHTS)
-        config = _fitted(config, model, path / CONFIG)
-        expected = _expected(find_targets(model, config.target_modules), config)
+        with _naming(path / CONFIG):
+            if narrowed:
+                config = _with_tensors(config, model, tensors, path / WEIGHTS)
+            config = _fitted(config, model, path / CONFIG)
+            expected = _expected(find_targets(model, config.target_modules), config)
         tensors = _without_base(tensors, expected, _inner(model), path / WEIGHTS)
         _check(tensors, expected, path / WEIGHTS)
     adapt(model, config)

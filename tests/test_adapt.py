@@ -414,7 +414,7 @@ def test_expressions_without_an_end(llama, saved, monkeypatch, entry, field):
 @pytest.mark.attack("hang")
 def test_time_is_limited_for_all_layers_together(monkeypatch):
     "Each name takes a moment; there are many."
-    names = [f"model.layers.{i}.{'block_' * 30}q_proj" for i in range(20_000)]
+    names = [f"model.layers.{i}.{'block_' * 30}q_proj" for i in range(5_000)]
     monkeypatch.setattr("dora_nb.adapt.SECONDS", 0.05)
     with pytest.raises(ValueError, match="takes too long to match"):
         match_names([r"(.*)(.*)(.*)[^a-z0-9_.]x?"], names)
@@ -659,7 +659,7 @@ def test_a_disk_that_is_full(llama, saved, tmp_path, limit):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(OSError, match=f"the adapter cannot be saved in {saved}"):
+        with pytest.raises(OSError, match=f"nothing can be saved in {saved}"):
             save_adapter(model, saved)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

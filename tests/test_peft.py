@@ -1,5 +1,7 @@
 "Against PEFT, an independent implementation: files both ways, logits, gradients."
 
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -179,3 +181,26 @@ def test_a_text_of_targets_is_one_expression(llama, targets):
         get_peft_model(llama(), LoraConfig(target_modules=targets))
     with pytest.raises(ValueError, match="for the ends of names give a list"):
         adapt(llama(), AdapterConfig(target_modules=targets))
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("method", ("lora", "dora"))
+def test_all_linear_is_saved_by_the_names_that_it_meant(shake, ids, tmp_path, method):
+    "PEFT would take a classifier's pooler and head for linear layers too."
+    from transformers import BertConfig, BertForSequenceClassification
+
+    make = lambda: BertForSequenceClassification(
+        BertConfig(vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    ).eval()
+    torch.manual_seed(0)
+    base = make()
+    ours = shake(adapt(make(), AdapterConfig(method, rank=2, target_modules="all-linear")))
+    ours.load_state_dict(base.state_dict(), strict=False)
+    for name, layer in adapter_layers(ours).items():
+        layer.base_layer.load_state_dict(base.get_submodule(name).state_dict())
+    save_adapter(ours, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of missing keys
+        theirs = PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-4)
+    assert len(load_file(tmp_path / WEIGHTS)) == (3 if method == "dora" else 2) * len(adapter_layers(ours))
