@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapt import find_targets
+from .adapt import NEGLIGIBLE, find_targets, unreached
 from .tasks import collate, encode_item
 from .train import token_logits
 
@@ -236,7 +236,7 @@ def compress(
     items=None,  # of a train split, for wanda, to see the inputs of the layers
     group: int = 64,  # entries of a row that share a grid, for rtn and hqq; fewer where rows cannot be cut so
 ) -> nn.Module:  # the same model
-    "Compress the linear layers of a model's blocks."
+    "Compress the linear layers of a model's blocks; ValueError if these are not nearly all of its weights."
     method, level = parse_scheme(scheme)
     layers = find_targets(model, "all-linear")
     before = getattr(model, "dora_nb_config", None) or getattr(model, "dora_nb_compressed", "")
@@ -244,6 +244,11 @@ def compress(
         raise RuntimeError("this model is adapted or compressed already; compress it first, and once")
     if method == "wanda" and (tokenizer is None or not items):
         raise ValueError("wanda has to see inputs; give compress a tokenizer and some items of the train split")
+    left, part = unreached(model)
+    if part >= NEGLIGIBLE:
+        raise ValueError(
+            f"{part:.0%} of the weights in this model's blocks would stay as they are, for instance {next(iter(left))!r}: they belong to no torch.nn.Linear, as in fused experts. Only models whose blocks are made of linear layers can be compressed"
+        )
     norms = input_norms(model, tokenizer, items, layers) if method == "wanda" else {}
     for name, linear in layers.items():
         if method in PRUNERS:
@@ -257,15 +262,9 @@ def compress(
 # %% ../nbs/10_compress.ipynb #28c518c3
 def weight_bits(
     model: nn.Module,  # compressed or not, adapted or not
-) -> float:  # bits a number of the linear layers' weights takes, grids included
-    "How small the linear layers are."
-    bits = numbers = 0
-    for m in model.modules():
-        if isinstance(m, QuantisedLinear):
-            bits += 8 * sum(t.numel() * t.element_size() for t in m.stored)
-        elif isinstance(m, nn.Linear) and m is not model.get_output_embeddings():
-            bits += 8 * m.weight.numel() * m.weight.element_size()
-        else:
-            continue
-        numbers += m.in_features * m.out_features
-    return bits / numbers
+) -> float:  # bits a number of the blocks' weights takes, grids included
+    "Return how small the weights of a model's blocks are, with those that stay in full precision."
+    layers, others = find_targets(model, "all-linear").values(), unreached(model)[0].values()
+    stored = [t for m in layers for t in (m.stored if hasattr(m, "stored") else (m.weight,))] + list(others)
+    numbers = sum(m.in_features * m.out_features for m in layers) + sum(p.numel() for p in others)
+    return sum(8 * t.numel() * t.element_size() for t in stored) / numbers

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'WAYS', 'WARM', 'SCORED', 'PRICE', 'Components', 'components', 'score_components', 'allocate',
-           'component_costs', 'truncate', 'rank_pattern', 'fit_budget', 'open_gates', 'shrink', 'close_gates',
-           'shuffled', 'warm_ranks', 'as_patterns']
+           'component_costs', 'truncate', 'rank_pattern', 'check_budget', 'fit_budget', 'open_gates', 'shrink',
+           'close_gates', 'shuffled', 'warm_ranks', 'as_patterns']
 
 # %% ../nbs/09_rank.ipynb #400379cf
 import heapq
@@ -166,6 +166,14 @@ def rank_pattern(
     return {"rank_pattern": dict(config.rank_pattern), "alpha_pattern": dict(config.alpha_pattern)}
 
 # %% ../nbs/09_rank.ipynb #7b5b3776
+def check_budget(
+    budget: float,  # numbers in all As and Bs; or, up to 1, a part of those that there are
+):
+    "Refuse a budget that is no budget, before a model is loaded: ValueError."
+    if not 0 < budget < math.inf:
+        raise ValueError(f"budget={budget} is not possible; give a number of parameters, or a part of them up to 1")
+
+
 def fit_budget(
     model: nn.Module,  # adapted and trained; changed in place: its adapter becomes smaller
     tokenizer,  # its tokenizer
@@ -177,6 +185,7 @@ def fit_budget(
     "Cut a trained adapter to a budget of parameters."
     if gated := next((n for n, m in adapter_layers(model).items() if parametrize.is_parametrized(m)), None):
         raise RuntimeError(f"{gated!r} has gates; close_gates(model) settles them")
+    check_budget(budget)
     costs, layers = component_costs(model), adapter_layers(model)
     if budget <= 1:
         budget = int(budget * sum(costs[n] * len(layer.lora_A) for n, layer in layers.items()))

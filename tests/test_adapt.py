@@ -1,8 +1,12 @@
 "Finding, freezing, merging, saving: and that what is refused leaves the model as it was."
 
 import json
+import os
+import random
+import resource
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from dora_nb.adapt import (
     count_parameters,
     find_targets,
     load_adapter,
+    match_names,
     merge,
     remove_adapter,
     save_adapter,
@@ -57,6 +62,14 @@ def assert_untouched(model, before):
         ("target_modules", [], "target_modules"),
         ("target_modules", None, "target_modules"),
         ("target_modules", "q_(proj", "no regular expression"),
+        ("target_modules", 5, "must be a list"),
+        ("target_modules", {"q_proj": 1}, "must be a list"),
+        ("target_modules", ["q_proj", 5], "must hold names"),
+        ("rank", 10**9, "rank=1000000000 is not possible.*at most 65536"),
+        ("alpha", 10**400, "alpha=1000.* is not possible"),
+        ("alpha", float("nan"), "alpha=nan"),
+        ("rank_pattern", ["q_proj"], "rank_pattern must be a dictionary"),
+        ("alpha_pattern", {"q_proj": float("inf")}, r"alpha_pattern\['q_proj'\]=inf"),
     ],
 )
 def test_impossible_configurations(field, value, named):
@@ -72,6 +85,10 @@ def test_impossible_configurations(field, value, named):
         (["embed_tokens"], "Embedding"),
         (r".*\.attention\..*", "matches no module"),
         (["layers.0.mlp"], "LlamaMLP"),
+        ("q_proj", r"'q_proj' matches no module, as a text is one regular expression.*give a list: \['q_proj'\]"),
+        ("q_proj,lm_head", r"give a list: \['q_proj', 'lm_head'\]"),
+        ("all-linear,lm_head", "'all-linear' stands alone.*list the names: down_proj, gate_proj, .*lm_head"),
+        (["all-linear", "lm_head"], "'all-linear' stands alone"),
     ],
 )
 def test_targets_that_are_not_there(llama, targets, named):
@@ -122,7 +139,8 @@ def test_merge_and_unmerge(llama, shake, ids, method, dtype):
     assert not any("lora" in n or "base_layer" in n or "magnitude" in n for n in model.state_dict())
     tolerance = dict(atol=1e-5, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.05, rtol=0.05)
     torch.testing.assert_close(model(ids).logits, adapted, **tolerance)
-    merge(model)  # once more changes nothing
+    with pytest.warns(UserWarning, match="merged already; nothing was changed"):
+        merge(model)
     unmerge(model)
     unmerge(model)
     assert torch.equal(model(ids).logits, adapted)
@@ -362,3 +380,287 @@ assert any("adapter_config.json" in path for path in opened) and not any("secret
 """
     (tmp_path / "secret").write_text("{}")
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+ENDLESS = {
+    "nested repeats": r"(([a-z0-9_.])+)+[^a-z0-9_.]",
+    "alternatives": r"((\w|[a-z])+\.?)+[^\w.]",
+    "back references": r"(.*)(.*)(.*)(.*)(.*)(.*)(?:a\2\3\4\5\6)[.]7",
+    "counted repeats": r"((((a{1000}){1000}){1000}){1000})",
+    "ten megabytes": "x|" * 5_000_000,
+    "ten megabytes of a name": "q" * 10_000_000,
+    "two thousand brackets": "(" * 1_900 + "a" + ")" * 1_900,
+}
+
+
+@pytest.mark.attack("hang")
+@pytest.mark.parametrize("field", ("target_modules", "rank_pattern", "alpha_pattern"))
+@pytest.mark.parametrize("entry", ENDLESS.values(), ids=ENDLESS.keys())
+def test_expressions_without_an_end(llama, saved, monkeypatch, entry, field):
+    "Whether it is refused when it is read or when it is matched, the message names the entry, and is short."
+    monkeypatch.setattr("dora_nb.adapt.SECONDS", 0.05)
+    spoil_config(saved, **{field: entry if field == "target_modules" else {entry: 4}})
+    model = llama(num_hidden_layers=1)
+    before = state(model)
+    with pytest.raises((ValueError, UserWarning)) as e, warnings.catch_warnings():
+        warnings.simplefilter(
+            "error"
+        )  # of an entry that matches nothing: some end soon where the rest has to match too
+        load_adapter(model, saved)
+    assert repr(entry[:20])[1:-1] in str(e.value) and len(str(e.value)) < 500
+    assert_untouched(model, before)
+
+
+@pytest.mark.attack("hang")
+def test_time_is_limited_for_all_layers_together(monkeypatch):
+    "Each name takes a moment; there are many."
+    names = [f"model.layers.{i}.{'block_' * 30}q_proj" for i in range(5_000)]
+    monkeypatch.setattr("dora_nb.adapt.SECONDS", 0.05)
+    with pytest.raises(ValueError, match="takes too long to match"):
+        match_names([r"(.*)(.*)(.*)[^a-z0-9_.]x?"], names)
+    monkeypatch.setattr("dora_nb.adapt.SECONDS", 60)
+    plain = {name: 3 for name in names}  # what names a layer is no expression, and costs next to nothing
+    assert match_names(list(plain), names)[names[7]] == {names[7]}
+
+
+def test_names_are_matched_as_peft_matches_them():
+    import re
+
+    names = [f"model.layers.{i}.{p}.{k}_proj" for i in (1, 11) for p in ("attn", "xattn") for k in "qk"]
+    entries = [
+        "q_proj",
+        "attn.q_proj",
+        "1.attn.q_proj",
+        "attn.k.proj",
+        "proj",
+        ".*q_proj",
+        r"layers\.1\..*",
+        "(q|k)_proj",
+    ]
+    entries += ["", "model.layers.1.attn.q_proj", "attn", r"[ax]+ttn\.k_proj", "layers.1"]
+    theirs = {e: {n for n in names if re.match(rf"(.*\.)?({e})$", n)} for e in entries}
+    assert match_names(entries, names) == theirs
+    assert match_names([r".*\.q_proj"], names, whole=True) == {
+        r".*\.q_proj": {n for n in names if n.endswith(".q_proj")}
+    }
+    assert match_names(["q_proj"], names, whole=True) == {"q_proj": set()}
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def metadata(text):
+    def spoil(f):
+        save_file(load_file(f / WEIGHTS), f / WEIGHTS, metadata={"dora_nb": text})
+
+    return spoil
+
+
+def header(text):
+    "Weights that begin with another header."
+    return lambda f: (f / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text.encode() + b"0" * 64)
+
+
+HOSTILE = {
+    "the config is a pipe": (lambda f: pipe(f / CONFIG), "is a pipe"),
+    "the config is a folder": (lambda f: folder(f / CONFIG), "is a folder"),
+    "the weights are a pipe": (lambda f: pipe(f / WEIGHTS), "is a pipe"),
+    "the weights are a folder": (lambda f: folder(f / WEIGHTS), "is a folder"),
+    "a list": (lambda f: (f / CONFIG).write_text("[1]"), "must hold a JSON object"),
+    "a number": (lambda f: (f / CONFIG).write_text("5"), "must hold a JSON object"),
+    "null": (lambda f: (f / CONFIG).write_text("null"), "must hold a JSON object"),
+    "nothing": (lambda f: (f / CONFIG).write_text(""), "is damaged"),
+    "no text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{}"), "is no UTF-8 text"),
+    "a hundred thousand brackets": (lambda f: (f / CONFIG).write_text("[" * 100_000), "is damaged"),
+    "a giant rank": (lambda f: spoil_config(f, r=10**9), "rank=1000000000 is not possible"),
+    "a large rank": (lambda f: spoil_config(f, r=60_000), r"shape \(4, 64\) where this model needs \(60000, 64\)"),
+    "a giant rank in a pattern": (lambda f: spoil_config(f, rank_pattern={"q_proj": 10**9}), "1000000000"),
+    "a giant alpha": (lambda f: spoil_config(f, lora_alpha=10**400), "alpha=1000"),
+    "an infinite alpha": (lambda f: spoil_config(f, lora_alpha=float("inf")), "alpha=inf"),
+    "no number": (lambda f: spoil_config(f, lora_dropout=float("nan")), "dropout=nan"),
+    "a list as rank": (lambda f: spoil_config(f, r=[4]), r"rank=\[4\]"),
+    "an object as rank": (lambda f: spoil_config(f, r={"a": {"b": 1}}), "rank={'a'"),
+    "a list as pattern": (lambda f: spoil_config(f, rank_pattern=[1]), "rank_pattern must be a dictionary"),
+    "numbers as targets": (lambda f: spoil_config(f, target_modules=[1, 2]), "target_modules must hold names"),
+    "an object as targets": (lambda f: spoil_config(f, target_modules={"q_proj": 1}), "must be a list"),
+    "a list as peft_type": (lambda f: spoil_config(f, peft_type=["LORA"]), "peft_type"),
+    "a text as use_dora": (lambda f: spoil_config(f, use_dora="no"), "use_dora='no'"),
+    "a list as start": (lambda f: spoil_config(f, init_lora_weights=[{}]), "init_lora_weights"),
+    "metadata cut short": (metadata('{"init":'), "metadata 'dora_nb' is no JSON"),
+    "metadata of another kind": (metadata("[1]"), "metadata 'dora_nb'"),
+    "metadata in depth": (metadata("[" * 100_000), "metadata 'dora_nb' is no JSON"),
+    "metadata with another start": (metadata('{"init": [1]}'), r"init=\[1\]"),
+    "metadata with another base": (metadata('{"compress": 5}'), "metadata 'dora_nb'"),
+    "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), "is damaged"),
+    "a header that is none": (header("{]"), "is damaged"),
+    "a giant header": (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 64), "is damaged"),
+    "a tensor of giant size": (
+        header('{"a": {"dtype": "F32", "shape": [1000000000000, 1000], "data_offsets": [0, 8]}}'),
+        "is damaged",
+    ),
+    "a name twice": (
+        lambda f: spoil_weights(f, lambda t: t.update({k.replace("lora_A", "lora_A.default"): t[k] + 1 for k in [*t]})),
+        "twice",
+    ),
+}
+
+
+@pytest.mark.attack("hostile input")
+@pytest.mark.parametrize("spoil,named", HOSTILE.values(), ids=HOSTILE.keys())
+def test_files_of_a_stranger(llama, saved, spoil, named):
+    spoil(saved)
+    model = llama()
+    before = state(model)
+    with pytest.raises(ValueError, match=named) as e:
+        load_adapter(model, saved)
+    assert str(saved) in str(e.value) and len(str(e.value)) < 1000 and "\n" not in str(e.value)
+    assert_untouched(model, before)
+
+
+@pytest.mark.attack("hostile input")
+@pytest.mark.parametrize("what", (CONFIG, WEIGHTS))
+def test_any_damage_is_refused_or_harmless(llama, saved, what):
+    "Some hundred mutations of a file: it loads, with finite weights, or is refused, and then the model is as it was."
+    rng, whole, model = random.Random(0), (saved / what).read_bytes(), llama()
+    values = ["[]", "{}", "null", "-1", "1e999", "9" * 30, '"' + "x" * 99 + '"', "true", '{"a": [1]}', "NaN"]
+    before, outcomes = state(model), {"refused": 0, "loaded": 0}
+    for _ in range(150):
+        data = bytearray(whole)
+        kind, at = rng.randrange(4), rng.randrange(len(data))
+        if kind == 0:  # a few bits
+            for _ in range(rng.randint(1, 8)):
+                data[rng.randrange(at + 1)] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del data[at:]
+        elif kind == 2:
+            data[at:at] = bytes(rng.randrange(256) for _ in range(rng.randint(1, 9)))
+        elif what == CONFIG:  # another value
+            found = json.loads(whole)
+            found[rng.choice(sorted(found))] = "?"
+            data = json.dumps(found).replace('"?"', rng.choice(values)).encode()
+        else:
+            data[8:16] = rng.randbytes(8)
+        (saved / what).write_bytes(data)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                load_adapter(model, saved)
+        except (ValueError, FileNotFoundError):
+            outcomes["refused"] += 1
+        else:
+            outcomes["loaded"] += 1
+            assert all(p.isfinite().all() for p in trainable_parameters(model).values())
+            remove_adapter(model)
+            for n, p in model.named_parameters():
+                p.requires_grad_(before[n][1])
+        assert_untouched(model, before)
+    assert outcomes["refused"] > 50 and outcomes["loaded"] > 0
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("part", ("lora_A", "lora_B", "magnitude"))
+def test_values_that_are_not_finite(llama, saved, part, value):
+    key = next(k for k in load_file(saved / WEIGHTS) if part in k)
+    spoil_weights(saved, lambda t: t[key].view(-1)[3:4].fill_(value))
+    model = llama()
+    before = state(model)
+    with pytest.raises(ValueError, match=f"{key}.*not finite"):
+        load_adapter(model, saved)
+    assert_untouched(model, before)
+
+
+@pytest.mark.attack("silent error")
+def test_what_would_not_be_finite_is_not_merged(llama, shake):
+    model = shake(adapt(llama(), AdapterConfig("dora", rank=2)))
+    adapter_layers(model)["model.layers.1.self_attn.k_proj"].magnitude.data[2] = float("nan")
+    before = model.state_dict().keys()
+    with pytest.raises(RuntimeError, match="layers.1.self_attn.k_proj' would not be finite"):
+        merge(model)
+    assert model.state_dict().keys() == before
+
+
+LAYOUTS = {
+    "older files and torchtune": ("lora_magnitude_vector", "lora_magnitude_vector.weight"),
+    "with the adapter's name": ("lora_A.weight", "lora_A.default.weight"),
+    "a magnitude with the adapter's name": ("lora_magnitude_vector", "lora_magnitude_vector.default.weight"),
+}
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("new,old", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_names_of_other_versions(llama, saved, ids, new, old):
+    expected = load_adapter(llama(), saved)(ids).logits
+    tensors = {k.replace(new, old): v for k, v in load_file(saved / WEIGHTS).items()}
+    save_file(tensors, saved / WEIGHTS)
+    assert any(old in k for k in tensors)
+    assert torch.equal(load_adapter(llama(), saved)(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(modules_to_save=["lm_head"]), dict(bias="all"), dict(init_lora_weights="pissa"), dict(peft_type="IA3")]
+    + [dict(target_parameters=["mlp.experts.gate_up_proj"])],
+    ids=str,
+)
+def test_what_cannot_be_loaded_here_has_a_way_out(llama, saved, changes):
+    spoil_config(saved, **changes)
+    with pytest.raises(ValueError, match="merge_and_unload.*load that folder as a model"):
+        load_adapter(llama(), saved)
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("method", METHODS)
+def test_adapting_is_all_or_nothing(llama, monkeypatch, method):
+    from dora_nb import adapt as module
+
+    model, made, original = llama(), [], module._new_layer
+    model.model.layers[0].requires_grad_(False)
+    before = state(model)
+
+    def fail(*args):
+        made.append(args)
+        if len(made) == 3:
+            raise KeyError("no memory")
+        return original(*args)
+
+    monkeypatch.setattr(module, "_new_layer", fail)
+    with pytest.raises(KeyError, match="no memory"):
+        adapt(model, AdapterConfig(method))
+    assert_untouched(model, before)
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("dtype", (torch.int8, torch.uint8, torch.float8_e4m3fn))
+@pytest.mark.parametrize("method", METHODS)
+def test_bases_that_another_library_quantised(llama, dtype, method):
+    model = llama()
+    layer = model.model.layers[1].self_attn.k_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    learned = {n: p.requires_grad for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="layers.1.self_attn.k_proj' is quantised.*dora_nb.compress"):
+        adapt(model, AdapterConfig(method))
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == learned and not adapter_layers(model)
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("limit", (300, 20_000))
+def test_a_disk_that_is_full(llama, saved, tmp_path, limit):
+    "The line names the folder, and what was there stays."
+    before = {p: p.read_bytes() for p in saved.iterdir()}
+    model = adapt(llama(), AdapterConfig("dora", rank=8))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match=f"nothing can be saved in {saved}"):
+            save_adapter(model, saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {p: p.read_bytes() for p in saved.iterdir()} == before

@@ -18,6 +18,7 @@ from dora_nb.adapt import (
     remove_adapter,
     save_adapter,
     unmerge,
+    unreached,
 )
 from dora_nb.compress import (
     QuantisedLinear,
@@ -221,3 +222,78 @@ def test_old_results_keep_their_identity():
     for result in kept if isinstance(kept, list) else kept["results"]:
         params = {k: v for k, v in result["params"].items()}
         assert run_id(RunConfig(**params)) == result["id"]
+
+
+def tiny(kind):
+    "A model of some architecture, with random weights."
+    import transformers
+
+    options = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    if kind not in ("GPTNeoX", "OPT"):
+        options |= dict(num_key_value_heads=1, head_dim=16, pad_token_id=0)
+    if "Moe" in kind or kind == "Mixtral":
+        options |= dict(num_experts=4, num_local_experts=4, moe_intermediate_size=16, num_experts_per_tok=2)
+        options |= dict(shared_expert_intermediate_size=16)
+    if kind == "OPT":
+        options |= dict(ffn_dim=48, word_embed_proj_dim=32)
+    name = kind + ("TextConfig" if kind == "Gemma3" else "Config")
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, name)(**options)).eval()
+
+
+MIXTURES, DENSE = ("Mixtral", "Qwen2Moe", "Qwen3Moe"), ("Llama", "GPTNeoX", "OPT", "Gemma3", "Phi3")
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_that_no_adapter_reaches(kind):
+    model = tiny(kind)
+    lost, part = unreached(model)
+    total = sum(
+        p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "embed" not in n and "lm_head" not in n
+    )
+    experts = sum(p.numel() for n, p in model.named_parameters() if "experts." in n or n.endswith("mlp.gate.weight"))
+    assert part == experts / total > 0.5 and sum(p.numel() for p in lost.values()) == experts
+    with pytest.warns(UserWarning, match=rf"experts.gate_up_proj' is not adapted.* {part:.0%} .*target_parameters"):
+        adapt(model, AdapterConfig(target_modules="all-linear", rank=2))
+    model = tiny(kind)
+    model.model.layers[0].down_proj = torch.nn.Linear(4, 4)  # a layer of the name that the experts' weights have too
+    with pytest.warns(UserWarning, match="experts.down_proj' is not adapted"):
+        adapt(model, AdapterConfig(target_modules=["q_proj", "down_proj"], rank=2))
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_a_dense_model_is_reached(kind):
+    model = tiny(kind)
+    assert unreached(model) == ({}, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(model, AdapterConfig(target_modules="all-linear", rank=2))
+    assert unreached(model) == ({}, 0)  # adapted, too
+    bits = weight_bits(compress(tiny(kind), "rtn-4"))
+    assert 4 < bits < 5.5
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("scheme", ("rtn-4", "magnitude-0.5"))
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_mixture_of_experts_is_not_compressed(kind, scheme):
+    model = tiny(kind)
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    _, part = unreached(model)
+    with pytest.raises(ValueError, match=rf"{part:.0%} of the weights .*'model.layers.0.mlp.experts.gate_up_proj'"):
+        compress(model, scheme)
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+    assert not getattr(model, "dora_nb_compressed", "")
+
+
+@pytest.mark.attack("silent error")
+def test_bits_count_what_stays_as_it_was():
+    "A layer that all-linear does not reach, an eighth of the weights, counts with its 32 bits."
+    model = tiny("Llama")
+    fused = torch.nn.Parameter(torch.randn(1, 32, 32))
+    linear = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
+    model.model.layers[0].mlp.fused = torch.nn.ParameterList([fused])
+    alone = weight_bits(compress(tiny("Llama"), "rtn-4"))
+    bits = weight_bits(compress(model, "rtn-4"))
+    assert bits == pytest.approx((alone * linear + 32 * fused.numel()) / (linear + fused.numel()))

@@ -1,12 +1,14 @@
 "Against PEFT, an independent implementation: files both ways, logits, gradients."
 
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from dora_nb.adapt import WEIGHTS, AdapterConfig, adapt, load_adapter, save_adapter
+from dora_nb.adapt import WEIGHTS, AdapterConfig, adapt, adapter_layers, load_adapter, save_adapter
 
 SETTINGS = [
     dict(),
@@ -128,3 +130,77 @@ def test_gradients_are_pefts(llama, ids, tmp_path, use_dora):
     for name, p in ours.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(p.grad, theirs_by_name[name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("use_dora", (False, True))
+@pytest.mark.parametrize(
+    "settings,count",
+    [
+        (dict(layers_to_transform=0), 3),
+        (dict(layers_to_transform=[1], layers_pattern="layers"), 3),
+        (dict(exclude_modules=["layers.0.self_attn.q_proj"]), 5),
+        (
+            dict(
+                exclude_modules=r".*\.1\..*q_proj|.*embed_tokens", target_modules=["q_proj", "embed_tokens", "v_proj"]
+            ),
+            3,
+        ),
+        (dict(target_modules="all-linear", exclude_modules=["lm_head", "down_proj"]), 12),
+    ],
+    ids=str,
+)
+def test_layers_that_peft_left_out(llama, ids, tmp_path, use_dora, settings, count):
+    "What is adapted is what has tensors; saved and loaded again, it is the same."
+    theirs = shaken_peft(llama(), use_dora, settings)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_adapter(llama(), tmp_path / "theirs")
+    assert len(adapter_layers(ours)) == count
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-4)
+    again = load_adapter(llama(), save_adapter(ours, tmp_path / "ours"))
+    assert torch.equal(again(ids).logits, ours(ids).logits)
+
+
+def test_layers_that_peft_left_out_have_to_be_this_model_s(llama, tmp_path):
+    shaken_peft(llama(), False, dict(layers_to_transform=1)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tensors for none of the 3 layers that its configuration names"):
+        load_adapter(llama(num_hidden_layers=1), tmp_path)
+
+
+@pytest.mark.attack("crash")
+def test_a_start_that_leaves_the_base_as_it_is(llama, ids, tmp_path):
+    theirs = shaken_peft(llama(), False, dict(init_lora_weights="mica"))
+    theirs.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_adapter(llama(), tmp_path)(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("targets", ("q_proj", "q_proj,v_proj"))
+def test_a_text_of_targets_is_one_expression(llama, targets):
+    "PEFT finds no module either; we say what to write."
+    with pytest.raises(ValueError, match="not found in the base model"):
+        get_peft_model(llama(), LoraConfig(target_modules=targets))
+    with pytest.raises(ValueError, match="for the ends of names give a list"):
+        adapt(llama(), AdapterConfig(target_modules=targets))
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("method", ("lora", "dora"))
+def test_all_linear_is_saved_by_the_names_that_it_meant(shake, ids, tmp_path, method):
+    "PEFT would take a classifier's pooler and head for linear layers too."
+    from transformers import BertConfig, BertForSequenceClassification
+
+    make = lambda: BertForSequenceClassification(
+        BertConfig(vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    ).eval()
+    torch.manual_seed(0)
+    base = make()
+    ours = shake(adapt(make(), AdapterConfig(method, rank=2, target_modules="all-linear")))
+    ours.load_state_dict(base.state_dict(), strict=False)
+    for name, layer in adapter_layers(ours).items():
+        layer.base_layer.load_state_dict(base.get_submodule(name).state_dict())
+    save_adapter(ours, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of missing keys
+        theirs = PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-4)
+    assert len(load_file(tmp_path / WEIGHTS)) == (3 if method == "dora" else 2) * len(adapter_layers(ours))

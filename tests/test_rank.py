@@ -15,6 +15,7 @@ from dora_nb.rank import (
     close_gates,
     component_costs,
     components,
+    fit_budget,
     open_gates,
     rank_pattern,
     score_components,
@@ -188,3 +189,11 @@ def test_bad_input(moved, llama):
     with pytest.raises(ValueError, match=r"rank_pattern\['q_proj'\]=0"):
         AdapterConfig(rank_pattern={"q_proj": 0})
     assert copy.deepcopy(model) is not model
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("budget", (float("inf"), float("nan"), -1, 0, float("-inf")))
+def test_budgets_that_are_none(moved, budget):
+    "Refused before an item is looked at."
+    with pytest.raises(ValueError, match=f"budget={budget} is not possible; give a number of parameters"):
+        fit_budget(moved("lora"), None, None, None, budget)
