@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .adapt import adapter_layers, trainable_parameters
-from .tasks import Batch
+from .tasks import Batch, check_items
 from dora_nb.train import (
     OVER_CHOICES,
     TrainConfig,
     choice_scores,
+    context_length,
     encode_items,
     make_batch,
     micro_batches,
@@ -348,6 +349,33 @@ def term_gradients(
                 found[name].append(g)
     return {name: torch.stack(rows) for name, rows in found.items()}
 
+
+def _outputs(part: Part, params: Params) -> Tensor:
+    "Return a part's outputs; FloatingPointError if they are no numbers."
+    z = part.predict(params)
+    if z.isnan().any():
+        raise FloatingPointError("the loss is not a number; the model's weights or its adapter are broken")
+    return z
+
+
+def _tokens(x: Tensor, g: Tensor, inputs: Tensor | None, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    "Return a layer's inputs, output gradients and items, each (tokens, …); an input that several rows of an item repeat counts once, and its gradients add up."
+    x, flat = x.flatten(0, -2), g.flatten(0, -2)
+    if inputs is None:
+        return x, flat, torch.arange(len(g), device=g.device).repeat_interleave(len(flat) // len(g))
+    items, first = inputs.flatten(1)
+    if g.shape[:-1] not in (inputs.shape[1:], items.shape):  # for instance an expert, which sees some tokens only
+        if (items != items[0]).any():
+            raise ValueError(
+                f"{name!r} does not see all tokens of its batch in order; give every item a part of its own"
+            )
+        return x, flat, items[:1].expand(len(flat))
+    kept, where = first.unique(return_inverse=True)
+    if len(kept) < len(first):
+        flat = flat.new_zeros(len(kept), flat.shape[1]).index_add(0, where, flat)
+        x, items = x[kept], items[kept]
+    return x, flat, items
+
 # %% ../nbs/08_curvature.ipynb #89cbfe3b
 class Operator:
     "A symmetric matrix over named parameters, known by its products."
@@ -426,7 +454,7 @@ def ggn_root(
     "A root R of the Gauss-Newton matrix RᵀR: C − 1 gradients for every term."
     found = {name: [] for name in params}
     for part in parts:
-        z = part.predict(at := _leaves(params))
+        z = _outputs(part, at := _leaves(params))
         roots = _roots(part, z)
         for c, i in roots.any(2).nonzero().tolist():
             one = torch.zeros_like(z)
@@ -482,25 +510,6 @@ def _draws(part: Part, z: Tensor, draws: int | None, seed: int) -> Iterable[Tens
     return [math.sqrt(part.weight / draws) * (p - F.one_hot(y, z.shape[1])) for y in labels.T]
 
 
-def _tokens(x: Tensor, g: Tensor, inputs: Tensor | None, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    "Return a layer's inputs, output gradients and items, each (tokens, …); an input that several rows of an item repeat counts once, and its gradients add up."
-    x, flat = x.flatten(0, -2), g.flatten(0, -2)
-    if inputs is None:
-        return x, flat, torch.arange(len(g), device=g.device).repeat_interleave(len(flat) // len(g))
-    items, first = inputs.flatten(1)
-    if g.shape[:-1] not in (inputs.shape[1:], items.shape):  # for instance an expert, which sees some tokens only
-        if (items != items[0]).any():
-            raise ValueError(
-                f"{name!r} does not see all tokens of its batch in order; give every item a part of its own"
-            )
-        return x, flat, items[:1].expand(len(flat))
-    kept, where = first.unique(return_inverse=True)
-    if len(kept) < len(first):
-        flat = flat.new_zeros(len(kept), flat.shape[1]).index_add(0, where, flat)
-        x, items = x[kept], items[kept]
-    return x, flat, items
-
-
 def _over_tokens(model: nn.Module, parts: Sequence[Part], params: Params, draws: int | None, seed: int, note: Callable):
     "Run the backward passes, and give `note` the name, inputs and scaled output gradients, each (tokens, …), of every layer in which something learns, and the item of every token."
     layers, seen = {n: m for n, m in adapter_layers(model).items() if any(p.startswith(f"{n}.") for p in params)}, set()
@@ -523,7 +532,7 @@ def _over_tokens(model: nn.Module, parts: Sequence[Part], params: Params, draws:
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     try:
         for i, part in enumerate(parts):
-            z = part.predict(at := _leaves(params))
+            z = _outputs(part, at := _leaves(params))
             for root in _draws(part, z, draws, 10_000 * seed + i):
                 _grad(z, at, root)
             del z
@@ -712,7 +721,8 @@ def item_parts(
     alone: bool = True,  # a part for every item, for `ggn_root` and `kfac`; otherwise as few as batch_tokens allows
 ) -> list[Part]:  # of the mean loss
     "The loss of a probe set, from its items."
-    rows, device = encode_items(tokenizer, items, config, shares_prompts(model)), next(model.parameters()).device
+    rows = encode_items(tokenizer, items, config, shares_prompts(model), context_length(model))
+    device = next(model.parameters()).device
     limit = resolve_batch_tokens(config.batch_tokens, device)
     groups = [[i] for i in range(len(rows))] if alone else micro_batches(range(len(rows)), rows, limit)
     return loss_parts(model, [make_batch(rows, items["gold"], group) for group in groups], config.objective)
@@ -813,9 +823,14 @@ def probe(
         )
     blocks = check_blocks(model, hessian)
     params = {n: model.get_parameter(n).detach() for n in blocks["all"]}
+    items = check_items(items)
     with probing(model):
         alone, grouped = (item_parts(model, tokenizer, items, config, alone) for alone in (True, False))
         loss, slope = gradients(grouped, params)
+        if not all(map(math.isfinite, [loss, *(g.sum().item() for g in slope.values())])):
+            raise FloatingPointError(
+                "the loss or its gradient is not a number; the model's weights or its adapter are broken"
+            )
         ggn, damping = _ggn_summaries(alone, params, blocks)
         updates = _update_spectra(model, update_metrics(model, alone, params))
         found = {n: dict(parameters=sum(params[p].numel() for p in b), ggn=ggn[n]) for n, b in blocks.items()}

@@ -45,7 +45,7 @@ from tqdm import tqdm
 from .adapt import trainable_parameters, whole, whole_tensors
 from . import __version__
 from .files import check_file, check_replaceable, write_whole
-from .tasks import Batch, Row, collate, encode_item, pack
+from .tasks import Batch, Row, check_items, collate, encode_item, pack
 
 # %% ../nbs/06_train.ipynb #9ae2e7d3
 @contextlib.contextmanager
@@ -671,13 +671,8 @@ def encode_items(
     context: int | None = None,  # of the model, from `context_length`
 ) -> list[list[Row]]:  # rows of every item
     "Return the items of a training in tokens; warns of those that were cut."
-    how, encoded = (config.max_tokens, share, config.end, context), []
-    for item in items:
-        if config.objective in OVER_CHOICES and len(item["continuations"]) < 2:
-            raise ValueError(
-                f"item {item['doc_index']} has a single choice, from which objective={config.objective!r} learns nothing; use objective='answer', or leave it out"
-            )
-        encoded.append(encode_for(config.objective, tokenizer, item, *how))
+    how = config.max_tokens, share, config.end, context
+    encoded = [encode_for(config.objective, tokenizer, item, *how) for item in items]
     if cut := sum(c > 0 for _, c in encoded):
         most = (
             f"max_tokens={config.max_tokens}"
@@ -981,6 +976,7 @@ class Training:
     ):
         set_seed((config.seed + 1_000_003 * team.rank) % 2**32)  # everyone draws dropout of its own
         self.model, self.team, device = model, team, next(model.parameters()).device
+        items = check_items(items, least=2 if config.objective in OVER_CHOICES else 1, unique=False)
         self.gold, self.docs = items["gold"], items["doc_index"]
         check_learning(trainable_parameters(model))
         self.rows = encode_items(tokenizer, items, config, shares_prompts(model), context_length(model))
