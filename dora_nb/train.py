@@ -886,7 +886,7 @@ class Checkpoints:
         if (path := self.team.gather(path and str(path))[0]) is not None:
             _, facts, tensors = _read(Path(path))
             for name, now in self.by.items():
-                if (then := facts.pop(name, now)) != now:
+                if (then := facts.pop(name, "an earlier version")) != now:
                     warnings.warn(f"{name}: {then} began, {now} goes on; what comes out may differ", stacklevel=2)
             _put_back(tensors, self.params, self.optimizer, self.team.rank)
             self.mark(**facts)
