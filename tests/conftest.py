@@ -9,7 +9,10 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cor
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dora_nb.adapt import adapter_layers
 from dora_nb.assets import load_model
@@ -36,6 +39,26 @@ def llama():
             tie_word_embeddings=False,
         )
         return LlamaForCausalLM(LlamaConfig(**config | changes)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy_tokenizer():
+    "Makes a tokenizer of 128 tokens: characters, and a few parts of the word Answer."
+
+    def make(template=None, **special):
+        merges = [("A", "n"), ("An", "s"), ("w", "e"), ("we", "r"), ("Ans", "wer")]
+        words = ["<s>", "</s>", "\n", *map(chr, range(32, 127)), *map("".join, merges)]
+        vocab = {word: i for i, word in enumerate(words)}
+        tokenizer = Tokenizer(BPE(vocab, merges))
+        tokenizer.decoder = decoders.Fuse()
+        if template:
+            known = [(token, vocab[token]) for token in ("<s>", "</s>")]
+            tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=known)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, **dict(bos_token="<s>", eos_token="</s>", pad_token="</s>") | special
+        )
 
     return make
 

@@ -2,17 +2,37 @@
 
 import copy
 import hashlib
+import itertools
 import json
 import os
+import shutil
 import threading
 import time
 import zipfile
 
+import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
+import torch
+import transformers
+from filelock import SoftFileLock
+from safetensors.torch import load_file, save_file
 
-from dora_nb import assets
-from dora_nb.assets import FetchError, Wheel, build, download, fetch, load_items, load_model, manifest
+from dora_nb import assets, files
+from dora_nb.adapt import AdapterConfig, adapt, merge, save_adapter
+from dora_nb.assets import (
+    FetchError,
+    Wheel,
+    build,
+    data_digest,
+    download,
+    fetch,
+    load_items,
+    load_model,
+    manifest,
+    model_digest,
+    model_path,
+)
 
 
 @pytest.fixture
@@ -157,9 +177,12 @@ def test_another_pin_is_fetched_anew_and_leftovers_go(cache):
         return lambda folder: (folder / "a").write_text(text)
 
     build(cache / "x", "toy==1", fill("one"))
-    (cache / ".x-killed").mkdir()
+    dead = 2**22 + 1  # no process has this number
+    for name in (f".dora-nb-{dead}-x", f".dora-nb-{dead}-xy", f".dora-nb-{os.getppid()}-x", ".x-mine"):
+        (cache / name).mkdir()
     build(cache / "x", "toy==2", fill("two"))
-    assert (cache / "x" / "a").read_text() == "two" and visible(cache) == ["x"]
+    others = {f".dora-nb-{dead}-xy", f".dora-nb-{os.getppid()}-x", ".x-mine"}  # of another asset, alive, not ours
+    assert (cache / "x" / "a").read_text() == "two" and set(visible(cache)) == {"x", *others}
 
 
 def test_the_manifest_says_where_things_come_from():
@@ -277,7 +300,7 @@ def test_conversion_does_not_trust_the_tokenizer_of_a_gguf_file(tmp_path, smollm
     model, tokenizer = smollm
     other = copy.deepcopy(tokenizer)
     other.eos_token, other.pad_token = "<|im_start|>", None
-    monkeypatch.setattr(assets.transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: model)
+    monkeypatch.setattr(assets, "whole_model", lambda *a, **k: model)
     monkeypatch.setattr(assets.transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: other)
     monkeypatch.setattr(model, "save_pretrained", lambda folder: None)
     assets.convert_model(tmp_path / "model.gguf", tmp_path / "out")
@@ -289,3 +312,482 @@ def test_conversion_does_not_trust_the_tokenizer_of_a_gguf_file(tmp_path, smollm
     assets.convert_model(tmp_path / "model.gguf", tmp_path / "more")
     saved = json.loads((tmp_path / "more" / "tokenizer_config.json").read_text())
     assert (saved["eos_token"], saved.get("pad_token")) == ("<|im_end|>", None)
+
+
+# Replacing an asset: killed at any moment, it is there or comes back without a download
+
+
+def killed_at(step, work):
+    "Run `work` in a process that ends before the n-th time that it changes a folder; returns whether it was killed."
+    if not (child := os.fork()):
+        calls = itertools.count(1)
+
+        def deadly(function):
+            def call(*args, **kwargs):
+                if next(calls) == step:
+                    os._exit(9)
+                return function(*args, **kwargs)
+
+            return call
+
+        for name in ("rename", "replace", "mkdir", "unlink", "rmdir"):
+            setattr(os, name, deadly(getattr(os, name)))
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return {0: False, 9: True}[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("old", ("toy==1", "toy==2"))
+def test_a_replacing_build_killed_at_any_step(cache, old):
+    def fill(folder):
+        (folder / "a").write_text("new")
+
+    def old_fill(folder):
+        (folder / "a").write_text("old")
+
+    def no_download(folder):
+        raise AssertionError("it was there")
+
+    for step in itertools.count(1):
+        shutil.rmtree(cache, ignore_errors=True)
+        build(cache / "x", old, old_fill)
+        killed = killed_at(step, lambda: build(cache / "x", "toy==2", fill, force=True))
+        copies = [cache / "x", *cache.glob(".dora-nb-*/*")]
+        assert any(manifest(copy) for copy in copies), step
+        still_old = (manifest(cache / "x") or {}).get("origin") == "toy==1"  # whole, but of another pin
+        build(cache / "x", "toy==2", fill if still_old else no_download)
+        assert manifest(cache / "x")["origin"] == "toy==2"
+        build(cache / "x", "toy==2", fill, force=True)
+        assert visible(cache) == ["x"]  # what the killed process left is gone
+        if not killed:
+            break
+    assert step > 8 and (cache / "x" / "a").read_text() == "new"
+
+
+@pytest.mark.attack("data loss")
+def test_a_replacing_build_whose_last_rename_fails(cache, monkeypatch):
+    build(cache / "x", "toy", lambda folder: (folder / "a").write_text("old"))
+    rename, left = os.rename, [1]
+
+    def once(source, target):
+        if str(source).endswith("new") and left and left.pop():
+            raise OSError("the disk is away")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", once)
+    with pytest.raises(OSError, match="away"):
+        build(cache / "x", "toy", lambda folder: (folder / "a").write_text("new"), force=True)
+    monkeypatch.undo()
+    monkeypatch.setenv("DORA_NB_CACHE", str(cache))
+    build(cache / "x", "toy", None)
+    assert manifest(cache / "x")
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("name", ("folder", "file"))
+def test_what_dora_nb_did_not_make_is_not_replaced(cache, name):
+    cache.mkdir()
+    mine = cache / "x" / "thesis.txt" if name == "folder" else cache / "x"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    for force in (True, False):
+        with pytest.raises(FetchError, match="not made by dora_nb.*DORA_NB_CACHE"):
+            build(cache / "x", "toy", lambda folder: (folder / "a").write_text("new"), force)
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.attack("hang")
+def test_a_lock_of_a_dead_host_does_not_last(cache, monkeypatch, capfd):
+    "Where the file system has no locks, the lock is a file, and stays when its host dies."
+    cache.mkdir()
+    (cache / ".x.lock").write_text("1\nanother-host\n")
+    monkeypatch.setattr(files, "FileLock", SoftFileLock)
+    monkeypatch.setattr(files, "STALE", 0.3)
+    build(cache / "x", "toy", lambda folder: (folder / "a").write_text("new"))
+    assert manifest(cache / "x") and "waiting for another process" in capfd.readouterr().err
+
+
+@pytest.mark.attack("hostile input")
+@pytest.mark.parametrize("path", (None, "", "/nowhere:", ":/nowhere", "."))
+def test_a_pip_in_the_working_directory_is_not_run(index, tmp_path, monkeypatch, path):
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "pip.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PYTHONPATH", path) if path is not None else monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert download(index, tmp_path).exists() and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.attack("hostile input")
+def test_an_empty_cache_variable_counts_as_not_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DORA_NB_CACHE", "")
+    assert assets.cache_dir() == tmp_path / ".cache" / "dora_nb"
+
+
+@pytest.mark.attack("hostile input")
+def test_a_cache_that_is_a_file(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DORA_NB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(FetchError, match="file/package cannot be written to.*set DORA_NB_CACHE"):
+        fetch("tasks")
+
+
+# Models: exactly what the configuration asks for, or nothing
+
+SIZE = dict(vocab_size=128, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SIZE, tie_word_embeddings=False),
+    "llama, tied": transformers.LlamaConfig(**SIZE, tie_word_embeddings=True),
+    "qwen2": transformers.Qwen2Config(**SIZE, num_key_value_heads=1),
+    "gpt2": transformers.GPT2Config(vocab_size=128, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1),
+    "opt": transformers.OPTConfig(**SIZE, ffn_dim=24, word_embed_proj_dim=16),
+    "gemma": transformers.GemmaConfig(**SIZE, head_dim=8, num_key_value_heads=1),
+    "gpt_neox": transformers.GPTNeoXConfig(**SIZE),
+    "mistral": transformers.MistralConfig(**SIZE, num_key_value_heads=1),
+    "falcon": transformers.FalconConfig(**SIZE),
+    "phi": transformers.PhiConfig(**SIZE),
+    "mixtral": transformers.MixtralConfig(**SIZE, num_key_value_heads=1, num_local_experts=2),
+}
+
+
+@pytest.fixture
+def save(tmp_path, toy_tokenizer):
+    "Writes a small model with random weights, and changes its tensors or its configuration; returns the folder."
+
+    def make(config="llama", tensors=lambda t: None, name="model", **changes):
+        torch.manual_seed(0)
+        folder = tmp_path / name
+        transformers.AutoModelForCausalLM.from_config(CONFIGS[config]).save_pretrained(folder)
+        toy_tokenizer().save_pretrained(folder)
+        weights, shape = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+        tensors(weights)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(shape | changes))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_whole_models_load_and_one_layer_too_many_is_refused(name, save):
+    folder = save(name)
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    ids = torch.arange(7)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(str(folder))[0](ids).logits, made(ids).logits)
+    config = json.loads((folder / "config.json").read_text())
+    layers = "n_layer" if "n_layer" in config else "num_hidden_layers"
+    more = {layers: config[layers] + 1}
+    if "layer_types" in config:
+        more["layer_types"] = config["layer_types"] * 2
+        more["layer_types"] = more["layer_types"][: more[layers]]
+    (folder / "config.json").write_text(json.dumps(config | more))
+    with pytest.raises(FetchError, match=r"missing: [a-z_.]+\.2\..* more"):
+        load_model(str(folder))
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize(
+    "config,change,named",
+    [
+        ("llama", lambda t: t.pop(Q), f"missing: {Q}"),
+        ("llama", lambda t: t.pop("lm_head.weight"), "missing: lm_head.weight"),
+        ("llama, tied", lambda t: t.pop("model.embed_tokens.weight"), "missing: .*embed_tokens.weight"),
+        ("qwen2", lambda t: t.pop(Q.replace("weight", "bias")), "missing: .*q_proj.bias"),
+        ("llama", lambda t: t.update({"extra.weight": torch.ones(2)}), "not in the model: extra.weight"),
+        (
+            "llama",
+            lambda t: t.update({Q: torch.ones(3, 4)}),
+            rf"another shape: {Q} \(stored \[3, 4\], needed \[16, 16\]",
+        ),
+        ("llama", lambda t: [t.pop(k) for k in list(t) if ".0." in k], "missing: .* and 6 more"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(config, change, named, save):
+    with pytest.raises(FetchError, match=named):
+        load_model(str(save(config, change)))
+
+
+@pytest.mark.attack("silent error")
+def test_one_layer_too_few_in_the_configuration(save):
+    with pytest.raises(FetchError, match="not in the model: model.layers.1"):
+        load_model(str(save(num_hidden_layers=1)))
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("method", ("lora", "dora"))
+def test_an_adapted_model_saved_whole_is_refused_and_says_how_to_save(method, save, tmp_path):
+    folder = save()
+    model, tokenizer = load_model(str(folder))
+    adapt(model, AdapterConfig(method=method, rank=2))
+    model.save_pretrained(tmp_path / "whole")
+    tokenizer.save_pretrained(tmp_path / "whole")
+    with pytest.raises(FetchError, match="base_layer.weight.*save_adapter, or merge"):
+        load_model(str(tmp_path / "whole"))
+    merge(model)
+    model.save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(load_model(str(tmp_path / "merged"))[0](ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "config,key",
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("gpt2", "transformer.h.0.attn.bias"),
+        ("gpt2", "transformer.h.1.attn.masked_bias"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.rotary_emb.inv_freq"),
+        ("gpt_neox", "gpt_neox.layers.1.attention.masked_bias"),
+    ],
+)
+def test_buffers_that_older_versions_saved_are_no_fault(config, key, save):
+    load_model(str(save(config, lambda t: t.update({key: torch.ones(4)}))))
+
+
+@pytest.mark.attack("silent error")
+def test_an_adapter_is_no_model(save, tmp_path):
+    base = save()
+    model, tokenizer = load_model(str(base))
+    adapt(model, AdapterConfig(rank=2))
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="base model as --model and this folder as --adapter"):
+        load_model(str(tmp_path / "adapter"))
+    shutil.copy(tmp_path / "adapter" / "adapter_config.json", base)
+    for ask in (load_model, model_path, model_digest):
+        with pytest.raises(ValueError, match="adapter_config.json beside the model.*remove it"):
+            ask(str(base))
+
+
+@pytest.fixture
+def ours(cache, save, monkeypatch):
+    "Our own packaged model, as if it had been fetched into an empty cache."
+    folder = cache / "package" / "smollm2-135m-instruct"
+    build(folder, assets.origin_of(assets.MODEL_WHEEL), lambda f: shutil.copytree(save(), f, dirs_exist_ok=True))
+    return folder
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("name,named", [("adapter_config.json", "remove it"), ("added_tokens.json", "did not write")])
+def test_a_stray_file_in_the_cache_is_not_followed(ours, name, named):
+    load_model("smollm2-135m-instruct")
+    (ours / name).write_text('{"base_model_name_or_path": "gpt2", "peft_type": "LORA"}')
+    for ask in (load_model, model_digest):
+        with pytest.raises(ValueError, match=named):
+            ask("smollm2-135m-instruct")
+
+
+def test_the_digest_of_our_own_model_is_its_origin(ours):
+    "Files converted on two machines may differ in the order of their headers."
+    before = model_digest("smollm2-135m-instruct")
+    origin = manifest(ours)["origin"]
+    build(ours, origin, lambda f: [shutil.copytree(ours, f, dirs_exist_ok=True), (f / "README.md").touch()], force=True)
+    assert model_digest("smollm2-135m-instruct") == before
+    assert load_model("smollm2-135m-instruct")[0].config.hidden_size == 16
+
+
+# Identity: the content of what is loaded
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: [os.utime(p, (1, 1)) for p in f.iterdir()],
+        lambda f: (f / "README.md").write_text("a model"),
+        lambda f: (f / "pytorch_model.bin").write_text("is not loaded, as there are safetensors"),
+        lambda f: shutil.copytree(f, f.parent / "copy"),
+        lambda f: os.symlink(f, f.parent / "copy"),
+        lambda f: os.rename(f, f.parent / "copy"),
+        lambda f: f"{f}/",
+        lambda f: os.path.relpath(f),
+    ],
+    ids=["touch", "readme", "other weights", "copy", "symlink", "move", "slash", "relative"],
+)
+def test_the_digest_of_a_model_stays(change, save):
+    folder = save()
+    before, changed = model_digest(str(folder)), change(folder)
+    if (folder.parent / "copy").exists():
+        changed = folder.parent / "copy"
+    assert model_digest(str(changed) if isinstance(changed, (str, type(folder))) else str(folder)) == before
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("name", ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"))
+def test_the_digest_of_a_model_follows_the_bytes(name, save):
+    folder = save()
+    file, before = folder / name, model_digest(str(folder))
+    stat, data = file.stat(), bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_size == stat.st_size and file.stat().st_mtime_ns == stat.st_mtime_ns
+    if name.endswith("json"):  # still JSON for `config.json`, which is read
+        file.write_bytes(json.dumps(json.loads(bytes(data[:-2]) + b"}") | {"changed": 1}).encode())
+    assert model_digest(str(folder)) != before
+
+
+def test_shards_are_loaded_and_hashed(save, tmp_path):
+    model, tokenizer = load_model(str(save()))
+    folder = tmp_path / "shards"
+    model.save_pretrained(folder, max_shard_size="8KB")
+    tokenizer.save_pretrained(folder)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1 and {*shards, folder / "model.safetensors.index.json"} < set(assets.model_files(folder))
+    ids, before = torch.arange(9)[None], model_digest(str(folder))
+    assert torch.equal(load_model(str(folder))[0](ids).logits, model(ids).logits)
+    weights = load_file(shards[-1])
+    save_file({k: v + 1 for k, v in weights.items()}, shards[-1], {"format": "pt"})
+    assert model_digest(str(folder)) != before
+    shards[-1].unlink()
+    with pytest.raises(FetchError, match=f"{shards[-1].name} is missing"):
+        load_model(str(folder))
+
+
+def test_the_digest_of_data(cache, monkeypatch):
+    from datasets import Dataset
+
+    monkeypatch.setattr(assets, "FROM_HUB", dict.fromkeys(assets.FROM_HUB, dict))
+    digests = []
+    for label in (0, 0, 1):
+        monkeypatch.setattr(assets.datasets, "load_dataset", lambda *a, **k: Dataset.from_list([{"label": label}]))
+        fetch("tasks", "hub", force=True)
+        digests.append(data_digest("boolq", "hub"))
+    assert digests[0] == digests[1] != digests[2] and data_digest("winogrande", "hub") != digests[2]
+    monkeypatch.setattr(assets, "manifest", lambda folder: {"origin": assets.origin_of(assets.DATA_WHEEL)})
+    folder = cache / "package" / "tasks"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"origin": assets.origin_of(assets.DATA_WHEEL), "files": {}}))
+    assert len({data_digest(task) for task in assets.DATA["tasks"]}) == 3
+
+
+# The Hub's cache
+
+
+@pytest.fixture
+def hub(tmp_path, save, monkeypatch):
+    "Puts a model into a Hub cache, as a download would; returns the function that does."
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(repo, folder):
+        storage, commit = tmp_path / "hub" / f"models--{repo.replace('/', '--')}", "0" * 40
+        (storage / "refs").mkdir(parents=True)
+        (storage / "blobs").mkdir()
+        (storage / "refs" / "main").write_text(commit)
+        (storage / "snapshots" / commit).mkdir(parents=True)
+        for file in folder.iterdir():
+            blob = storage / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+            shutil.copy(file, blob)
+            (storage / "snapshots" / commit / file.name).symlink_to(
+                os.path.relpath(blob, storage / "snapshots" / commit)
+            )
+        return storage / "snapshots" / commit
+
+    return put
+
+
+def test_a_model_of_the_hub_is_loaded_and_hashed_from_its_snapshot(hub, save):
+    folder = save()
+    snapshot = hub("somebody/model", folder)
+    assert model_path("somebody/model") == str(snapshot) and model_digest("somebody/model") == model_digest(str(folder))
+    ids = torch.arange(9)[None]
+    assert torch.equal(load_model("somebody/model")[0](ids).logits, load_model(str(folder))[0](ids).logits)
+    hub(assets.HUB_MODELS["smollm2-135m-instruct"], folder)
+    assert model_digest("smollm2-135m-instruct", "hub") == model_digest(str(folder))
+
+
+@pytest.mark.attack("silent error")
+def test_an_adapter_on_the_hub_is_not_followed(hub, save, tmp_path):
+    model, _ = load_model(str(save()))
+    adapt(model, AdapterConfig(rank=2))
+    save_adapter(model, tmp_path / "adapter")
+    hub("somebody/adapter", tmp_path / "adapter")
+    with pytest.raises(ValueError, match="base model as --model and this folder as --adapter"):
+        load_model("somebody/adapter")
+
+
+def test_a_model_that_the_hub_s_cache_does_not_have(hub):
+    for ask in (load_model, model_digest):
+        with pytest.raises(FetchError, match="nobody/nothing.*none of ours.*check the network"):
+            ask("nobody/nothing")
+        with pytest.raises(FetchError, match="--source package"):
+            ask("smollm2-135m-instruct", "hub")
+
+
+# Damaged and hostile files
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder_there(path):
+    path.unlink()
+    path.mkdir()
+
+
+def pickled(path):
+    path.with_name("model.safetensors").unlink()
+    torch.save({"a": os.path.join}, path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    "name,damage,named",
+    [
+        pytest.param(*case, marks=pytest.mark.attack(kind))
+        for kind, *case in [
+            ("crash", "model.safetensors", cut, "model.safetensors is damaged or incomplete"),
+            ("crash", "model.safetensors", lambda p: p.write_bytes(b""), "model.safetensors is damaged"),
+            ("hostile input", "pytorch_model.bin", pickled, "pytorch_model.bin holds more than weights"),
+            ("hang", "model.safetensors", pipe, "model.safetensors is a pipe"),
+            ("hang", "config.json", pipe, "config.json is a pipe"),
+            ("hang", "tokenizer.json", pipe, "tokenizer.json is a pipe"),
+            ("hang", "generation_config.json", pipe, "generation_config.json is a pipe"),
+            ("crash", "model.safetensors", folder_there, "model.safetensors is a folder"),
+            ("crash", "config.json", folder_there, "config.json is a folder"),
+            ("crash", "tokenizer_config.json", folder_there, "tokenizer_config.json is a folder"),
+            ("crash", "config.json", lambda p: p.write_text("{"), "config.json is damaged"),
+            ("crash", "config.json", lambda p: p.write_text("[]"), "config.json must hold a JSON object"),
+            ("crash", "config.json", lambda p: p.write_bytes(b"\xff\xfe"), "config.json is no UTF-8 text"),
+            (
+                "crash",
+                "config.json",
+                lambda p: p.write_text('{"model_type": "llama", "hidden_size": "x"}'),
+                "hidden_size",
+            ),
+            ("crash", "tokenizer.json", lambda p: p.write_text("{"), "could not be loaded"),
+            ("crash", "model.safetensors", lambda p: p.unlink(), "holds no weights"),
+            ("crash", "config.json", lambda p: p.unlink(), "config.json is missing"),
+        ]
+    ],
+)
+def test_files_that_are_not_a_model_s(name, damage, named, save):
+    folder = save()
+    damage(folder / name)
+    with pytest.raises((FetchError, ValueError), match=named) as error:
+        load_model(str(folder))
+    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.attack("hostile input")
+@pytest.mark.parametrize("name", ("", "file.gguf", "./nowhere", "/nowhere/at/all"))
+def test_names_of_no_model(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.gguf").touch()
+    with pytest.raises(FetchError, match="none of ours"):
+        load_model(name)

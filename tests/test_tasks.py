@@ -1,6 +1,8 @@
 "Prompts against lm-evaluation-harness' own functions; rows and masks against scoring each choice alone."
 
 import random
+import re
+from collections import defaultdict
 
 import pytest
 import torch
@@ -8,14 +10,31 @@ from datasets import Dataset
 from lm_eval.tasks.hellaswag.utils import preprocess, process_docs
 
 from dora_nb.assets import TASK_NAMES, _hellaswag, clean_hellaswag, load_items
-from dora_nb.tasks import TASKS, collate, encode_item, encode_pair, format_item, load_task, pack
+from dora_nb.tasks import (
+    DEV_CUTS,
+    DEV_ITEMS,
+    TASKS,
+    check_items,
+    collate,
+    encode_item,
+    encode_pair,
+    encode_text,
+    format_item,
+    load_task,
+    pack,
+    winogrande_twins,
+)
 from dora_nb.train import choice_logprobs, shares_prompts
+
+
+DEV_TWINS = [46, 47, 48, 49, 150]
 
 
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_splits(name):
     train, dev, validation = (load_task(name, split) for split in ("train", "dev", "validation"))
     counts = TASKS[name].counts
+    assert all(check_items(items) is items for items in (train, dev, validation))
     if "test" in counts:  # nothing is cut from train
         assert [len(train), len(dev), len(validation)] == [counts[k] for k in ("train", "validation", "test")]
         assert train[0] != dev[0] != validation[0]
@@ -32,11 +51,64 @@ def test_splits(name):
     assert few[7] == validation[few["doc_index"][7]]
 
 
-def test_dev_is_cut_the_same_for_ever():
-    assert load_task("winogrande", "dev")["doc_index"][:5] == DEV_WINOGRANDE
+@pytest.mark.parametrize("cut,first", [("items", [66, 137, 155, 181, 264]), ("twins", DEV_TWINS)])
+def test_dev_is_cut_the_same_for_ever(cut, first):
+    assert load_task("winogrande", "dev", dev_cut=cut)["doc_index"][:5] == first
 
 
-DEV_WINOGRANDE = [66, 137, 155, 181, 264]
+@pytest.mark.parametrize("name", [n for n in TASK_NAMES if n != "winogrande"])
+def test_only_winogrande_s_cut_is_of_twins(name):
+    assert load_task(name, "dev", limit=50)[:] == load_task(name, "dev", limit=50, dev_cut="items")[:]
+
+
+def edits(a, b):
+    "Levenshtein's distance of two lists."
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
+def close_to_train(rows, dev):
+    "How many dev items have an item in train with the same options and less than 40 % of the words edited."
+    words = [re.findall(r"[a-z0-9']+|_", r["sentence"].lower()) for r in rows]
+    same = defaultdict(list)
+    for i, r in enumerate(rows):
+        same[tuple(sorted((r["option1"].lower(), r["option2"].lower())))].append(i)
+    near = lambda i, j: edits(words[i], words[j]) < 0.4 * max(len(words[i]), len(words[j]))
+    return sum(any(near(i, j) for j in items if j not in dev) for items in same.values() for i in items if i in dev)
+
+
+@pytest.mark.attack("silent error")
+def test_no_dev_item_of_winogrande_has_a_twin_in_train():
+    rows = load_items("winogrande", "train").to_list()
+    train, dev = (load_task("winogrande", split)["doc_index"] for split in ("train", "dev"))
+    assert len(dev) == DEV_ITEMS and sorted(train + dev) == list(range(len(rows)))
+    groups = winogrande_twins(rows)
+    assert sorted(i for g in groups for i in g) == sorted(train + dev)
+    assert all(set(dev).issuperset(g) or set(dev).isdisjoint(g) for g in groups)
+    assert close_to_train(rows, set(dev)) == 0  # by another measure
+    assert close_to_train(rows, set(load_task("winogrande", "dev", dev_cut="items")["doc_index"])) == 972
+    group = {i: g for g in groups for i in g}
+    options = [{rows[i]["option1"].strip().lower(), rows[i]["option2"].strip().lower()} for i in range(len(rows))]
+    neighbours = [i for i in range(len(rows) - 1) if options[i] == options[i + 1]]
+    assert len(neighbours) > 20_000 and sum(group[i] is not group[i + 1] for i in neighbours) == 7
+
+
+def test_twins_are_found_across_the_file_and_through_others():
+    def row(sentence, options="ab"):
+        return dict(sentence=sentence, option1=options[0], option2=options[1])
+
+    rows = [
+        row("one two three four five _ six ."),
+        row("nothing like the others at all _ ."),
+        row("one two three four seven _ six .", "BA"),
+        row("one two three four five _ six .", "ac"),
+        row("one two eight four seven _ six ."),
+    ]
+    assert winogrande_twins(rows) == [[0, 2, 4], [1], [3]]
 
 
 @pytest.mark.parametrize(
@@ -46,6 +118,7 @@ DEV_WINOGRANDE = [66, 137, 155, 181, 264]
         (dict(split="test"), "train, dev, validation"),
         (dict(format="chat"), "cloze, instruction"),
         (dict(limit=0), "limit=0"),
+        (dict(dev_cut="pairs"), "twins, items"),
     ],
 )
 def test_names_that_do_not_exist(wrong, named):
@@ -75,6 +148,7 @@ def test_formats(name, format):
         item, choices = format_item(TASKS[name], row, format), len(row.get("choices", TASKS[name].answers))
         assert len(item["contexts"]) == len(item["continuations"]) == choices > item["gold"] >= 0
         assert choices <= len(TASKS[name].answers)
+        assert check_items([item])
         assert len(set(item["contexts"])) == (2 if (name, format) == ("winogrande", "cloze") else 1)
 
 
@@ -199,3 +273,151 @@ def test_items_with_fewer_and_more_choices():
         n, item = len(row["choices"]), format_item(TASKS["arc_easy"], row, "instruction")
         assert item["continuations"][-1] == f"the correct answer is answer{n}" and len(item["continuations"]) == n
         assert item["contexts"][0].endswith(f"answer{n}\n\n### Response:\n")
+
+
+# Tokenizers that append an end, tokens that span the join, and tokenizers without special tokens
+
+PAIRS = [
+    ("The cat", " sat down"),
+    ("ends in spaces  ", "word"),
+    ("a\n", " b"),
+    ("Question: x?\nAnswer:", " yes"),
+    ("Ans", "we"),
+    ("", "no context"),
+]
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("context,continuation", PAIRS)
+@pytest.mark.parametrize("before,plain", [("", None), ("<s> ", "<s> $A"), ("<s> <s> ", "<s> <s> $A")])
+def test_an_end_that_the_tokenizer_appends_is_never_scored(toy_tokenizer, context, continuation, before, plain):
+    ends, never = toy_tokenizer(f"{before}$A </s>"), toy_tokenizer(plain)
+    assert ends("a").input_ids[-1] == ends.eos_token_id
+    assert encode_text(ends, context) == encode_text(never, context)
+    given, scored = encode_pair(ends, context, continuation)
+    assert (given, scored) == encode_pair(never, context, continuation)
+    assert never.decode(scored) == context[len(context.rstrip()) :] + continuation
+    item = {"contexts": [context] * 2, "continuations": [continuation, " no"], "gold": 0}
+    assert encode_item(ends, item) == encode_item(never, item)
+    (row,), _ = encode_item(ends, item, end=True)  # an end that is asked for is there, once for each choice
+    assert row.target.count(ends.eos_token_id) == 2
+
+
+def test_an_end_that_is_written_out_stays(toy_tokenizer, smollm):
+    for tokenizer in (toy_tokenizer(), toy_tokenizer("<s> $A </s>"), smollm[1]):
+        text = f"one{tokenizer.eos_token}two{tokenizer.eos_token}"
+        assert encode_text(tokenizer, text).count(tokenizer.eos_token_id) == 2
+
+
+@pytest.mark.parametrize("template", (None, "<s> $A"))
+def test_tokens_are_those_of_the_tokenizer_where_it_appends_none(toy_tokenizer, smollm, template):
+    for tokenizer in (toy_tokenizer(template), smollm[1]):
+        for text in ("The cat", "two\n lines ", f"{tokenizer.eos_token}The cat", "x"):
+            assert encode_text(tokenizer, text) == tokenizer(text).input_ids
+
+
+@pytest.mark.attack("silent error")
+def test_a_context_that_begins_with_its_token_has_it_once(toy_tokenizer):
+    for template in ("<s> $A", "<s> $A </s>"):
+        tokenizer = toy_tokenizer(template)
+        assert encode_text(tokenizer, "<s>cat") == encode_text(tokenizer, "cat")
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("template", (None, "<s> $A", "$A </s>", "<s> $A </s>"))
+def test_a_token_that_spans_the_join(toy_tokenizer, template):
+    tokenizer = toy_tokenizer(template)
+    assert len(encode_text(tokenizer, "Answer")) == len(encode_text(tokenizer, "Ans"))
+    given, scored = encode_pair(tokenizer, "Ans", "wer")
+    assert given == encode_text(tokenizer, "Ans") and tokenizer.convert_ids_to_tokens(scored) == ["wer"]
+    item = {"contexts": ["Ans"] * 2, "continuations": ["wer", "ten"], "gold": 0}
+    (row,), _ = encode_item(tokenizer, item)
+    assert tokenizer.decode([t for t, c in zip(row.target, row.choice) if c == 0]) == "wer"
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("continuation", ("", "\u4e2d"))
+def test_a_continuation_without_tokens(toy_tokenizer, continuation):
+    with pytest.raises(ValueError, match="has no tokens"):
+        encode_pair(toy_tokenizer(), "a context", continuation)
+
+
+@pytest.mark.attack("silent error")
+def test_a_context_without_tokens_begins_like_an_empty_one(toy_tokenizer):
+    for template in (None, "$A </s>", "<s> $A"):  # the toy knows no Chinese
+        tokenizer = toy_tokenizer(template)
+        assert encode_pair(tokenizer, "\u4e2d", "cat") == encode_pair(tokenizer, "", "cat")
+
+
+@pytest.mark.attack("crash")
+def test_a_tokenizer_with_neither_beginning_nor_end(toy_tokenizer):
+    tokenizer = toy_tokenizer(bos_token=None, eos_token=None)
+    assert len(encode_pair(tokenizer, "a context", " goes on")[0]) == 9
+    with pytest.raises(ValueError, match="neither a beginning-of-sequence nor an end-of-sequence.*bos_token"):
+        encode_pair(tokenizer, " ", "cat")
+    item = {"contexts": ["a"], "continuations": ["b"], "gold": 0}
+    with pytest.raises(ValueError, match="no end-of-sequence token.*eos_token"):
+        encode_item(tokenizer, item, end=True)
+
+
+# Items
+
+GOOD = {"doc_index": 7, "contexts": ["a", "a"], "continuations": [" b", " c"], "gold": 1}
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize(
+    "change,named",
+    [
+        (dict(gold=None), "gold is None"),
+        (dict(gold=-1), "gold is -1.*from 0 to 1"),
+        (dict(gold=2), "gold is 2.*from 0 to 1"),
+        (dict(gold=5), "gold is 5"),
+        (dict(gold="yes"), "gold is 'yes'"),
+        (dict(gold="1"), "gold is '1'"),
+        (dict(gold=True), "gold is True"),
+        (dict(gold=1.0), "gold is 1.0"),
+        (dict(continuations=[" b", ""]), "continuation 1 is empty or blank"),
+        (dict(continuations=[" \n", " c"]), "continuation 0 is empty or blank"),
+        (dict(continuations=[" b"], contexts=["a"], gold=0), "has 1 choice, and at least 2"),
+        (dict(continuations=[], contexts=[]), "has 0 choices"),
+        (dict(contexts=["a"]), "1 contexts and 2 continuations"),
+        (dict(contexts="ab"), "contexts must be a list of strings"),
+        (dict(continuations=[" b", None]), "continuations must be a list of strings"),
+        (dict(continuations=[1, 2]), "continuations must be a list of strings"),
+        (dict(contexts=None), "contexts must be a list"),
+        (dict(doc_index="7"), "doc_index must be an integer"),
+    ],
+)
+def test_items_that_cannot_be_used_are_named(change, named):
+    items = [GOOD | {"doc_index": 3}, GOOD | change]
+    with pytest.raises(ValueError, match=f"item 7: .*{named}"):
+        check_items(items)
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("make", (list, Dataset.from_list))
+def test_items_are_numbered_once(make):
+    bare = {k: v for k, v in GOOD.items() if k != "doc_index"}
+    numbered = check_items(make([bare, bare]))
+    assert [i["doc_index"] for i in numbered] == [0, 1] and type(numbered) is type(make([bare]))
+    assert [i["gold"] for i in numbered] == [1, 1]
+    good = make([GOOD, GOOD | {"doc_index": 2}])
+    assert check_items(good) is good
+    twice = make([GOOD, GOOD])
+    with pytest.raises(ValueError, match="1 items repeat the doc_index"):
+        check_items(twice)
+    assert check_items(twice, unique=False) is twice
+    with pytest.raises(ValueError, match="some have none"):
+        check_items(make([GOOD, bare]))
+    with pytest.raises(ValueError, match="item 1: gold is 9"):
+        check_items(make([bare, bare | {"gold": 9}]))
+    with pytest.raises(ValueError, match="no items"):
+        check_items(make([]))
+    single = make([GOOD | {"contexts": ["a"], "continuations": [" b"], "gold": 0}])
+    assert check_items(single, least=1) is single
+
+
+def test_items_that_are_no_dictionaries():
+    with pytest.raises(ValueError, match="item 0 is a str"):
+        check_items(["a question"])
