@@ -823,7 +823,7 @@ def probe(
         )
     blocks = check_blocks(model, hessian)
     params = {n: model.get_parameter(n).detach() for n in blocks["all"]}
-    items = check_items(items)
+    items = check_items(items, unique=False)
     with probing(model):
         alone, grouped = (item_parts(model, tokenizer, items, config, alone) for alone in (True, False))
         loss, slope = gradients(grouped, params)

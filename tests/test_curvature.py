@@ -19,6 +19,7 @@ from dora_nb.curvature import (
     gram,
     gram_eigenvalues,
     hvp,
+    item_parts,
     kfac,
     loss_parts,
     probe,
@@ -517,3 +518,52 @@ def test_an_adapter_of_which_a_part_is_frozen(frozen, tiny_model_dir):
     for name, update in after["updates"].items():
         assert update["weight_trace"] == pytest.approx(before["updates"][name]["weight_trace"], rel=1e-5)
         assert update["sigma"] == pytest.approx(before["updates"][name]["sigma"], rel=1e-4)
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("broken", ["the model", "the adapter"])
+def test_broken_weights_are_no_curvature(tiny_model_dir, broken):
+    from dora_nb.assets import load_model
+
+    model, tokenizer = load_model(str(tiny_model_dir))
+    adapt(model, AdapterConfig("lora", rank=2))
+    weight = model.model.norm.weight if broken == "the model" else next(iter(trainable_parameters(model).values()))
+    torch.nn.init.constant_(weight, float("nan"))
+    data = load_task("winogrande", "train", limit=2, seed=0)
+    with pytest.raises(FloatingPointError, match="not a number; the model's weights or its adapter are broken"):
+        probe(model, tokenizer, data, TrainConfig())
+    params = {n: p.detach() for n, p in trainable_parameters(model).items()}
+    with probing(model):
+        parts = item_parts(model, tokenizer, data, TrainConfig())
+        for call in (gram, lambda parts, params: update_metrics(model, parts, params)):
+            with pytest.raises(FloatingPointError, match="not a number"):
+                call(parts, params)
+
+
+@pytest.mark.attack("silent error")
+def test_a_probe_set_is_checked_before_work(tiny_model_dir, monkeypatch):
+    "A single choice bends nothing; no items have no curvature."
+    from dora_nb.assets import load_model
+
+    model, tokenizer = load_model(str(tiny_model_dir))
+    adapt(model, AdapterConfig("lora", rank=2))
+    monkeypatch.setattr(curvature, "item_parts", lambda *_: pytest.fail("work has begun"))
+    data = load_task("winogrande", "train", limit=2)
+    one = data.map(lambda i: {k: i[k][:1] for k in ("contexts", "continuations")} | {"gold": 0})
+    for wrong in (one, data.select([])):
+        with pytest.raises(ValueError, match="item"):
+            probe(model, tokenizer, wrong, TrainConfig())
+
+
+def test_a_probe_beyond_the_context_sees_what_training_sees(tiny_model_dir):
+    from dora_nb.assets import load_model
+
+    model, tokenizer = load_model(str(tiny_model_dir))
+    adapt(model, AdapterConfig("lora", rank=2))
+    data = load_task("boolq", "train", limit=2)
+    model.config.max_position_embeddings = 40
+    with pytest.warns(UserWarning, match="context of 40"):
+        found = probe(model, tokenizer, data, TrainConfig(), [])
+    with pytest.warns(UserWarning, match="max_tokens=41"):
+        expected = probe(model, tokenizer, data, TrainConfig(max_tokens=41), [])
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
