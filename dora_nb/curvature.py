@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .adapt import adapter_layers, trainable_parameters
-from .tasks import Batch
+from .tasks import Batch, check_items
 from dora_nb.train import (
     OVER_CHOICES,
     TrainConfig,
     choice_scores,
+    context_length,
     encode_items,
     make_batch,
     micro_batches,
@@ -278,6 +279,7 @@ class Part(NamedTuple):
     predict: Callable[[Params], Tensor]  # parameters → outputs, a row for every term
     each: Callable[[Tensor], Tensor]  # outputs → (terms,), convex in the outputs, each in its own row
     weight: float = 1.0  # of a term: one over the number of terms in all parts
+    inputs: Tensor | None = None  # (2, rows, tokens) int64, from `_same_inputs`; None if each row bears on its own term
 
     def __call__(self, params: Params) -> Tensor:
         "This share of the loss."
@@ -347,6 +349,33 @@ def term_gradients(
                 found[name].append(g)
     return {name: torch.stack(rows) for name, rows in found.items()}
 
+
+def _outputs(part: Part, params: Params) -> Tensor:
+    "Return a part's outputs; FloatingPointError if they are no numbers."
+    z = part.predict(params)
+    if z.isnan().any():
+        raise FloatingPointError("the loss is not a number; the model's weights or its adapter are broken")
+    return z
+
+
+def _tokens(x: Tensor, g: Tensor, inputs: Tensor | None, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    "Return a layer's inputs, output gradients and items, each (tokens, …); an input that several rows of an item repeat counts once, and its gradients add up."
+    x, flat = x.flatten(0, -2), g.flatten(0, -2)
+    if inputs is None:
+        return x, flat, torch.arange(len(g), device=g.device).repeat_interleave(len(flat) // len(g))
+    items, first = inputs.flatten(1)
+    if g.shape[:-1] not in (inputs.shape[1:], items.shape):  # for instance an expert, which sees some tokens only
+        if (items != items[0]).any():
+            raise ValueError(
+                f"{name!r} does not see all tokens of its batch in order; give every item a part of its own"
+            )
+        return x, flat, items[:1].expand(len(flat))
+    kept, where = first.unique(return_inverse=True)
+    if len(kept) < len(first):
+        flat = flat.new_zeros(len(kept), flat.shape[1]).index_add(0, where, flat)
+        x, items = x[kept], items[kept]
+    return x, flat, items
+
 # %% ../nbs/08_curvature.ipynb #89cbfe3b
 class Operator:
     "A symmetric matrix over named parameters, known by its products."
@@ -414,7 +443,8 @@ def _roots(part: Part, z: Tensor) -> Tensor:
         slope = torch.autograd.grad(part.weight * part.each(at).sum(), at, create_graph=True)[0]
         rows = [torch.autograd.grad(slope[:, c].sum(), at, retain_graph=True)[0] for c in range(z.shape[1])]
     values, vectors = torch.linalg.eigh(torch.stack(rows, 1))
-    return (vectors * values.clamp_min(0).sqrt()[:, None, :]).permute(2, 0, 1).to(z.dtype)
+    roots = (vectors * values.clamp_min(0).sqrt()[:, None, :]).permute(2, 0, 1).to(z.dtype)
+    return roots * (roots.abs().amax(2, keepdim=True) > 1e-6 * roots.abs().max())  # the others are rounding
 
 
 def ggn_root(
@@ -424,9 +454,9 @@ def ggn_root(
     "A root R of the Gauss-Newton matrix RᵀR: C − 1 gradients for every term."
     found = {name: [] for name in params}
     for part in parts:
-        z = part.predict(at := _leaves(params))
+        z = _outputs(part, at := _leaves(params))
         roots = _roots(part, z)
-        for c, i in (roots.abs().amax(2) > 1e-6 * roots.abs().max()).nonzero().tolist():
+        for c, i in roots.any(2).nonzero().tolist():
             one = torch.zeros_like(z)
             one[i] = roots[c, i]
             for name, g in zip(params, _grad(z, at, one)):
@@ -474,27 +504,26 @@ def _draws(part: Part, z: Tensor, draws: int | None, seed: int) -> Iterable[Tens
     "What to send back: its outer products add up to the loss's second derivative, exactly or on average over drawn labels."
     if draws is None:
         roots = _roots(part, z)
-        return roots[roots.abs().amax((1, 2)) > 1e-6 * roots.abs().max()]
+        return roots[roots.flatten(1).any(1)]
     p = z.detach().softmax(1)
     labels = torch.multinomial(p.cpu(), draws, replacement=True, generator=_generator(seed)).to(z.device)
     return [math.sqrt(part.weight / draws) * (p - F.one_hot(y, z.shape[1])) for y in labels.T]
 
 
 def _over_tokens(model: nn.Module, parts: Sequence[Part], params: Params, draws: int | None, seed: int, note: Callable):
-    "Run the backward passes, and give `note` every layer's name, inputs and scaled output gradients, each (tokens, …), and the batch's row of every token."
-    layers, seen = adapter_layers(model), set()
+    "Run the backward passes, and give `note` the name, inputs and scaled output gradients, each (tokens, …), of every layer in which something learns, and the item of every token."
+    layers, seen = {n: m for n, m in adapter_layers(model).items() if any(p.startswith(f"{n}.") for p in params)}, set()
 
     def watch(name):
         def hook(layer, args, y):
-            x, scale = args[0].detach().flatten(0, -2), layer.scale().detach() if hasattr(layer, "scale") else 1
+            x, scale = args[0].detach(), layer.scale().detach() if hasattr(layer, "scale") else 1
 
             def arrived(g):
-                row = torch.arange(len(y), device=g.device).repeat_interleave(g[0, ..., 0].numel())
-                g = g.flatten(0, -2)
+                tokens, g, item = _tokens(x, g, part.inputs, name)
                 alive = g.abs().amax(1) > 0  # all zeros: padding, and tokens that no score depends on
                 if alive.any():
                     seen.add(name)
-                    note(name, x[alive].double(), (g[alive] * scale).double(), row[alive])
+                    note(name, tokens[alive].double(), (g[alive] * scale).double(), item[alive])
 
             y.register_hook(arrived)
 
@@ -503,7 +532,7 @@ def _over_tokens(model: nn.Module, parts: Sequence[Part], params: Params, draws:
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     try:
         for i, part in enumerate(parts):
-            z = part.predict(at := _leaves(params))
+            z = _outputs(part, at := _leaves(params))
             for root in _draws(part, z, draws, 10_000 * seed + i):
                 _grad(z, at, root)
             del z
@@ -516,9 +545,9 @@ def _over_tokens(model: nn.Module, parts: Sequence[Part], params: Params, draws:
         )
 
 # %% ../nbs/08_curvature.ipynb #b9cf4d44
-def _squared(x: Tensor, g: Tensor, row: Tensor) -> float:
-    "The squared length of a weight's gradient, the sum over a row's tokens of g xᵀ; summed over rows."
-    return ((g @ g.T) * (x @ x.T) * (row == row[:, None])).sum().item()
+def _squared(x: Tensor, g: Tensor, item: Tensor) -> float:
+    "Return the squared length of a weight's gradient, the sum over an item's tokens of g xᵀ; summed over items."
+    return ((g @ g.T) * (x @ x.T) * (item == item[:, None])).sum().item()
 
 
 def kfac(
@@ -527,12 +556,12 @@ def kfac(
     params: Params,  # of the adapters, where
     draws: int | None = None,  # labels drawn for every term; None for all of them, where terms share no inputs
     seed: int = 0,  # of the draws
-) -> dict[str, Factors]:  # adapted layer → the factors of its ΔW, float64
-    "Kronecker factors of the Gauss-Newton matrix, over the tokens that bear on the loss; of its own trace where an item's tokens lie in one row, as they do where choices share their prompt."
+) -> dict[str, Factors]:  # adapted layer that learns → the factors of its ΔW, float64
+    "Return Kronecker factors of the Gauss-Newton matrix, over the tokens that bear on the loss; their product has its trace."
     sums = {}
 
-    def note(name, x, g, row):
-        each = g.T @ g, x.T @ x, len(x), _squared(x, g, row)
+    def note(name, x, g, item):
+        each = g.T @ g, x.T @ x, len(x), _squared(x, g, item)
         sums[name] = [a + b for a, b in zip(sums.get(name, (0, 0, 0, 0.0)), each)]
 
     _over_tokens(model, parts, params, draws, seed, note)
@@ -548,7 +577,7 @@ class Metric(NamedTuple):
 
     B: Tensor  # (rank, rank), Bᵀ(S + δ)B
     A: Tensor  # (rank, rank), A(C + δ)Aᵀ
-    trace: float  # of S ⊗ C, and of the Gauss-Newton matrix (as for `kfac`): the curvature of the layer's weight
+    trace: float  # of S ⊗ C, and of the Gauss-Newton matrix: the curvature of the layer's weight
     felt: int  # directions of the update that the probe set feels at all: no spectrum in it has more values
     scale: float  # by what the factors were multiplied to have that trace: 1 if inputs and gradients are independent
 
@@ -559,20 +588,20 @@ def update_metrics(
     params: Params,  # of the adapters, where
     draws: int | None = None,  # as for `kfac`
     seed: int = 0,  # of the draws
-) -> dict[str, Metric]:  # adapted layer → its metric
-    "As much of `kfac` as an update needs, in memory that does not grow with the width of a layer."
-    at = {n: (params[f"{n}.lora_A"].double(), params[f"{n}.lora_B"].double()) for n in adapter_layers(model)}
-    sums = {
-        n: [torch.zeros(len(A), len(A)).to(A), torch.zeros(len(A), len(A)).to(A), 0.0, 0.0, 0, 0.0]
-        for n, (A, B) in at.items()
-    }
+) -> dict[str, Metric]:  # adapted layer that learns → its metric
+    "Return as much of `kfac` as an update needs, in memory that does not grow with the width of a layer."
+    of = lambda n, p: params.get(
+        f"{n}.{p}", model.get_parameter(f"{n}.{p}").detach()
+    ).double()  # a frozen one is constant
+    at = {n: (of(n, "lora_A"), of(n, "lora_B")) for n in adapter_layers(model)}
+    sums = {}
 
-    def note(name, x, g, row):
+    def note(name, x, g, item):
         A, B = at[name]
         gB, xA = g @ B, x @ A.T
         lengths = g.square().sum().item(), x.square().sum().item()
-        each = gB.T @ gB, xA.T @ xA, *lengths, len(x), _squared(x, g, row)
-        sums[name] = [a + b for a, b in zip(sums[name], each)]
+        each = gB.T @ gB, xA.T @ xA, *lengths, len(x), _squared(x, g, item)
+        sums[name] = [a + b for a, b in zip(sums.get(name, [0] * len(each)), each)]
 
     _over_tokens(model, parts, params, draws, seed, note)
     metrics = {}
@@ -652,6 +681,19 @@ class _Asked(nn.Module):
         return question(self.model)
 
 
+def _same_inputs(batch: Batch) -> Tensor:  # (2, rows, tokens) int64
+    "Return for every input its item, and the first of the inputs that are the same: of that item, with the same text before them."
+    (rows, t), device = batch.input_ids.shape, batch.input_ids.device
+    item = torch.zeros(rows, dtype=torch.int64, device=device)
+    item[batch.source // t] = batch.owner // batch.choices
+    first = torch.arange(rows * t, device=device).view(rows, t)
+    if batch.attention_mask.dim() == 2:  # rows with branches have everything once
+        ids = batch.input_ids.masked_fill(batch.attention_mask == 0, -1)
+        same = (item[:, None] == item)[..., None] & (ids[:, None] == ids)  # (rows, rows, tokens)
+        first = first.gather(0, same.int().cumprod(2).argmax(1))
+    return torch.stack([item[:, None].expand(rows, t), first])
+
+
 def loss_parts(
     model: nn.Module,  # a causal language model of transformers
     batches: Sequence[tuple[Batch, Tensor]],  # micro-batches and their right choices, as in training
@@ -665,7 +707,8 @@ def loss_parts(
         over = objective in OVER_CHOICES
         ask = lambda m: choice_scores(m, batch, objective) if over else token_logits(m, batch)
         predict = lambda p: torch.func.functional_call(asked, {f"model.{n}": t for n, t in p.items()}, (ask,))
-        return Part(predict, lambda z: F.cross_entropy(z, gold if over else batch.target, reduction="none"), 1 / total)
+        each = lambda z: F.cross_entropy(z, gold if over else batch.target, reduction="none")
+        return Part(predict, each, 1 / total, _same_inputs(batch))
 
     return [part(batch.to(device), gold.to(device)) for batch, gold in batches]
 
@@ -678,7 +721,8 @@ def item_parts(
     alone: bool = True,  # a part for every item, for `ggn_root` and `kfac`; otherwise as few as batch_tokens allows
 ) -> list[Part]:  # of the mean loss
     "The loss of a probe set, from its items."
-    rows, device = encode_items(tokenizer, items, config, shares_prompts(model)), next(model.parameters()).device
+    rows = encode_items(tokenizer, items, config, shares_prompts(model), context_length(model))
+    device = next(model.parameters()).device
     limit = resolve_batch_tokens(config.batch_tokens, device)
     groups = [[i] for i in range(len(rows))] if alone else micro_batches(range(len(rows)), rows, limit)
     return loss_parts(model, [make_batch(rows, items["gold"], group) for group in groups], config.objective)
@@ -739,10 +783,11 @@ def _hessian_summary(operator: Operator, k: int, products: int, seed: int) -> di
 
 # %% ../nbs/08_curvature.ipynb #1585d081
 def _update_spectra(model: nn.Module, metrics: dict[str, Metric]) -> dict[str, dict]:
-    "The canonical spectrum of every layer's update, and the curvature of the layer's weight."
+    "Return the canonical spectrum of the update of every layer that learns, and the curvature of the layer's weight."
     spectra = {}
-    for name, layer in adapter_layers(model).items():
-        sigma, metric = canonical(layer.lora_B, layer.lora_A, layer.scaling, metrics[name]).sigma, metrics[name]
+    for name, metric in metrics.items():
+        layer = model.get_submodule(name)
+        sigma = canonical(layer.lora_B, layer.lora_A, layer.scaling, metric).sigma
         needed, most = effective_rank(sigma**2), min(len(sigma), metric.felt)
         spectra[name] = dict(
             sigma=sigma.tolist(),
@@ -778,9 +823,14 @@ def probe(
         )
     blocks = check_blocks(model, hessian)
     params = {n: model.get_parameter(n).detach() for n in blocks["all"]}
+    items = check_items(items, unique=False)
     with probing(model):
         alone, grouped = (item_parts(model, tokenizer, items, config, alone) for alone in (True, False))
         loss, slope = gradients(grouped, params)
+        if not all(map(math.isfinite, [loss, *(g.sum().item() for g in slope.values())])):
+            raise FloatingPointError(
+                "the loss or its gradient is not a number; the model's weights or its adapter are broken"
+            )
         ggn, damping = _ggn_summaries(alone, params, blocks)
         updates = _update_spectra(model, update_metrics(model, alone, params))
         found = {n: dict(parameters=sum(params[p].numel() for p in b), ggn=ggn[n]) for n, b in blocks.items()}

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
+from dora_nb import curvature
 from dora_nb.adapt import AdapterConfig, adapt, merge, remove_adapter, trainable_parameters
 from dora_nb.curvature import (
     Operator,
@@ -17,6 +19,7 @@ from dora_nb.curvature import (
     gram,
     gram_eigenvalues,
     hvp,
+    item_parts,
     kfac,
     loss_parts,
     probe,
@@ -25,10 +28,11 @@ from dora_nb.curvature import (
     spectral_density,
     top_eigenpairs,
     trace,
+    update_metrics,
 )
 from dora_nb.dora import DoRALinear
 from dora_nb.lora import LoRALinear
-from dora_nb.tasks import encode_item, load_task
+from dora_nb.tasks import encode_item, load_task, pack
 from dora_nb.train import TrainConfig, choice_scores, make_batch, train
 
 KINDS = {"lora": (LoRALinear, {}), "dora": (DoRALinear, {"detach_norm": False})}
@@ -358,3 +362,208 @@ def test_gradients_are_those_of_the_mean():
     for (name, ours), g in zip(slope.items(), torch.autograd.grad(whole(at), at.values())):
         assert torch.allclose(ours, g, atol=1e-12), name
     assert loss == pytest.approx(whole(params).item(), abs=1e-12)
+
+
+SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+SIZES |= dict(num_key_value_heads=1)
+WITHOUT_SHARING = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, sliding_window=5)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES, head_dim=8, sliding_window=5)),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=5)
+    ),
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=64,
+            hidden_size=16,
+            ffn_dim=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            word_embed_proj_dim=16,
+            dropout=0.0,
+        )
+    ),
+}
+
+
+def unshared(name, method="lora", rank=4, share=False, alone=True):
+    "Two layers of a tiny model with adapters that have moved, and the parts of three items, each choice in a row."
+    torch.manual_seed(0)
+    model = WITHOUT_SHARING[name]().eval()
+    for n, p in model.named_parameters():
+        p.data.normal_(std=0.3) if p.dim() > 1 else None
+    targets = ["fc1", "v_proj"] if name == "opt" else ["down_proj", "v_proj"]
+    adapt(model, AdapterConfig(method, rank=rank, alpha=rank, target_modules=targets))
+    for n, p in trainable_parameters(model).items():
+        p.data.normal_(std=0.3) if "lora_B" in n else None
+    text = lambda i, n: [(7 * i + 5 * j + 3 * j * j + 1) % 61 + 2 for j in range(n)]
+    rows = []
+    for i in range(3):
+        pairs = {k: (text(i, 6 + i), text(10 * i + k, 2 + (i + k) % 3)) for k in range(2 + i % 2)}
+        rows.append([pack(pairs)] if share else [pack({k: pair}) for k, pair in pairs.items()])
+    groups = [[0], [1], [2]] if alone else [[0, 1, 2]]
+    return model, loss_parts(model, [make_batch(rows, [0, 1, 0], g) for g in groups], "choices")
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("name", WITHOUT_SHARING)
+def test_the_trace_where_every_choice_has_a_row(name, alone):
+    "That of the exact Gauss-Newton matrix of a layer's weight, also where several items lie in a part."
+    model, parts = unshared(name, alone=alone)
+    params = {n: p.detach() for n, p in trainable_parameters(model).items()}
+    weights = {n: p.detach() for n, p in model.named_parameters() if "base_layer.weight" in n}
+    with probing(model):
+        metrics, factors, exact = update_metrics(model, parts, params), kfac(model, parts, params), gram(parts, weights)
+    assert len(metrics) == 4
+    for layer, metric in metrics.items():
+        true = exact[f"{layer}.base_layer.weight"].trace().item()
+        assert metric.trace == pytest.approx(true, rel=1e-5)
+        assert (factors[layer].S.trace() * factors[layer].C.trace()).item() == pytest.approx(true, rel=1e-5)
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_the_trace_is_that_of_a_and_b(name):
+    "Where A is orthogonal and square, B sees the weight's gradient and nothing else."
+    model, parts = unshared(name, rank=16)
+    params = {n: p.detach() for n, p in trainable_parameters(model).items()}
+    for n, p in params.items():
+        if "v_proj.lora_A" in n:
+            torch.nn.init.orthogonal_(p)
+    with probing(model):
+        metrics, grams = update_metrics(model, parts, params), gram(parts, params)
+    for layer in (n for n in metrics if "v_proj" in n):
+        assert metrics[layer].trace == pytest.approx(grams[f"{layer}.lora_B"].trace().item(), rel=1e-5)
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("method, alone, draws", [("lora", True, None), ("dora", False, None), ("lora", False, 2)])
+def test_sharing_prompts_does_not_change_a_spectrum(method, alone, draws):
+    "σ, effective rank, and both factors: what two rows repeat is one input."
+    found = []
+    for share in (True, False):
+        model, parts = unshared("llama", method, share=share, alone=alone)
+        params = {n: p.detach() for n, p in trainable_parameters(model).items()}
+        with probing(model):
+            metrics = update_metrics(model, parts, params, draws)
+            found.append((curvature._update_spectra(model, metrics), kfac(model, parts, params, draws)))
+    (shared, factors), (apart, others) = found
+    for name, update in shared.items():
+        assert apart[name].pop("sigma") == pytest.approx(update.pop("sigma"), rel=1e-5, abs=1e-9)
+        assert apart[name].pop("weight_trace") == pytest.approx(update.pop("weight_trace"), rel=1e-5)
+        assert apart[name] == update
+        for mine, theirs in zip(factors[name], others[name]):
+            assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6 * mine.abs().max())
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_dense_gauss_newton_matrix_of_one_weight(name):
+    "By torch.func, without any of the chapter's own code."
+    model, parts = unshared(name)
+    params = {n: p.detach() for n, p in trainable_parameters(model).items()}
+    weight = "model.layers.1.self_attn.v_proj.base_layer.weight"
+    total = 0
+    with probing(model):
+        metric = update_metrics(model, parts, params)["model.layers.1.self_attn.v_proj"]
+        for part in parts:
+            at = {weight: model.get_parameter(weight).detach()}
+            (p,) = part.predict(at).softmax(1)
+            (J,) = torch.func.jacrev(part.predict)(at)[weight].flatten(2)
+            total += part.weight * J.T @ (torch.diag(p) - p[:, None] * p) @ J
+    assert metric.trace == pytest.approx(total.trace().item(), rel=1e-5)
+
+
+@pytest.mark.attack("silent error")
+def test_a_layer_that_sees_its_tokens_in_another_order():
+    "An expert gets some tokens of a batch: one item a part is exact, several are refused."
+    inputs = torch.stack([torch.tensor([[0, 0], [1, 1]]), torch.arange(4).view(2, 2)])
+    x, g = torch.ones(3, 5), torch.ones(3, 2)
+    with pytest.raises(ValueError, match="'experts.0' does not see all tokens"):
+        curvature._tokens(x, g, inputs, "experts.0")
+    assert not curvature._tokens(x, g, inputs[:, :1], "experts.0")[2].any()
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize(
+    "frozen",
+    [lambda n: "lora_A" in n, lambda n: "lora_B" in n, lambda n: "magnitude" not in n, lambda n: "layers.0" in n],
+    ids=["A", "B", "all but m", "a layer"],
+)
+def test_an_adapter_of_which_a_part_is_frozen(frozen, tiny_model_dir):
+    "What does not learn is constant: the rest has the curvature that it has in the whole."
+    from dora_nb.assets import load_model
+
+    _, tokenizer = load_model(str(tiny_model_dir))
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | dict(vocab_size=len(tokenizer)))).eval()
+    adapt(model, AdapterConfig("dora", rank=2, alpha=4))
+    for n, p in trainable_parameters(model).items():
+        p.data.normal_(std=0.1) if "lora_B" in n else None
+    data = load_task("winogrande", "train", limit=3)
+    look = lambda: probe(model, tokenizer, data, TrainConfig(), ["all"], 1, 2)
+    before = look()
+    for n, p in trainable_parameters(model).items():
+        p.requires_grad_(not frozen(n))
+    after, learning = look(), trainable_parameters(model)
+    assert after["blocks"]["all"]["parameters"] == sum(p.numel() for p in learning.values())
+    whole = lambda found, b: found["blocks"][b]["parameters"]
+    same = [b for b in after["blocks"] if whole(after, b) == whole(before, b)]
+    for block in same:
+        assert after["blocks"][block]["ggn"]["trace"] == pytest.approx(before["blocks"][block]["ggn"]["trace"])
+    assert same
+    assert after["updates"].keys() == {n.rpartition(".")[0] for n in learning}
+    for name, update in after["updates"].items():
+        assert update["weight_trace"] == pytest.approx(before["updates"][name]["weight_trace"], rel=1e-5)
+        assert update["sigma"] == pytest.approx(before["updates"][name]["sigma"], rel=1e-4)
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("broken", ["the model", "the adapter"])
+def test_broken_weights_are_no_curvature(tiny_model_dir, broken):
+    from dora_nb.assets import load_model
+
+    model, tokenizer = load_model(str(tiny_model_dir))
+    adapt(model, AdapterConfig("lora", rank=2))
+    weight = model.model.norm.weight if broken == "the model" else next(iter(trainable_parameters(model).values()))
+    torch.nn.init.constant_(weight, float("nan"))
+    data = load_task("winogrande", "train", limit=2, seed=0)
+    with pytest.raises(FloatingPointError, match="not a number; the model's weights or its adapter are broken"):
+        probe(model, tokenizer, data, TrainConfig())
+    params = {n: p.detach() for n, p in trainable_parameters(model).items()}
+    with probing(model):
+        parts = item_parts(model, tokenizer, data, TrainConfig())
+        for call in (gram, lambda parts, params: update_metrics(model, parts, params)):
+            with pytest.raises(FloatingPointError, match="not a number"):
+                call(parts, params)
+
+
+@pytest.mark.attack("silent error")
+def test_a_probe_set_is_checked_before_work(tiny_model_dir, monkeypatch):
+    "A single choice bends nothing; no items have no curvature."
+    from dora_nb.assets import load_model
+
+    model, tokenizer = load_model(str(tiny_model_dir))
+    adapt(model, AdapterConfig("lora", rank=2))
+    monkeypatch.setattr(curvature, "item_parts", lambda *_: pytest.fail("work has begun"))
+    data = load_task("winogrande", "train", limit=2)
+    one = data.map(lambda i: {k: i[k][:1] for k in ("contexts", "continuations")} | {"gold": 0})
+    for wrong in (one, data.select([])):
+        with pytest.raises(ValueError, match="item"):
+            probe(model, tokenizer, wrong, TrainConfig())
+
+
+def test_a_probe_beyond_the_context_sees_what_training_sees(tiny_model_dir):
+    from dora_nb.assets import load_model
+
+    model, tokenizer = load_model(str(tiny_model_dir))
+    adapt(model, AdapterConfig("lora", rank=2))
+    data = load_task("boolq", "train", limit=2)
+    model.config.max_position_embeddings = 40
+    with pytest.warns(UserWarning, match="context of 40"):
+        found = probe(model, tokenizer, data, TrainConfig(), [])
+    with pytest.warns(UserWarning, match="max_tokens=41"):
+        expected = probe(model, tokenizer, data, TrainConfig(max_tokens=41), [])
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)

@@ -5,8 +5,18 @@ import torch
 import transformers
 
 from dora_nb.assets import load_model
-from dora_nb.evaluate import evaluate, format_of, generate_answers, match_answer, rank_choices, standard_error, wilson
+from dora_nb.evaluate import (
+    answers_of,
+    evaluate,
+    format_of,
+    generate_answers,
+    match_answer,
+    rank_choices,
+    standard_error,
+    wilson,
+)
 from dora_nb.tasks import encode_text, load_task
+from dora_nb.train import context_length
 
 
 @pytest.mark.parametrize(
@@ -141,3 +151,156 @@ def test_broken_weights_are_noticed(tiny_model_dir):
 def test_unknown_protocol():
     with pytest.raises(ValueError, match="loglikelihood, generate"):
         format_of("guess")
+
+
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+MODELS = {
+    "llama": lambda n, v: transformers.LlamaConfig(
+        vocab_size=v, intermediate_size=48, num_key_value_heads=2, max_position_embeddings=n, **SIZES
+    ),
+    "gpt2": lambda n, v: transformers.GPT2Config(vocab_size=v, n_positions=n, n_embd=32, n_layer=2, n_head=4),
+    "gpt_neo": lambda n, v: transformers.GPTNeoConfig(
+        vocab_size=v,
+        max_position_embeddings=n,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "global"], 1]],
+    ),
+    "opt": lambda n, v: transformers.OPTConfig(
+        vocab_size=v, max_position_embeddings=n, ffn_dim=48, word_embed_proj_dim=32, **SIZES
+    ),
+}
+
+
+def tiny(name, tokenizer, n):
+    "A model with n positions, and weights that make a difference."
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[name](n, len(tokenizer))).eval()
+    for p in model.parameters():
+        p.data.normal_(std=0.2) if p.dim() > 1 else None
+    return model
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("name", MODELS)
+def test_beyond_the_context(name, tiny_model_dir):
+    "The same as with max_tokens: the beginning is cut off, and counted. OPT's table has two more rows than positions."
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model_dir)
+    model, items = tiny(name, tokenizer, 64), load_task("boolq", limit=4)
+    summary, records = rank_choices(model, tokenizer, items, progress=False)
+    long = [max(len(tokenizer(c + e).input_ids) for c, e in zip(i["contexts"], i["continuations"])) for i in items]
+    assert context_length(model) == 64 and summary["truncated"] == sum(n > 65 for n in long) > 0
+    expected = rank_choices(model, tokenizer, items, max_tokens=65, progress=False)[1]
+    for mine, theirs in zip(records, expected):
+        assert mine["loglikelihood"] == pytest.approx(theirs["loglikelihood"], abs=1e-3)
+    ids = tokenizer(items[0]["contexts"][0] + items[0]["continuations"][0], return_tensors="pt").input_ids[:, -65:]
+    with torch.no_grad():
+        logp = model(ids[:, :-1]).logits[0, -1].log_softmax(0)[ids[0, -1]]
+    assert records[0]["loglikelihood"][0] == pytest.approx(logp.item(), abs=1e-3)
+
+
+@pytest.mark.attack("silent error")
+def test_what_just_fits_is_not_cut(tiny_model_dir):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model_dir)
+    (item,) = items = load_task("boolq", limit=1)
+    n = max(len(tokenizer(c + e).input_ids) for c, e in zip(item["contexts"], item["continuations"]))
+    for positions, cut in ((n - 1, 0), (n - 2, 1)):  # the last token is no input
+        summary, _ = rank_choices(tiny("gpt2", tokenizer, positions), tokenizer, items, progress=False)
+        assert summary["truncated"] == cut
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("name", MODELS)
+def test_writing_beyond_the_context(name, tiny_model_dir):
+    "Prompt and answer must fit together."
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model_dir)
+    model, items = tiny(name, tokenizer, 64), load_task("boolq", "validation", "instruction", limit=3)
+    ask = lambda **how: generate_answers(model, tokenizer, items, progress=False, max_new_tokens=6, **how)
+    summary, records = ask()
+    assert summary["truncated"] == sum(len(tokenizer(i["contexts"][0]).input_ids) > 58 for i in items) > 0
+    assert records == ask(max_tokens=58)[1]
+    with pytest.raises(ValueError, match="max_new_tokens=64 leaves nothing of the model's context of 64"):
+        generate_answers(model, tokenizer, items, max_new_tokens=64)
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("protocol", ["loglikelihood", "generate"])
+@pytest.mark.parametrize("beams", [1, 4])
+def test_weights_that_break_on_some_items(tiny_model_dir, protocol, beams):
+    "One token has an embedding that is not a number: the item that holds it is named."
+    model, tokenizer = load_model(str(tiny_model_dir))
+    items = load_task("boolq", "validation", format_of(protocol), limit=4)
+    used = [set(tokenizer(i["contexts"][0]).input_ids) for i in items]
+    (broken, *_) = used[2] - used[0] - used[1] - used[3]
+    model.get_input_embeddings().weight.data[broken] = float("nan")
+    options = dict(num_beams=beams, max_new_tokens=4) if protocol == "generate" else {}
+    with pytest.raises(FloatingPointError, match=f"item {items[2]['doc_index']}: .* not a number"):
+        evaluate(model, tokenizer, items, protocol, progress=False, **options)
+    healthy = items.select([0, 1, 3])
+    assert evaluate(model, tokenizer, healthy, protocol, progress=False, **options)[0]["n"] == 3
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize(
+    "continuations, text, pred",
+    [
+        ([" happy", " sad"], "I am unhappy", None),
+        ([" happy", " sad"], "unhappy, or rather sad", 1),
+        ([" not happy", " happy"], "she is not happy", 0),
+        ([" not happy", " happy"], "she is happy", 1),
+        ([" a cat", " the cat", " the dog"], "I saw the cat.", 1),
+        ([" C++", " C"], "written in C++", 0),
+        ([" yes ", " no "], "no", 1),
+        (["the correct answer is option1", "the correct answer is option2"], "option2", 1),
+    ],
+)
+def test_whole_words_and_answers_that_end_alike(continuations, text, pred):
+    assert match_answer(text, answers_of(dict(doc_index=0, continuations=continuations))) == pred
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("continuations", [[" yes", " yes"], [" big cat", "big  cat"]])
+def test_answers_that_cannot_be_told_apart(tiny_model_dir, continuations):
+    model, tokenizer = load_model(str(tiny_model_dir))
+    items = load_task("boolq", "validation", "instruction", limit=2).to_list()
+    items[1]["continuations"] = continuations
+    with pytest.raises(ValueError, match=rf"item {items[1]['doc_index']}: its choices cannot be told apart"):
+        generate_answers(model, tokenizer, items, progress=False)
+
+
+def test_our_own_answers_are_matched_as_before():
+    "By its last word, whatever stands around it."
+    for name in ("boolq", "winogrande", "hellaswag", "arc_easy"):
+        (item,) = load_task(name, "validation", "instruction", limit=1)
+        names = [c.rsplit(" ", 1)[-1] for c in item["continuations"]]
+        assert answers_of(item) == names
+        for i, word in enumerate(names):
+            for text in (
+                f"the correct answer is {word}",
+                f"\n{word}.",
+                f"({word}) {names[0]}",
+                f"{word}, not {names[-1]}",
+            ):
+                assert match_answer(text, names) == i
+
+
+@pytest.mark.attack("hostile input")
+@pytest.mark.parametrize("protocol", ["loglikelihood", "generate"])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(batch_tokens=0), "batch_tokens=0"),
+        (dict(batch_tokens=-5), "batch_tokens=-5"),
+        (dict(max_tokens=0), "max_tokens=0"),
+        (dict(precision="float8"), "precision='float8' does not exist"),
+        (dict(items=[]), "no items"),
+    ],
+    ids=str,
+)
+def test_impossible_options(tiny_model_dir, protocol, wrong, message, monkeypatch):
+    model, tokenizer = load_model(str(tiny_model_dir))
+    items = load_task("boolq", "validation", format_of(protocol), limit=2)
+    monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("work has begun"))
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, tokenizer, protocol=protocol, progress=False, **dict(items=items) | wrong)

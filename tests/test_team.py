@@ -12,11 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from team_member import WAYS, fitted
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import dora_nb.grid
+import dora_nb.train
 from dora_nb.adapt import load_adapter, merge
 from dora_nb.assets import load_model
 from dora_nb.evaluate import rank_choices
@@ -191,7 +193,9 @@ def test_an_error_in_one_process(model_dir, tmp_path):
 
 
 def test_never_one_where_two_were_asked(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(Team, "__init__", lambda self: vars(self).update(rank=0, size=3, device=torch.device("cpu")))
+    monkeypatch.setattr(
+        Team, "__init__", lambda self, join=True: vars(self).update(rank=0, size=3, device=torch.device("cpu"))
+    )
     with pytest.raises(ValueError, match="processes=2 was asked for, and 3 came together"):
         run(small(model_dir), tmp_path)
     with pytest.raises(ValueError, match="processes=1 was asked for, and 3 came together"):
@@ -221,3 +225,79 @@ def test_settings(model_dir, monkeypatch, tmp_path):
     (tmp_path / "grid.toml").write_text('name = "g"\nfixed = { processes = 6 }\n')
     with pytest.raises(ValueError, match="processes=6 needs as many GPUs, and there are 5"):
         run_grid(tmp_path / "grid.toml", tmp_path, dry_run=True)
+
+
+def surroundings(monkeypatch, **variables):
+    "An environment with these variables of a job, and no others."
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    dora_nb.train._say.cache_clear()
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+WHOLE = dict(WORLD_SIZE="2", RANK="1", MASTER_ADDR="127.0.0.1")
+
+
+@pytest.mark.attack("hang")
+@pytest.mark.parametrize(
+    "left, named",
+    [
+        (dict(WORLD_SIZE="2"), "RANK, MASTER_ADDR, MASTER_PORT"),
+        (dict(WORLD_SIZE="2", RANK="0"), "MASTER_ADDR, MASTER_PORT"),
+        (dict(WORLD_SIZE="2", MASTER_ADDR="node1", MASTER_PORT="1234"), "RANK"),
+        (WHOLE | dict(MASTER_PORT="auto"), "MASTER_PORT"),
+        (WHOLE | dict(WORLD_SIZE="two", MASTER_PORT="1234"), "WORLD_SIZE"),
+    ],
+    ids=str,
+)
+def test_what_a_job_system_left_behind_is_ignored(monkeypatch, capsys, left, named):
+    "With one line, said once."
+    surroundings(monkeypatch, **left)
+    assert [Team().size, Team().rank, Team().size] == [1, 0, 1]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and f"({named} is missing or no number)" in lines[0] and "works alone" in lines[0]
+
+
+@pytest.mark.parametrize("size", ["", "0", "1"])
+def test_a_world_of_one_needs_no_word(monkeypatch, capsys, size):
+    surroundings(monkeypatch, WORLD_SIZE=size)
+    assert Team().size == 1 and not capsys.readouterr().err
+
+
+@pytest.mark.attack("hang")
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_others_that_never_come(monkeypatch, rank):
+    "The first process waits for workers, another one for the first: not for ever."
+    surroundings(monkeypatch, **WHOLE | dict(RANK=rank, MASTER_PORT=free_port()))
+    monkeypatch.setattr(dora_nb.train, "JOIN_SECONDS", 1.0)
+    with pytest.raises(RuntimeError, match=rf"did not come within 1 s: RANK={rank} of WORLD_SIZE=2 at .*unset these"):
+        Team()
+    assert not dist.is_initialized()
+
+
+@pytest.mark.attack("hang")
+def test_a_store_that_answers_and_a_process_that_does_not_come(monkeypatch):
+    "As under torchrun, whose agent keeps the store."
+    port = free_port()
+    store = dist.TCPStore("127.0.0.1", int(port), 2, is_master=True, wait_for_workers=False)
+    surroundings(monkeypatch, **WHOLE | dict(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True"))
+    monkeypatch.setattr(dora_nb.train, "JOIN_SECONDS", 1.0)
+    with pytest.raises(RuntimeError, match="1 of 2 came"):
+        Team()
+    del store
+    assert not dist.is_initialized()
+
+
+@pytest.mark.attack("hang")
+def test_nobody_is_joined_where_none_is_wanted(monkeypatch, capsys):
+    surroundings(monkeypatch, **WHOLE | dict(MASTER_PORT=free_port()))
+    assert Team(join=False).size == 1 and not capsys.readouterr().err

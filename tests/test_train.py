@@ -10,10 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 import dora_nb.train
 from dora_nb.adapt import AdapterConfig, adapt, trainable_parameters
 from dora_nb.assets import load_model
+from dora_nb.evaluate import rank_choices
 from dora_nb.tasks import collate, load_task
 from dora_nb.train import (
     Checkpoints,
@@ -21,11 +23,13 @@ from dora_nb.train import (
     Stopped,
     TrainConfig,
     autocast,
+    context_length,
     encode_for,
     epoch_batches,
     memory_plan,
     micro_batches,
     resolve_precision,
+    shares_prompts,
     summed_loss,
     terms,
     tf32,
@@ -460,3 +464,253 @@ def test_the_same_model_goes_on_after_it_was_stopped(tiny, tmp_path, monkeypatch
         train(model, tokenizer, items(), SHORT, progress=False, checkpoints=tmp_path)
     records = train(model, tokenizer, items(), SHORT, progress=False, checkpoints=tmp_path)
     same(([{k: v for k, v in r.items() if k != "seconds"} for r in records], params(model)), whole)
+
+
+FALCON = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+KIN = {
+    "bloom": lambda v: transformers.BloomConfig(vocab_size=v, hidden_size=32, n_layer=2, n_head=4),
+    "falcon, alibi": lambda v: transformers.FalconConfig(vocab_size=v, alibi=True, **FALCON),
+    "falcon, rope": lambda v: transformers.FalconConfig(
+        vocab_size=v, new_decoder_architecture=True, num_kv_heads=2, **FALCON
+    ),
+    "mpt": lambda v: transformers.MptConfig(vocab_size=v, d_model=32, n_layers=2, n_heads=4),
+    "mamba": lambda v: transformers.MambaConfig(vocab_size=v, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "gpt_neo": lambda v: transformers.GPTNeoConfig(
+        vocab_size=v, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    ),
+}
+LAYERS = {
+    "bloom": "query_key_value",
+    "falcon": "query_key_value",
+    "mpt": "Wqkv",
+    "mamba": "in_proj",
+    "gpt_neo": "v_proj",
+}
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("name", KIN)
+def test_models_of_other_kinds(name, tiny_model_dir):
+    "No mask with branches where it is not understood; positions without an end; a step is made, and scores are the model's."
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model_dir)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(KIN[name](len(tokenizer)))
+    assert shares_prompts(model) == (name == "falcon, rope")
+    assert context_length(model) == (2048 if name in ("falcon, rope", "gpt_neo") else None)
+    if name.startswith("falcon"):  # its linear layers are of a type of its own
+        adapt(model, AdapterConfig("full"))
+    else:
+        adapt(model, AdapterConfig("dora", rank=2, target_modules=[LAYERS[name]]))
+    before = params(model)
+    records = train(model, tokenizer, items(n=4), TrainConfig(batch_size=4, precision="float32"), progress=False)
+    assert math.isfinite(records[0]["loss"]) and any(not torch.equal(p, before[n]) for n, p in params(model).items())
+    data = items("hellaswag", 2)
+    _, found = rank_choices(model, tokenizer, data, progress=False)
+    for item, record in zip(data, found):
+        for context, continuation, ours in zip(item["contexts"], item["continuations"], record["loglikelihood"]):
+            (start,), (ids,) = (tokenizer(t, return_tensors="pt").input_ids for t in (context, context + continuation))
+            with torch.no_grad():
+                logp = model(ids[None]).logits[0, len(start) - 1 : -1].log_softmax(1).gather(1, ids[len(start) :, None])
+            assert ours == pytest.approx(logp.sum().item(), abs=2e-3)
+
+
+@pytest.mark.attack("silent error")
+def test_masks_of_a_model_s_own_are_not_replaced():
+    "A window, chunks or a convolution: a mask with branches would take their place, or not be seen."
+    sizes = dict(vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    jamba = dict(attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=4)
+    for config in (
+        transformers.JambaConfig(**sizes | jamba, num_key_value_heads=4),
+        transformers.Qwen2Config(
+            **sizes, num_key_value_heads=4, sliding_window=None, layer_types=["full_attention", "chunked_attention"]
+        ),
+    ):
+        assert not shares_prompts(transformers.AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("objective", ("answer", "prompt", "choices"))
+def test_training_beyond_the_context(tiny_model_dir, objective):
+    "What is longer loses its beginning, with a warning that names the context; nothing is trained past it."
+    model, tokenizer = load_model(str(tiny_model_dir))
+    model.config.max_position_embeddings = 48
+    adapt(model, AdapterConfig("lora", rank=2))
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(int(kwargs["position_ids"].max())), with_kwargs=True
+    )
+    with pytest.warns(UserWarning, match="4 of 4 items were longer than max_tokens=2048 or the model's context of 48"):
+        train(model, tokenizer, items("boolq", 4), TrainConfig(objective, batch_size=4), progress=False)
+    assert max(seen) == 47
+
+
+@pytest.mark.attack("silent error")
+def test_full_tuning_in_bfloat16_warns_and_in_float16_is_refused(tiny):
+    model, tokenizer = tiny("full")
+    with pytest.warns(UserWarning, match="that learn are bfloat16.*Load the model in float32.*precision='bfloat16'"):
+        train(model.to(torch.bfloat16), tokenizer, items(n=4), TrainConfig(batch_size=4), progress=False)
+    before = params(model.half())
+    with pytest.raises(ValueError, match="is float16: .*no loss scaling.*Load the model in float32"):
+        train(model, tokenizer, items(n=4), TrainConfig(batch_size=4), progress=False)
+    assert all(torch.equal(p, before[n]) for n, p in params(model).items())
+
+
+def test_an_adapter_on_a_bfloat16_model_is_float32_and_learns_without_a_warning(tiny_model_dir, recwarn):
+    model, tokenizer = load_model(str(tiny_model_dir))
+    adapt(model.to(torch.bfloat16), AdapterConfig("dora", rank=2))
+    train(model, tokenizer, items(n=4), TrainConfig(batch_size=4), progress=False)
+    assert all(p.dtype == torch.float32 for p in params(model).values())
+    assert not [w for w in recwarn if "bfloat16" in str(w.message)]
+
+
+@pytest.mark.attack("hostile input")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(epochs=1.5),
+        dict(epochs=True),
+        dict(batch_size=0.5),
+        dict(batch_size="16"),
+        dict(batch_tokens=True),
+        dict(batch_tokens=64.0),
+        dict(seed=2**32),
+        dict(seed=1.0),
+        dict(seed=None),
+        dict(learning_rate=math.nan),
+        dict(learning_rate=True),
+        dict(weight_decay=math.nan),
+        dict(warmup_ratio=math.nan),
+        dict(max_grad_norm=math.nan),
+        dict(max_tokens=2e3),
+        dict(precision="half"),
+        dict(precision=16),
+        dict(objective=["choices"]),
+        dict(gradient_checkpointing=1),
+        dict(end="no"),
+    ],
+    ids=str,
+)
+def test_types_of_a_configuration(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TrainConfig(**wrong)
+
+
+def test_the_largest_seed(tiny):
+    model, tokenizer = tiny()
+    config = TrainConfig(batch_size=4, seed=2**32 - 1, learning_rate=1)  # a whole number is a rate, too
+    assert len(train(model, tokenizer, items(n=4), config, progress=False)) == 1
+
+
+def rewritten(path, change):
+    "A checkpoint with other facts, and a checksum that fits."
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, "pt") as f:
+        meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+    facts = json.loads(meta["facts"])
+    change(facts)
+    meta["facts"] = json.dumps(facts)
+    meta["sha256"] = dora_nb.train._checksum(tensors, meta["what"], meta["facts"])
+    save_file(tensors, path, meta)
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+@pytest.mark.parametrize("before", ["1.2.3", None])
+def test_a_checkpoint_of_other_versions_goes_on_with_a_warning(tiny, stopped, name, before):
+    change = lambda facts: facts.update({name: before}) if before else facts.pop(name)
+    rewritten(stopped[1], change)
+    then = before or "an earlier version"
+    with pytest.warns(UserWarning, match=f"{name}: {then} began, .* goes on; what comes out may differ"):
+        same(attempts(tiny, stopped[0].parent), attempts(tiny, None))
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("before", ["0.1.0", None])
+def test_a_checkpoint_of_another_version_of_this_package_is_refused(tiny, stopped, before):
+    "The first edition's, which name none, among them."
+    rewritten(stopped[1], lambda facts: facts.update(dora_nb=before) if before else facts.pop("dora_nb"))
+    with pytest.raises(ValueError, match=f"was begun by dora_nb {before or 'an earlier version'}.*to start anew") as e:
+        attempts(tiny, stopped[0].parent)
+    assert str(stopped[0].parent) in str(e.value) and all(p.exists() for p in stopped)
+
+
+@pytest.mark.attack("data loss")
+def test_a_damaged_checkpoint_is_renamed_and_not_lost(tiny, stopped):
+    data = stopped[1].read_bytes()[:-7]
+    for round in ("damaged-", "damaged-2-"):
+        stopped[1].write_bytes(data)
+        with pytest.warns(UserWarning, match=f"is damaged .* and is called {round}{stopped[1].name} now"):
+            assert dora_nb.train._newest(stopped[0].parent, _what(stopped[0])) == stopped[0]
+        assert (stopped[0].parent / f"{round}{stopped[1].name}").read_bytes() == data
+
+
+def _what(path):
+    return dora_nb.train._read(path)[0]
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("step", [1, 6, 99])
+@pytest.mark.filterwarnings("ignore:.*left alone")
+def test_files_of_others_named_like_checkpoints_stay(tiny, tmp_path, step):
+    "Where they would be pruned, where ours would be written, and where they would be read first."
+    from safetensors.torch import save_file
+
+    theirs = tmp_path / f"step-{step:08}.safetensors"
+    save_file({"a": torch.ones(3)}, theirs, {"what": "somebody's"})
+    (tmp_path / "step-best.safetensors").write_bytes(b"notes")
+    before = theirs.read_bytes()
+    with pytest.warns(UserWarning, match=f"{theirs.name} is no checkpoint of dora_nb, .*left alone"):
+        whole = attempts(tiny, tmp_path, checkpoint_seconds=0.0)
+    assert theirs.read_bytes() == before and (tmp_path / "step-best.safetensors").read_bytes() == b"notes"
+    assert sum(map(dora_nb.train._ours, tmp_path.iterdir())) == 2
+    same(attempts(tiny, tmp_path), whole)  # and what was written beside them is gone on from
+
+
+@pytest.mark.attack("hang")
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_no_file_in_the_place_of_a_checkpoint(tiny, tmp_path, make):
+    make(tmp_path / "step-00000001.safetensors")
+    with pytest.warns(UserWarning, match="step-00000001.safetensors is a (folder|pipe).*left alone"):
+        attempts(tiny, tmp_path, checkpoint_seconds=0.0)
+    assert (tmp_path / "step-00000001.safetensors").exists()
+
+
+@pytest.mark.attack("data loss")
+def test_a_file_in_the_place_of_the_folder(tiny, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ValueError, match="notes is a file; checkpoints need a folder"):
+        attempts(tiny, tmp_path / "notes")
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("text", ["my notes\n", '{"loss": 3}\n', "[1]"])
+def test_a_history_does_not_replace_somebody_s_file(tiny, tmp_path, text):
+    (tmp_path / "h.jsonl").write_text(text)
+    model, tokenizer = tiny()
+    with pytest.raises(ValueError, match="h.jsonl exists, and this command did not write it"):
+        train(model, tokenizer, items(n=4), SHORT, tmp_path / "h.jsonl", progress=False)
+    assert (tmp_path / "h.jsonl").read_text() == text
+
+
+@pytest.mark.attack("silent error")
+def test_items_are_checked_before_work(tiny, monkeypatch):
+    "A single choice has a loss of 0, whatever the model says; language modelling needs no other."
+    model, tokenizer = tiny()
+    one = items(n=4).map(lambda i: {k: i[k][:1] for k in ("contexts", "continuations")} | {"gold": 0})
+    with monkeypatch.context() as m:
+        m.setattr(dora_nb.train, "encode_items", lambda *_: pytest.fail("work has begun"))
+        for wrong in (one, one.select([])):
+            with pytest.raises(ValueError, match="item"):
+                train(model, tokenizer, wrong, TrainConfig(batch_size=4), progress=False)
+    assert train(model, tokenizer, one, TrainConfig("answer", batch_size=4), progress=False)[0]["loss"] > 0
+
+
+@pytest.mark.attack("silent error")
+def test_broken_weights_are_named_as_a_cause_at_the_first_step(tiny):
+    model, tokenizer = tiny()
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    with pytest.raises(Diverged, match="step 1 of .*the weights themselves may be broken"):
+        train(model, tokenizer, items(n=4), TrainConfig(batch_size=4), progress=False)
