@@ -46,11 +46,12 @@ speed: $(READY) ## every benchmark, an hour on two cores, and reports/speed/repo
 	  $(BIN)/python -W ignore benchmarks/$$name.py --out reports/speed/$$name.json || exit 1; done
 	$(BIN)/python benchmarks/report.py
 
-reliability: $(READY) ## every fault, a real grid that is killed, a soak, an hour; and reports/reliability/report.md
+reliability: $(READY) ## every fault and attack, a real grid that is killed, a soak, an hour; and reports/reliability/report.md
 	$(BIN)/python -m pytest tests -m 'slow or not slow' -k 'faults or team or train or assets' --junitxml reports/reliability/tests.xml
+	$(BIN)/python -m pytest tests -m attack --junitxml reports/reliability/attacks.xml
 	for name in faults soak; do \
 	  $(BIN)/python -W ignore benchmarks/$$name.py --out reports/reliability/$$name.json || exit 1; done
-	$(BIN)/python benchmarks/report_reliability.py reports/reliability/tests.xml
+	$(BIN)/python benchmarks/report_reliability.py reports/reliability/tests.xml reports/reliability/attacks.xml
 
 notebooks: $(READY) ## format, export and clean: run after editing a notebook
 	$(BIN)/ruff format -q nbs tests benchmarks setup.py

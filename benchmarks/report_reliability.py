@@ -49,10 +49,39 @@ def tests_from(paths):
     return found
 
 
+KINDS = {  # of attacks, as the tests mark them
+    "data loss": "lose a file, of the user's or of a finished run",
+    "silent error": "get a wrong figure without a word",
+    "hostile input": "run foreign code, write elsewhere, or break a page by names and files from outside",
+    "hang": "wait for ever",
+    "crash": "end without a sentence that names the file and says what to do",
+}
+
+
+def attacks_from(paths):
+    "Kind of attack → how many were tried, and how many held, from pytest's XML; each test counts once."
+    found = {}
+    for path in paths:
+        for case in ET.parse(path).getroot().iter("testcase"):
+            kinds = [p.get("value") for p in case.iter("property") if p.get("name") == "attack"]
+            if kinds and case.find("skipped") is None:
+                held = case.find("failure") is None and case.find("error") is None
+                found[case.get("classname"), case.get("name")] = kinds[0], held
+    return {
+        k: [sum(kind == k for kind, _ in found.values()), sum((k, True) == v for v in found.values())] for k in KINDS
+    }
+
+
 def main(junit=()):
     if junit:
-        (HERE / "tests.json").write_text(json.dumps(tests_from(junit), indent=1))
-    tests, faults, soak = (json.loads((HERE / f"{n}.json").read_text()) for n in ("tests", "faults", "soak"))
+        found = tests_from(junit)
+        if len(found) > len(TINY) / 2:  # the attacks alone were run otherwise
+            (HERE / "tests.json").write_text(json.dumps(found, indent=1))
+        (HERE / "attacks.json").write_text(json.dumps(attacks_from(junit), indent=1))
+    tests, attacks, faults, soak = (
+        json.loads((HERE / f"{n}.json").read_text()) for n in ("tests", "attacks", "faults", "soak")
+    )
+    tried, held = (sum(n) for n in zip(*attacks.values()))
     injected = [
         {"fault": fault, "times injected": tests[fault][0], "tests that found something lost or wrong": tests[fault][1]}
         for fault in TINY.values()
@@ -77,6 +106,12 @@ SmolLM2-135M-Instruct on three tasks, two methods and two seeds ({len(faults["ac
 {same} of {len(faults["accuracy"])} accuracies are equal, {len(faults["wrong"])} runs differ in anything at all, {faults["processes_left"]} processes were left behind. The undisturbed grid took {calm / 60:.0f} min, the disturbed one {stormy / 60:.0f} min. ({where["device"]}, {where["count"]} threads, torch {where["torch"]}; `benchmarks/faults.py`.)
 
 {table([r | {"disturbed": f"{r['disturbed']:.4f}", "undisturbed": f"{r['undisturbed']:.4f}"} for r in faults["accuracy"]], ["run", "undisturbed", "disturbed"])}
+
+## Attacks
+
+What a stranger's machine, files and habits can do to the package. Every attack is a test that is marked as one; it holds if nothing was lost, the right figure or a clear refusal came out, and the command ended. {held} of {tried} held.
+
+{table([{"what it tries": words, "tried": attacks[k][0], "held": attacks[k][1]} for k, words in KINDS.items()], ["what it tries", "tried", "held"])}
 
 ## Tiny models, every fault
 

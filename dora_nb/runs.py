@@ -79,7 +79,7 @@ from dora_nb.files import (
 )
 from .lora import PLANS
 from .rank import WAYS, as_patterns, warm_ranks
-from .tasks import FORMATS, SPLITS, load_task
+from .tasks import DEV_CUTS, FORMATS, SPLITS, load_task
 from .train import OVER_CHOICES, PRECISIONS, Team, TrainConfig, resolve_precision, shard, stoppable, train
 
 # %% ../nbs/11_runs.ipynb #f33ee6d9
@@ -98,7 +98,7 @@ CHOICES = {
     "eval_precision": PRECISIONS,
     "split": SPLITS,
     "calibrate": ("", *assets.TASK_NAMES),
-    "dev_cut": ("twins", "items"),
+    "dev_cut": DEV_CUTS,
 }
 COUNTS = {
     "train_items",
@@ -882,7 +882,8 @@ def run(
     progress: bool = True,  # show bars on stderr
 ) -> dict:  # what result.json holds
     "Train and evaluate; leaves result.json, history.jsonl, predictions.parquet and the adapter in `run_dir`. What is there already is not made again; a folder that holds anything else is refused."
-    config, run_dir, team = effective(config), Path(run_dir), Team()
+    config, run_dir = effective(config), Path(run_dir)
+    team = Team(join=config.processes > 1)
     if team.size != config.processes:
         return _in_processes(config, run_dir, progress, team)
     first = team.rank == 0

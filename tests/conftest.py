@@ -19,8 +19,11 @@ from dora_nb.assets import load_model
 
 
 def pytest_collection_modifyitems(items):
-    "The longest first, so that no process is left alone with one of them at the end."
+    "Put the longest first, so that no process is left alone with one of them at the end; attacks say of which kind they are."
     items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
+    for item in items:
+        for mark in item.iter_markers("attack"):
+            item.user_properties.append(("attack", mark.args[0]))  # goes into pytest's XML, for reports/reliability
 
 
 @pytest.fixture
