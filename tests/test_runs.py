@@ -207,7 +207,7 @@ def test_grid(grid):
         ("when = ", "wenn = ", "exactly the keys"),
         ("[fixed]", "[fixed", "not TOML"),
         ('method = "base"\n[[over', 'method = "none"\n[[over', "method='none'"),
-        ('name = "tiny"', 'name = "../tiny"', "name is missing or has other"),
+        ('name = "tiny"', 'name = "../tiny"', "name is missing or not possible"),
         ('{ method = "dora" }', '"dora"', "both tables"),
         ("eval_items = 6", "weight_decay = -1.0", "at least 0"),
     ],
