@@ -11,7 +11,6 @@ from lm_eval.tasks.hellaswag.utils import preprocess, process_docs
 
 from dora_nb.assets import TASK_NAMES, _hellaswag, clean_hellaswag, load_items
 from dora_nb.tasks import (
-    DEV_CUTS,
     DEV_ITEMS,
     TASKS,
     check_items,
@@ -25,7 +24,6 @@ from dora_nb.tasks import (
     winogrande_twins,
 )
 from dora_nb.train import choice_logprobs, shares_prompts
-
 
 DEV_TWINS = [46, 47, 48, 49, 150]
 
