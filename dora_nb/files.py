@@ -310,4 +310,6 @@ def child_environment(
     "Return the environment for a child process: no working directory on Python's path, no variables of a job system, no start-up file."
     aside = ("PYTHONSTARTUP", "PYTHONINSPECT")
     kept = {k: v for k, v in os.environ.items() if not _JOB.fullmatch(k) and k not in aside}
+    if "PYTHONPATH" in kept:  # an entry that is empty or relative means the working directory
+        kept["PYTHONPATH"] = os.pathsep.join(filter(os.path.isabs, kept["PYTHONPATH"].split(os.pathsep)))
     return kept | {"PYTHONSAFEPATH": "1"} | more

@@ -786,7 +786,7 @@ def run_grid(
         )
     grid = load_grid(path, scale)
     for config in {(c.model, c.source, c.target_modules, c.rank, c.ranks): c for c in grid.configs}.values():
-        check_model(config)
+        check_model(config, fetch=not dry_run)
     folder = Path(out) / grid.name
     need("papermill", "ipykernel", "matplotlib", "pandas")
     jobs = [Job(config, folder / run_name(config), number=i) for i, config in enumerate(grid.configs, 1)]

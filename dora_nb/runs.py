@@ -778,8 +778,11 @@ def _outline(folder: str, digest: str) -> torch.nn.Module:
 
 def check_model(
     config: RunConfig,  # a run
+    fetch: bool = True,  # bring our own model into the cache for it; False to write nothing
 ):
     "Refuse a run whose adapter does not fit its model, before a weight is read: ValueError, FetchError if there is no such model."
+    if config.model in assets.HUB_MODELS and not fetch and not assets.is_cached(config.model, config.source):
+        return
     folder, adapter = assets.model_path(config.model, config.source), config.adapter()
     if adapter is None or adapter.method == "full":
         return

@@ -177,7 +177,8 @@ def test_the_holder_of_a_lock_touches_it(tmp_path, without_flock, monkeypatch):
 
 @pytest.mark.attack("hostile input")
 @pytest.mark.parametrize("name", ["datasets", "json", "runpy", "pip"])
-def test_a_child_imports_nothing_from_the_working_directory(tmp_path, name):
+def test_a_child_imports_nothing_from_the_working_directory(tmp_path, name, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", os.environ.get("PYTHONPATH", "")]))
     (tmp_path / f"{name}.py").write_text("print('planted')")
     (tmp_path / "dora_nb").mkdir()
     (tmp_path / "dora_nb" / "__init__.py").write_text("print('planted')")

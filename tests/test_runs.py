@@ -470,6 +470,16 @@ def test_a_dry_run_writes_nothing(grid, tmp_path):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.attack("data loss")
+def test_a_dry_run_fetches_nothing(grid, tmp_path, monkeypatch, capsys):
+    "Our own model and data are known by the packages that they are pinned to."
+    monkeypatch.setenv("DORA_NB_CACHE", str(tmp_path / "cache"))
+    lines = [line for line in grid.read_text().splitlines() if not line.startswith("model =")]
+    grid.write_text("\n".join(lines))
+    run_grid(grid, tmp_path / "runs", dry_run=True)
+    assert capsys.readouterr().err.count("to do") == 4 and sorted(tmp_path.iterdir()) == [grid]
+
+
 def copied(folder, to):
     shutil.copytree(folder, to)
     return to
