@@ -80,7 +80,7 @@ def expressions(
             _left(until, entry)
     return found
 
-
+# %% ../nbs/03_adapt.ipynb #8607aa71
 def _ends(entries: Iterable[str], names: Iterable[str]) -> dict[str, set[str]]:
     "Return the names that end in each entry, a dot before it."
     found = {entry: set() for entry in entries}
@@ -157,7 +157,7 @@ def _checked_targets(targets: str | Sequence[str]) -> str | tuple[str, ...]:
         raise ValueError(f"target_modules must hold names, at most {MOST:,} of at most {LONGEST:,} characters")
     return targets
 
-
+# %% ../nbs/03_adapt.ipynb #2d4d861b
 @dataclass(frozen=True)
 class AdapterConfig:
     "How to adapt a model. Every value is checked when the configuration is made."
@@ -403,7 +403,7 @@ def adapt(
         raise ValueError(f"{empty!r} has no values yet (it is on the meta device); load the weights before adapting")
     if targets and (lost := _unmatched(targets, config)):
         raise ValueError(
-            f"{lost[0][0]}: {lost[0][1]!r} matches none of the {len(targets)} layers to adapt, for instance {next(iter(targets))!r}"
+            f"{lost[0][0]}: {_short(lost[0][1])} matches none of the {len(targets)} layers to adapt, for instance {next(iter(targets))!r}"
         )
     if coded := next((n for n, m in targets.items() if _is_quantised(m.weight)), None):
         raise ValueError(
@@ -682,7 +682,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} is damaged: its metadata 'dora_nb' is no object of ours")
     return tensors, ours
 
-
+# %% ../nbs/03_adapt.ipynb #d9951e17
 @contextlib.contextmanager
 def _naming(path: Path):
     "Put the name of a file before the message of a ValueError that does not have it."

@@ -512,7 +512,7 @@ class _Stream:
     def flush(self):
         self._try(self.stream.flush)
 
-
+# %% ../nbs/16_cli.ipynb #38ebbd00
 _OF_FILES = {"SafetensorError", "UnpicklingError", "ArrowException"}  # of libraries that are imported late, if at all
 
 
@@ -546,7 +546,7 @@ def _status(args: argparse.Namespace) -> int:
     print(f"dora-nb {args.command}: {said}", file=sys.stderr)
     return status
 
-
+# %% ../nbs/16_cli.ipynb #f520c7ac
 def main(
     argv: list[str] | None = None,  # arguments; the process's own if None
 ) -> int:  # exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 done, but nobody read the output
