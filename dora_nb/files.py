@@ -176,9 +176,10 @@ def read_json(
     keys: Collection[str] = (),  # that it must have
 ) -> dict:
     "Read a JSON object: ValueError names the file if it is damaged, holds something else, or lacks a key."
+    text = read_text(path)
     try:
-        found = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as e:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as e:  # also a number of thousands of digits
         raise ValueError(f"{path} is damaged: {e}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, and holds a {type(found).__name__}")

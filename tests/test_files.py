@@ -117,7 +117,9 @@ def test_a_pipe_or_a_folder_in_place_of_a_file(tmp_path, read):
 
 
 @pytest.mark.attack("crash")
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe", b"[" * 100_000, b'{"a": \x00}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe", b"[" * 100_000, b"1" * 5_000, b'{"a": \x00}']
+)
 def test_damaged_json_is_named(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match="a.json"):

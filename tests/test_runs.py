@@ -650,7 +650,8 @@ def test_a_grid_file_with_a_byte_order_mark(grid):
 @pytest.mark.parametrize(
     "line,named",
     [
-        ("rank = 1_000_000_000", "rank 1000000000 of .* is larger than any layer"),
+        ("rank = 1_000_000_000", "rank=1000000000 is not possible"),
+        ("rank = 60_000", "rank 60000 of .* is larger than any layer"),
         ('target_modules = "nowhere_proj"', "'nowhere_proj' matches no module"),
         ('model = "no/such/folder"', "no/such/folder"),
     ],
