@@ -214,16 +214,6 @@ def test_a_run_over_a_compressed_base(tiny_model_dir, tmp_path, scheme):
         RunConfig(compress="rtn-9")
 
 
-def test_old_results_keep_their_identity():
-    "The quick experiment's, which were made before a run could be compressed."
-    from pathlib import Path
-
-    kept = json.loads((Path(__file__).parent.parent / "reports" / "quick" / "results.json").read_text())
-    for result in kept if isinstance(kept, list) else kept["results"]:
-        params = {k: v for k, v in result["params"].items()}
-        assert run_id(RunConfig(**params)) == result["id"]
-
-
 def tiny(kind):
     "A model of some architecture, with random weights."
     import transformers

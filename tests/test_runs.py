@@ -23,6 +23,7 @@ from dora_nb.runs import (
     ProbeConfig,
     RunConfig,
     config_from,
+    effective,
     load,
     read_result,
     run,
@@ -69,6 +70,18 @@ def test_wrong_parameters(params, named):
 
 def test_whole_numbers_pass_for_floats():
     assert config_from({"alpha": 16}).alpha == 16.0 and isinstance(config_from({"alpha": 16}).alpha, float)
+
+
+def test_stored_results_can_be_made_again():
+    "Every result in reports/ has parameters that still configure a run, and mean what they meant."
+    found = 0
+    for file in (Path(__file__).parent.parent / "reports").rglob(RESULTS):
+        for result in json.loads(file.read_text())["results"]:
+            if not result["params"].get("ranks"):
+                made = vars(effective(config_from(result["params"])))
+                assert {k: made[k] for k in result["params"]} == result["params"]
+                found += 1
+    assert found > 500
 
 
 def test_identity():
