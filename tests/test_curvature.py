@@ -391,7 +391,7 @@ def unshared(name, method="lora", rank=4, share=False, alone=True):
     "Two layers of a tiny model with adapters that have moved, and the parts of three items, each choice in a row."
     torch.manual_seed(0)
     model = WITHOUT_SHARING[name]().eval()
-    for n, p in model.named_parameters():
+    for p in model.parameters():
         p.data.normal_(std=0.3) if p.dim() > 1 else None
     targets = ["fc1", "v_proj"] if name == "opt" else ["down_proj", "v_proj"]
     adapt(model, AdapterConfig(method, rank=rank, alpha=rank, target_modules=targets))
