@@ -52,7 +52,7 @@ def _winogrande(row):
 def _asked(prompt):
     return lambda row: ([prompt.format(row["question"])] * len(row["choices"]), [f" {c}" for c in row["choices"]])
 
-# %% ../nbs/05_tasks.ipynb #dbd8dfb2
+# %% ../nbs/05_tasks.ipynb #c280093a
 def _words(row: dict) -> frozenset[str]:
     return frozenset(row["sentence"].lower().split())
 
@@ -73,7 +73,7 @@ def winogrande_twins(
                     groups |= dict.fromkeys(groups[i], groups[j])
     return sorted({id(g): sorted(g) for g in groups.values()}.values())
 
-
+# %% ../nbs/05_tasks.ipynb #dbd8dfb2
 def _numbered(word: str, choices: list[str]) -> str:
     return " ".join(f"{word}{i}: {c}" for i, c in enumerate(choices, 1))
 
