@@ -605,8 +605,8 @@ def update_metrics(
 
     _over_tokens(model, parts, params, draws, seed, note)
     metrics = {}
-    for name, (MB, MA, S, C, n, trace) in sums.items():
-        A, B = at[name]
+    for name in (n for n in at if n in sums):
+        (MB, MA, S, C, n, trace), (A, B) = sums[name], at[name]
         felt = min(int(torch.linalg.matrix_rank(M, rtol=1e-12, hermitian=True)) for M in (MB, MA))
         MB, MA = MB + DAMPING * S / len(B) * B.T @ B, (MA + DAMPING * C / A.shape[1] * A @ A.T) / n
         scale = trace * n / (S * C)

@@ -478,12 +478,13 @@ def progress_bar(
 def check_types(
     config,  # a dataclass whose fields are annotated with plain types, and None
 ):
-    "Refuse a field of another type than its annotation's: ValueError. An int will do for a float, but a bool is no number."
+    "Refuse a field of another type than its annotation's: ValueError. An int serves as a float; a bool is no number."
     hints = typing.get_type_hints(type(config))
     for name, value in ((f.name, getattr(config, f.name)) for f in fields(config)):
-        allowed = set(typing.get_args(hints[name]) or (hints[name],))
-        if type(value) not in allowed | ({int} if float in allowed else set()):
-            wanted = " or ".join(sorted("None" if t is type(None) else t.__name__ for t in allowed))
+        allowed = typing.get_args(hints[name]) or (hints[name],)
+        numbers = (int,) if float in allowed else ()
+        if not isinstance(value, allowed + numbers) or isinstance(value, bool) and bool not in allowed:
+            wanted = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
             raise ValueError(f"{name}={value!r} must be of type {wanted}")
 
 
@@ -771,8 +772,9 @@ def _read(path: Path) -> tuple[str, dict, dict[str, Tensor]]:
 
 def _set_aside(path: Path) -> Path:
     "Rename a damaged file, so that it is neither read again nor lost."
-    names = (f"damaged-{path.name}", *(f"damaged-{i}-{path.name}" for i in range(2, 10**6)))
-    new = next(p for p in map(path.with_name, names) if not p.exists())
+    new, i = path.with_name(f"damaged-{path.name}"), 1
+    while new.exists():
+        new, i = path.with_name(f"damaged-{i + 1}-{path.name}"), i + 1
     return path.rename(new)
 
 

@@ -7,7 +7,9 @@ import random
 import signal
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -599,6 +601,26 @@ def test_the_largest_seed(tiny):
     model, tokenizer = tiny()
     config = TrainConfig(batch_size=4, seed=2**32 - 1, learning_rate=1)  # a whole number is a rate, too
     assert len(train(model, tokenizer, items(n=4), config, progress=False)) == 1
+    assert TrainConfig(learning_rate=np.float64(1e-3), batch_tokens=None) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    "config, n",
+    [
+        (transformers.GPT2Config(n_positions=77), 77),
+        (transformers.OPTConfig(max_position_embeddings=78), 78),  # its table has two rows more
+        (transformers.MptConfig(max_seq_len=79, attn_config=dict(alibi=False)), 79),
+        (transformers.MptConfig(max_seq_len=79, attn_config=dict(alibi=True)), None),
+        (transformers.Gemma3Config(text_config=dict(max_position_embeddings=80)), 80),
+        (transformers.BloomConfig(seq_length=81), None),
+        (transformers.FalconConfig(alibi=True), None),
+        (transformers.FalconConfig(alibi=False, max_position_embeddings=82), 82),
+        (transformers.MambaConfig(), None),
+    ],
+    ids=lambda c: getattr(c, "model_type", str(c)),
+)
+def test_where_a_context_ends(config, n):
+    assert context_length(SimpleNamespace(config=config)) == n
 
 
 def rewritten(path, change):
