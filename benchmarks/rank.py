@@ -23,7 +23,16 @@ from dora_nb.rank import (
     truncate,
 )
 from dora_nb.tasks import load_task
-from dora_nb.train import TrainConfig, autocast, choice_logprobs, encode_items, make_batch, micro_batches, train
+from dora_nb.train import (
+    TrainConfig,
+    autocast,
+    choice_logprobs,
+    context_length,
+    encode_items,
+    make_batch,
+    micro_batches,
+    train,
+)
 
 TARGETS = ("q_proj", "v_proj")
 WIDE, NARROW = 8, 2
@@ -75,7 +84,8 @@ class Lab:
     def losses(self, split, n):
         "Nats a token of every item, on held-out text."
         items, config = self.text(split, n), self.config()
-        rows, found = encode_items(self.tokenizer, items, config, False), {}
+        context = context_length(self.model)
+        rows, found = encode_items(self.tokenizer, items, config, False, context), {}
         for group in micro_batches(range(len(rows)), rows, 1024):
             batch, _ = make_batch(rows, [0] * len(rows), group)
             with autocast("auto", DEVICE):

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapt import NEGLIGIBLE, find_targets, unreached
-from .tasks import collate, encode_item
-from .train import token_logits
+from .tasks import collate
+from .train import context_length, encode_for, token_logits
 
 # %% ../nbs/10_compress.ipynb #8d18c5b1
 def round_to_nearest(
@@ -180,7 +180,7 @@ def input_norms(
     hooks = [layer.register_forward_pre_hook(functools.partial(add, name)) for name, layer in layers.items()]
     try:
         for item in items:
-            for row in encode_item(tokenizer, item, [item["gold"]])[0]:
+            for row in encode_for("answer", tokenizer, item, context=context_length(model))[0]:
                 token_logits(model.eval(), collate([[row]]).to(model.device))
     finally:
         for hook in hooks:
@@ -250,6 +250,11 @@ def compress(
             f"{part:.0%} of the weights in this model's blocks would stay as they are, for instance {next(iter(left))!r}: they belong to no torch.nn.Linear, as in fused experts. Only models whose blocks are made of linear layers can be compressed"
         )
     norms = input_norms(model, tokenizer, items, layers) if method == "wanda" else {}
+    for name, tensor in [*((n, m.weight) for n, m in layers.items()), *norms.items()]:
+        if not tensor.isfinite().all():
+            raise FloatingPointError(
+                f"the weight or an input of {name!r} is not a number; the model's weights are broken"
+            )
     for name, linear in layers.items():
         if method in PRUNERS:
             prune_(linear, level, norms.get(name))

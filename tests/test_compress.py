@@ -287,3 +287,13 @@ def test_bits_count_what_stays_as_it_was():
     alone = weight_bits(compress(tiny("Llama"), "rtn-4"))
     bits = weight_bits(compress(model, "rtn-4"))
     assert bits == pytest.approx((alone * linear + 32 * fused.numel()) / (linear + fused.numel()))
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("scheme", ["rtn-4", "magnitude-0.5"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_are_not_compressed(llama, scheme, value):
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+    with pytest.raises(FloatingPointError, match="layers.1.mlp.up_proj"):
+        compress(model, scheme)
