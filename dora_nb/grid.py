@@ -54,13 +54,12 @@ from dora_nb.runs import (
     check_params,
     config_from,
     effective,
-    forget_checkpoints,
     read_result,
     run_name,
     training_id,
     say,
 )
-from .train import stoppable
+from .train import forget_checkpoints, stoppable
 
 # %% ../nbs/13_grid.ipynb #6d5f81dc
 @dataclass(frozen=True)
@@ -806,7 +805,7 @@ def run_grid(
     for job in jobs:
         if job.look():
             if not dry_run and owned(job.folder, "run") and (job.folder / RESULT).exists():
-                forget_checkpoints(job.folder)  # of a process that was killed at the very end
+                forget_checkpoints(job.folder / CHECKPOINTS)  # of a process that was killed at the very end
             board.event(job, f"done, accuracy {job.result['metrics']['acc']:.3f}")
         elif dry_run:
             board.event(job, "to do")

@@ -6,8 +6,8 @@
 __all__ = ['RUN_METHODS', 'CHOICES', 'COUNTS', 'IGNORED', 'MANNER', 'PLACES', 'LATER', 'ASKED', 'SCHEMA', 'RESULT', 'HISTORY',
            'PREDICTIONS', 'CURVATURE', 'GEOMETRY', 'RANKS', 'CHECKPOINTS', 'ERROR', 'SAVED', 'CALIBRATION', 'LOST',
            'RunConfig', 'trained_tasks', 'check_params', 'config_from', 'given_parameters', 'effective', 'checksums',
-           'run_id', 'run_name', 'training_id', 'say', 'check_files', 'read_result', 'load_base', 'check_model',
-           'forget_checkpoints', 'run', 'ProcessDied', 'ProbeConfig', 'run_probe', 'load']
+           'run_id', 'run_name', 'training_id', 'say', 'check_files', 'read_result', 'load_base', 'check_model', 'run',
+           'ProcessDied', 'ProbeConfig', 'run_probe', 'load']
 
 # %% ../nbs/11_runs.ipynb #1bcc8cd3
 import contextlib
@@ -80,7 +80,17 @@ from dora_nb.files import (
 from .lora import PLANS
 from .rank import WAYS, as_patterns, warm_ranks
 from .tasks import DEV_CUTS, FORMATS, SPLITS, load_task
-from .train import OVER_CHOICES, PRECISIONS, Team, TrainConfig, resolve_precision, shard, stoppable, train
+from dora_nb.train import (
+    OVER_CHOICES,
+    PRECISIONS,
+    Team,
+    TrainConfig,
+    forget_checkpoints,
+    resolve_precision,
+    shard,
+    stoppable,
+    train,
+)
 
 # %% ../nbs/11_runs.ipynb #f33ee6d9
 RUN_METHODS = ("base", *METHODS)
@@ -872,13 +882,6 @@ def _there(config: RunConfig, run_dir: Path) -> dict | None:
     return None
 
 # %% ../nbs/11_runs.ipynb #477beae7
-def forget_checkpoints(
-    run_dir: Path,  # of a finished run
-):
-    "Remove the checkpoints of a run, which only an unfinished one needs."
-    _clear(run_dir / CHECKPOINTS, ["step-*.safetensors"])
-
-
 def run(
     config: RunConfig,  # what to do
     run_dir: str | Path,  # where its files go
@@ -898,7 +901,7 @@ def run(
                 result["files"] = _files(run_dir, result)
                 write_json(run_dir / RESULT, result)
         if first:
-            forget_checkpoints(run_dir)
+            forget_checkpoints(run_dir / CHECKPOINTS)
         return result
 
 # %% ../nbs/11_runs.ipynb #5b3cacc5

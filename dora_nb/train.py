@@ -8,8 +8,8 @@ __all__ = ['OVER_CHOICES', 'OBJECTIVES', 'JOIN_SECONDS', 'ANSWER_SECONDS', 'PREC
            'summed_loss', 'terms', 'epoch_batches', 'resolve_batch_tokens', 'micro_batches', 'make_batch', 'Team',
            'shard', 'shares', 'has_bfloat16', 'resolve_precision', 'autocast', 'tf32', 'warmup_and_decay',
            'progress_bar', 'check_types', 'TrainConfig', 'all_batches', 'Diverged', 'train_step', 'training_mode',
-           'kept_bytes', 'memory_plan', 'describe', 'fitting_step', 'encode_items', 'check_learning', 'Checkpoints',
-           'Stopped', 'stoppable', 'Training', 'Story', 'train']
+           'kept_bytes', 'memory_plan', 'describe', 'fitting_step', 'encode_items', 'check_learning',
+           'forget_checkpoints', 'Checkpoints', 'Stopped', 'stoppable', 'Training', 'Story', 'train']
 
 # %% ../nbs/06_train.ipynb #2c6de6b3
 import contextlib
@@ -756,6 +756,16 @@ def _named(folder: Path) -> list[Path]:
     return (
         sorted((p for p in folder.iterdir() if _CHECKPOINT.fullmatch(p.name)), reverse=True) if folder.is_dir() else []
     )
+
+
+def forget_checkpoints(
+    folder: Path,  # of a finished training
+):
+    "Remove the checkpoints of a training, which only an unfinished one needs; files of others stay, and the folder with them."
+    for path in filter(_ours, _named(folder)):
+        path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 # %% ../nbs/06_train.ipynb #60616ee1
 def _read(path: Path) -> tuple[str, dict, dict[str, Tensor]]:

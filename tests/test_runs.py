@@ -457,12 +457,22 @@ def test_files_that_a_user_puts_into_a_run_stay(tiny, made, tmp_path):
     config, folder = made
     copy = tmp_path / folder.name
     shutil.copytree(folder, copy)
-    for name in ("adapter/notes.md", "checkpoints/notes.md", ".2024-12-draft.md"):
+    for name in (
+        "adapter/notes.md",
+        "checkpoints/notes.md",
+        "checkpoints/step-00000001.safetensors",
+        ".2024-12-draft.md",
+    ):
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_text("mine")
     (copy / RESULT).unlink()  # as every message says: delete it to run again
     run(config, copy, progress=False)
-    for name in ("adapter/notes.md", "checkpoints/notes.md", ".2024-12-draft.md"):
+    for name in (
+        "adapter/notes.md",
+        "checkpoints/notes.md",
+        "checkpoints/step-00000001.safetensors",
+        ".2024-12-draft.md",
+    ):
         assert (copy / name).read_text() == "mine"
     assert run(config, copy, progress=False)["run"] == folder.name
 
