@@ -279,6 +279,7 @@ def share_interval(
 
 # %% ../nbs/14_compare.ipynb #4f14dc5f
 def _by_item(runs: list[str], predictions: pd.DataFrame, column: str) -> pd.DataFrame:
+    "Return a column of these runs' answers, runs × doc_index."
     return predictions[predictions.run.isin(runs)].pivot(index="run", columns="doc_index", values=column).loc[runs]
 
 
@@ -288,7 +289,8 @@ def rights(
     answer: str = "pred",  # or pred_norm
 ) -> pd.DataFrame:  # bool, runs × doc_index
     "Return which items each run got right; ValueError if they were not all asked the same items."
-    table = _by_item(runs, predictions.assign(right=predictions[answer] == predictions.gold), "right")
+    own = predictions[predictions.run.isin(runs)]
+    table = _by_item(runs, own.assign(right=own[answer] == own.gold), "right")
     if (odd := table.isna().sum(axis=1)).any():
         raise ValueError(f"{odd.idxmax()} was not asked the same items as {odd.idxmin()}; one table cannot hold both")
     return table
@@ -387,8 +389,9 @@ def mixed_note(
     for r in table.itertuples() if "mixed" in table else ():
         if r.mixed:
             found.setdefault(r.mixed, []).append(f"{task_label(r.task)}, {r.label}")
-    words = "; ".join(f"{mixed} ({'; '.join(cells)})" for mixed, cells in found.items())
-    return f"† The seeds of this cell were not made alike: {words}." if found else ""
+    which = lambda cells: f" ({'; '.join(cells)})" if len(found) > 1 else ""
+    words = "; ".join(f"{mixed}{which(cells)}" for mixed, cells in found.items())
+    return f"† The seeds of such a cell were not made alike: {words}." if found else ""
 
 
 def accuracy_table(
@@ -518,7 +521,8 @@ def _pairs(results: list[dict], a: dict, b: dict) -> list[tuple[dict, dict[int, 
 
 def _apart(runs: dict[int, tuple[str, str]], predictions: pd.DataFrame) -> pd.DataFrame:
     "Seeds × items that both sides were asked: +1 where only the second is right, −1 where only the first is; how many others there are in `attrs`."
-    one, two = (rights(list(dict.fromkeys(side)), predictions) for side in zip(*runs.values()))
+    own = predictions[predictions.run.isin(set(itertools.chain(*runs.values())))]
+    one, two = (rights(list(dict.fromkeys(side)), own) for side in zip(*runs.values()))
     items = one.columns.intersection(two.columns)
     if not len(items):
         raise ValueError(f"{one.index[0]} and {two.index[0]} were asked no item in common, and cannot be compared")
@@ -538,7 +542,8 @@ def agreement(
     predictions: pd.DataFrame,  # their answers
 ) -> tuple[float, float]:  # of the two sides; of two seeds of one side, NaN where neither has two
     "The share of items to which two runs give the same answer."
-    sides = [_by_item(list(dict.fromkeys(side)), predictions, "pred").fillna(-1) for side in zip(*runs.values())]
+    own = predictions[predictions.run.isin(set(itertools.chain(*runs.values())))]
+    sides = [_by_item(list(dict.fromkeys(side)), own, "pred").fillna(-1) for side in zip(*runs.values())]
     items = sides[0].columns.intersection(sides[1].columns)
     one, two = (side[items].to_numpy() for side in sides)
     seeds = [x == y for side in (one, two) for x, y in itertools.combinations(side, 2)]

@@ -464,11 +464,16 @@ def _gather(
     return in_name(shown.results)
 
 # %% ../nbs/15_report.ipynb #c4403844
+def _check_there(out: Path):
+    "Refuse a folder that is no report's."
+    if not (out / RESULTS).exists() and not (out / _NEXT / RESULTS).exists():
+        raise ValueError(f"{out} holds no {RESULTS}; `dora-nb report RUNS --out {out}` gathers it")
+
+
 def _read(out: Path) -> Gathered:
     "Read all that a report holds, of one writing."
     since = time.monotonic()
-    if not (out / RESULTS).exists():
-        raise ValueError(f"{out} holds no {RESULTS}; `dora-nb report RUNS --out {out}` gathers it")
+    _check_there(out)
     while time.monotonic() - since < PATIENCE:
         try:
             return _stored(out)
@@ -1429,7 +1434,7 @@ def render(
 ) -> Path:  # report.md
     "Make the page and its figures of the gathered files and of what the grid file says of them; ValueError if there is a page of somebody else's."
     out = Path(out)
-    read_report(out)  # says what is wrong before anything is written
+    _check_there(out)
     check_out(out)
     about = experiment(out)
     with _alone(out):
