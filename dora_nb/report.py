@@ -86,10 +86,10 @@ from dora_nb.files import (
     read_json,
     read_text,
     sha256,
-    sweep,
     write_json,
     write_whole,
 )
+from .files import sweep as remove_leavings
 from .grid import RESULTS, load_grid
 from dora_nb.runs import (
     CURVATURE,
@@ -331,7 +331,7 @@ def _finish(out: Path):
             os.replace(new / name, out / name)
         (new / name).unlink(missing_ok=True)
     if new.is_dir():
-        sweep(new)
+        remove_leavings(new)
         with contextlib.suppress(OSError):  # somebody put a file there
             new.rmdir()
 
@@ -442,26 +442,34 @@ def _gather(
         kept.append(_part(report, missing))
         missing -= {r["run"] for r in kept[-1].results}
     old = [r["run"] for part in kept for r in part.results]
+    if not old and not new:
+        why = "".join(f"\n  {p}" for p in problems)
+        if not here.results:
+            raise ValueError(f"{runs} holds no finished run{why}")
+        say(
+            f"{runs} holds no finished run of this grid, and {out} none under its present identity; what is there stays{why}"
+        )
+        return here.results
     both = _join([*kept, *new])
     odd = {run: words for run, words in strangers(both.results, both.predictions).items() if run in made}
-    problems = problems + [f"{run}: {words}; delete its {RESULT} to make the run again" for run, words in odd.items()]
-    kept.append(_part(here, {r["run"] for r in (*here.results, *here.others)} - {*old, *made}))
-    shown = _join([*kept[:-1], *(p for p in new if p.results[0]["run"] not in odd)])
-    if not shown.results:
-        raise ValueError(f"{runs} holds no finished run" + "".join(f"\n  {p}" for p in problems))
+    if odd:  # as if they were not there
+        problems = [
+            *problems,
+            *(f"{run}: {words}; delete its {RESULT} to make the run again" for run, words in odd.items()),
+        ]
+        return _gather(runs, out, [p for p in new if p.results[0]["run"] not in odd], reports, wanted, problems)
+    others = _part(here, {r["run"] for r in (*here.results, *here.others)} - {*old, *made})
     if old:
         say(f"{len(old)} runs are not in {runs}; they are as earlier reports have them")
     if failed := [run for run in old if (runs / run / ERROR).exists()]:
         say(f"of these {', '.join(failed)} failed in {runs}")
-    if kept[-1].results:
-        say(f"{len(kept[-1].results)} runs in {out} are not of this grid; they are kept, and listed apart")
+    if others.results:
+        say(f"{len(others.results)} runs in {out} are not of this grid; they are kept, and listed apart")
     in_name = lambda results: sorted(results, key=lambda r: r["run"])
     problems = [p for p in problems if p.partition(":")[0] not in set(old)]
-    everything = _join([shown, kept[-1]])
-    _store(
-        out, everything._replace(results=in_name(shown.results), problems=problems, others=in_name(kept[-1].results))
-    )
-    return in_name(shown.results)
+    everything = _join([both, others])._replace(problems=problems, others=in_name(others.results))
+    _store(out, everything._replace(results=in_name(both.results)))
+    return in_name(both.results)
 
 # %% ../nbs/15_report.ipynb #c4403844
 def _check_there(out: Path):
