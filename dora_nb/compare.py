@@ -272,7 +272,7 @@ def share_interval(
     "Return the 95 % interval of a share over seeds and items; near 0 and 1 it is no narrower than Clopper and Pearson's for the items."
     n, right = rights.shape[1], rights.mean(0).sum()
     low, high = mean_interval(rights)[:2] if n > 1 else (1.0, 0.0)
-    if min(right, n - right) < FEW:
+    if min(rights.sum(), (1 - rights).sum()) < FEW * len(rights):
         low = min(low, stats.beta.ppf(0.025, right, n - right + 1) if right > 0 else 0.0)
         high = max(high, stats.beta.ppf(0.975, right + 1, n - right) if right < n else 1.0)
     return max(0.0, low), min(1.0, high)

@@ -171,6 +171,10 @@ def check_result(
     where: str,  # for the message
 ):
     "Refuse a result that no table could be made of: ValueError says what it lacks."
+    try:
+        json.dumps(result, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} holds characters that no text has") from None
     number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
     kinds = lambda v, kind: number(v) if kind is float else isinstance(v, kind)
     if wrong := [k for k, kind in NEEDED.items() if k not in result or not isinstance(result[k], kind)]:
@@ -1454,7 +1458,10 @@ def render(
 def _page(out: Path, found: Gathered, about: tuple[dict, Path | None, str | None], title: str | None) -> list[str]:
     "The lines of a page; its figures are written on the way."
     spec, grid, scale = about
-    title = markdown_prose(title or spec.get("title", "")) or f"Report: {markdown_text(out.resolve().name)}"
+    title = (
+        markdown_prose(" ".join((title or spec.get("title", "")).split()))
+        or f"Report: {markdown_text(out.resolve().name)}"
+    )
     page = [f"# {title}\n", *_about(spec, scale, found)]
     for protocol, split in sorted({(r["params"]["protocol"], r["params"]["eval_split"]) for r in found.results}):
         page += _accuracy_section(out, found, protocol, split, spec.get("against", ""))
@@ -1530,8 +1537,8 @@ def reports_in(
 def check_overview(
     folder: str | Path,  # of reports
 ):
-    "Refuse a folder without reports, and one whose README.md is somebody else's: ValueError, and nothing is written."
-    if not reports_in(folder):
+    "Refuse a folder without reports or grids of them, and one whose README.md is somebody else's: ValueError, and nothing is written."
+    if not reports_in(folder) and not [*Path(folder).glob("*/grid.toml")]:
         raise ValueError(f"{folder} holds no reports; nothing was changed")
     check_replaceable(Path(folder) / "README.md", _is_page)
 
