@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import re
 import shutil
+import subprocess
+import sys
 import tomllib
 from dataclasses import asdict
 from pathlib import Path
@@ -12,30 +16,48 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from markdown_it import MarkdownIt
+from scipy import stats
 
+from dora_nb import report
 from dora_nb.compare import (
     accuracies,
     accuracy_table,
     agreement,
     change_verdict,
     changes,
+    check_page,
     compare,
     factors,
+    figure_text,
     freedom,
     holm,
+    in_order,
     majority,
+    markdown_code,
+    markdown_text,
     mean_interval,
     mean_squares,
+    mixed_note,
+    parameters,
+    share_interval,
     standard_error,
+    value_label,
     verdict,
 )
 from dora_nb.decompose import delta_direction, delta_magnitude
+from dora_nb.files import sha256
 from dora_nb.grid import load_grid
 from dora_nb.report import (
     ALL_CURVATURE,
+    ALL_GEOMETRY,
+    ALL_HISTORY,
+    ALL_PREDICTIONS,
+    MADE,
     NOTHING,
     RESULTS,
     Gathered,
+    check_overview,
     collect,
     correlation,
     cost_table,
@@ -50,13 +72,12 @@ from dora_nb.report import (
     plot_sweep,
     read_report,
     render,
-    reports_in,
     sharpness_table,
     stability_table,
     sweep,
     sweep_table,
 )
-from dora_nb.runs import RunConfig, run_name
+from dora_nb.runs import CURVATURE, GEOMETRY, HISTORY, PREDICTIONS, RESULT, RunConfig, run_name
 
 QUICK = Path(__file__).parent.parent / "reports" / "quick"
 
@@ -299,19 +320,6 @@ def test_sharpness_of_kinds_that_differ_in_more_than_the_rate():
     assert table.accuracy["LoRA, rank 4"].startswith("20.0 ") and table.accuracy["LoRA, rank 8"].startswith("90.0 ")
 
 
-def test_what_an_earlier_report_fills_in_is_said(tmp_path, capsys):
-    "Runs that are not in the folder, and that failed there."
-    kept = shutil.copytree(QUICK, tmp_path / "quick")
-    found = read_report(kept)
-    failed = tmp_path / "runs" / found.results[0]["run"]
-    failed.mkdir(parents=True)
-    (failed / "error.json").write_text('{"error": "Diverged: step 2", "traceback": ""}')
-    results = collect(tmp_path / "runs", kept, QUICK / "grid.toml")
-    said = capsys.readouterr().err
-    assert len(results) == len(found.results) and f"{len(results)} runs are not in {tmp_path / 'runs'}" in said
-    assert f"of these {failed.name} failed in" in said
-
-
 def test_a_difference_that_changes():
     "DoRA gets 1 of 100 items more than LoRA from an intact base, and 21 more from a broken one; one scheme has one seed."
     right, results = {}, []
@@ -332,29 +340,6 @@ def test_a_difference_that_changes():
     assert not len(changes(results, predictions, {"compress": "hqq-4"}))
     same = changes(results, predictions, {"compress": ""}, {"method": "lora"}, {"method": "lora"})
     assert (same.change == 0).all() and (same.low < 0).all() and (same.p == 1).all()
-
-
-@pytest.mark.parametrize("folder", reports_in(QUICK.parent), ids=lambda p: str(p.relative_to(QUICK.parent)))
-def test_the_committed_report_is_what_the_code_makes(tmp_path, folder):
-    "Page and figures, from the committed results."
-    made = tmp_path / folder.relative_to(QUICK.parent)
-    shutil.copytree(folder, made)
-    for grid in folder.parent.glob("*.toml"):
-        shutil.copy(grid, made.parent)
-    for path in (*made.glob("*.md"), *made.glob("*.png")):
-        path.unlink()
-    render(made)
-    again = f"run `dora-nb report {folder.relative_to(QUICK.parent.parent)}`"
-    assert (made / "report.md").read_text() == (folder / "report.md").read_text(), again
-    assert {p.name for p in made.glob("*.png")} == {p.name for p in folder.glob("*.png")}, again
-    for path in made.glob("*.png"):
-        new, old = (plt.imread(p).astype(float) for p in (path, folder / path.name))
-        assert new.shape == old.shape and np.abs(new - old).mean() < 0.01, f"{path.name}: {again}"
-
-
-def test_the_committed_overview_is_what_the_code_makes(tmp_path):
-    shutil.copytree(QUICK.parent, tmp_path / "reports", ignore=shutil.ignore_patterns("*.parquet", "*.png"))
-    assert overview(tmp_path / "reports").read_text() == (QUICK.parent / "README.md").read_text(), "run `make report`"
 
 
 def test_the_committed_results_are_of_the_committed_grid():
@@ -391,6 +376,7 @@ def test_answers_that_name_no_choice(tmp_path):
     page = shutil.copytree(QUICK, tmp_path / "page")
     (page / ALL_CURVATURE).unlink()
     stored = json.loads((page / RESULTS).read_text())
+    del stored["files"]
     stored["results"] = [r for r in stored["results"] if r["params"]["task"] == "boolq"]
     for r in stored["results"]:
         r["params"]["protocol"] = "generate"
@@ -523,3 +509,621 @@ def test_a_page_s_words_come_from_the_grid_file(tmp_path):
     spec = experiment(folder)[0]
     assert spec["doubts"] == ["One."] and "verdict" not in spec
     assert experiment(tmp_path) == ({}, None, None)
+
+
+def run_dir(folder, config, right, **changes):
+    "What a finished run leaves: right answers of an item in `right`, others wrong."
+    run = run_name(config)
+    (folder / run).mkdir(parents=True)
+    training = dict(items=32, steps=2, trainable=10, total=100, tokens_per_second=9.0, seconds=1.0)
+    made = dict(
+        schema=1,
+        run=run,
+        params=asdict(config),
+        metrics=dict(acc=float(np.mean(right)), n=len(right), seconds=1.0),
+        training=None if config.method == "base" else training,
+        machine=dict(cpu="c", gpu=None, threads=1),
+        versions=dict(dora_nb="0.1.0"),
+        precision=dict(precision="float32", eval_precision="float32"),
+        timings=dict(loading=1.0, training=1.0, probing=0.0, evaluation=1.0),
+        revision="abc",
+        seconds=2.0,
+        peak_memory_bytes=2**30,
+    )
+    (folder / run / RESULT).write_text(json.dumps(made | changes))
+    gold = np.arange(len(right)) % 2
+    pred = np.where(np.array(right, bool), gold, 1 - gold)
+    scores = [[-1.0, -2.0] if p == 0 else [-2.0, -1.0] for p in pred]
+    table = pd.DataFrame(dict(doc_index=range(len(right)), loglikelihood=scores, gold=gold, pred=pred))
+    table.to_parquet(folder / run / PREDICTIONS)
+    if config.method != "base":
+        steps = [dict(step=i, steps=2, loss=1.0 / i, learning_rate=1e-3) for i in (1, 2)]
+        (folder / run / HISTORY).write_text("".join(json.dumps(s) + "\n" for s in steps))
+    return folder / run
+
+
+SEEDS = """
+name = "x"
+[fixed]
+task = "boolq"
+[axes]
+method = ["lora", "dora"]
+seed = [0, 1, 2]
+"""
+
+
+@pytest.fixture
+def six(tmp_path):
+    "The finished runs of a grid, and its file."
+    grid = tmp_path / "grid.toml"
+    grid.write_text(SEEDS)
+    rng = np.random.default_rng(0)
+    for config in load_grid(grid).configs:
+        run_dir(tmp_path / "runs", config, rng.random(40) < 0.7)
+    return tmp_path / "runs", grid
+
+
+def dirs(folder):
+    return sorted(p for p in folder.iterdir() if p.is_dir())
+
+
+# --- nothing is lost
+
+
+FOREIGN = "# My own page\n"
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("name", ("report.md", ALL_PREDICTIONS, "learning-curves.png", "accuracy-x-y.png", RESULTS))
+def test_a_report_writes_over_nothing_of_somebody_else_s(six, tmp_path, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text(FOREIGN)
+    with pytest.raises(ValueError, match=name.replace(".", "\\.")):
+        collect(six[0], out)
+    assert {p.name: p.read_text() for p in out.iterdir()} == {name: FOREIGN}
+
+
+@pytest.mark.attack("data loss")
+def test_a_page_of_somebody_else_s_is_not_rendered_over(six, tmp_path):
+    collect(six[0], tmp_path / "out")
+    (tmp_path / "out" / "report.md").write_text(FOREIGN)
+    with pytest.raises(ValueError, match="report.md exists, and this command did not write it"):
+        render(tmp_path / "out")
+    assert (tmp_path / "out" / "report.md").read_text() == FOREIGN
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.attack("data loss")
+def test_an_overview_is_not_written_over_a_readme(six, tmp_path):
+    "As `dora-nb report .` would in the root of a clone; nor is one made where there are no reports."
+    root = tmp_path / "clone"
+    collect(six[0], root / "reports" / "x")
+    (root / "README.md").write_text(FOREIGN)
+    for check in (check_overview, overview):
+        with pytest.raises(ValueError, match="README.md exists, and this command did not write it"):
+            check(root)
+        with pytest.raises(ValueError, match="holds no reports"):
+            check(root / "reports" / "x")
+    assert (root / "README.md").read_text() == FOREIGN
+    assert not (root / "reports" / "x" / "README.md").exists()
+    assert overview(root / "reports").read_text(encoding="utf-8").endswith(f"{MADE}\n")
+    overview(root / "reports")  # over its own
+
+
+def test_pages_of_the_first_edition_are_written_over(six, tmp_path):
+    "They have no marker, and are known by their words."
+    collect(six[0], tmp_path / "out")
+    page = render(tmp_path / "out")
+    first = page.read_text(encoding="utf-8")
+    page.write_text(first.replace(f"{MADE}\n", ""), encoding="utf-8")
+    assert render(tmp_path / "out").read_text(encoding="utf-8") == first
+    (tmp_path / "out" / "grid.toml").write_text(SEEDS)  # a user's file beside it disturbs nobody
+    render(tmp_path / "out")
+
+
+@pytest.mark.attack("data loss")
+def test_runs_that_the_grid_no_longer_has_are_kept(six, tmp_path):
+    "Seeds cut from three to one, and back."
+    (runs, grid), out = six, tmp_path / "out"
+    collect(runs, out, grid)
+    before = read_report(out)
+    grid.write_text(SEEDS.replace("[0, 1, 2]", "[0]"))
+    assert len(collect(runs, out, grid)) == 2
+    shutil.rmtree(runs)  # the report is the only copy
+    runs.mkdir()
+    assert len(collect(runs, out, grid)) == 2
+    found = read_report(out)
+    assert (
+        len(found.results) == 2
+        and len(found.others) == 4
+        and set(found.predictions.run) == {r["run"] for r in found.results}
+    )
+    for name in (ALL_PREDICTIONS, ALL_HISTORY):
+        assert pd.read_parquet(out / name).run.nunique() == 6
+    page = render(out).read_text(encoding="utf-8")
+    table, apart = page.split("## Stored here, not of this grid")
+    for r in found.others:
+        assert f"| {r['run']} | seed {r['params']['seed']} " in re.sub(" +", " ", apart) and r["run"] not in table
+    assert "2 of" not in table and "LoRA, rank 16" in table
+    grid.write_text(SEEDS)
+    assert len(collect(runs, out, grid)) == 6
+    after = read_report(out)
+    assert not after.others and len(after.predictions) == len(before.predictions)
+    assert "Stored here" not in render(out).read_text(encoding="utf-8")
+
+
+@pytest.mark.attack("data loss")
+def test_results_of_another_version_are_kept(six, tmp_path):
+    "Their runs had other names; one new run is made."
+    (runs, grid), out = six, tmp_path / "out"
+    for folder in dirs(runs):
+        result = json.loads((folder / RESULT).read_text())
+        (folder / RESULT).write_text(json.dumps(result | {"run": f"old-{folder.name}"}))
+        folder.rename(runs / f"old-{folder.name}")
+    collect(runs, out)
+    run_dir(tmp_path / "new", load_grid(grid).configs[0], [1] * 20 + [0] * 20)
+    assert len(collect(tmp_path / "new", out, grid)) == 1
+    found = read_report(out)
+    assert len(found.others) == 6 and pd.read_parquet(out / ALL_PREDICTIONS).run.nunique() == 7
+    assert "| old-" in render(out).read_text(encoding="utf-8")
+
+
+@pytest.mark.attack("data loss")
+def test_a_report_without_runs_of_the_grid_stays_as_it_is(tmp_path, capsys):
+    "As after an update of the package, when nothing was run yet."
+    kept = shutil.copytree(QUICK, tmp_path / "quick")
+    (tmp_path / "grid.toml").write_text(SEEDS)
+    (tmp_path / "runs").mkdir()
+    before = {p.name: p.read_bytes() for p in kept.iterdir() if p.name != ".lock"}
+    assert len(collect(tmp_path / "runs", kept, tmp_path / "grid.toml")) == 9
+    assert "no finished run of this grid" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in kept.iterdir() if p.name != ".lock"} == before
+
+
+def test_what_an_earlier_report_fills_in_is_said(six, tmp_path, capsys):
+    "Runs that are not in the folder, and that failed there."
+    (runs, grid), out = six, tmp_path / "out"
+    collect(runs, out, grid)
+    failed = dirs(runs)[0]
+    (failed / RESULT).unlink()
+    (failed / "error.json").write_text('{"error": "Diverged: step 2", "traceback": ""}')
+    assert len(collect(runs, out, grid)) == 6 and not read_report(out).problems
+    said = capsys.readouterr().err
+    assert f"1 runs are not in {runs}" in said and f"of these {failed.name} failed in" in said
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("moves", range(5))
+def test_a_writer_that_is_killed_loses_nothing(six, tmp_path, monkeypatch, moves):
+    "Between any two of its files: a reader has the old ones or the new ones, whole."
+    (runs, grid), out, replace = six, tmp_path / "out", os.replace
+    collect(runs, out, grid)
+    old = read_report(out)
+    left = [moves]
+
+    def die(source, target):
+        if ".dora-nb-next" in str(source) and ".dora-nb-next" not in str(target):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        return replace(source, target)
+
+    folder = dirs(runs)[0]
+    table = pd.read_parquet(folder / PREDICTIONS)
+    table.assign(loglikelihood=[[0.0, 0.0]] * len(table)).to_parquet(folder / PREDICTIONS)
+    monkeypatch.setattr(report.os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        collect(runs, out, grid)
+    monkeypatch.setattr(report.os, "replace", replace)
+    monkeypatch.setattr(report, "PATIENCE", 0.1)
+    found = read_report(out)
+    assert len(found.results) == 6 and len(found.predictions) == len(old.predictions)
+    assert sha256(out / ALL_PREDICTIONS) == json.loads((out / RESULTS).read_text())["files"][ALL_PREDICTIONS]
+    assert len(collect(runs, out, grid)) == 6 and not (out / ".dora-nb-next").exists()
+
+
+# --- files that are not what they were
+
+
+def damage(folder, other, how):
+    "Change a finished run's files."
+    table, own = pd.read_parquet(folder / PREDICTIONS), folder / PREDICTIONS
+    result = json.loads((folder / RESULT).read_text())
+    write = lambda **changes: (folder / RESULT).write_text(json.dumps(result | changes))
+    if how == "another run's":
+        shutil.copy(other / PREDICTIONS, own)
+    elif how == "an item less":
+        table[1:].to_parquet(own)
+    elif how == "an item twice":
+        pd.concat([table[1:], table[1:2]]).to_parquet(own)
+    elif how == "another item":
+        table.assign(doc_index=[99, *range(1, len(table))]).to_parquet(own)
+    elif how == "another right answer":
+        table.assign(gold=1 - table.gold, pred=1 - table.pred).to_parquet(own)
+    elif how == "a column less":
+        table.drop(columns="gold").to_parquet(own)
+    elif how == "an item without a right answer":
+        table.assign(gold=table.gold.where(table.doc_index > 0)).to_parquet(own)
+    elif how == "no parquet":
+        own.write_bytes(own.read_bytes()[:100])
+    elif how == "another checksum":
+        write(files={PREDICTIONS: "0" * 64})
+    elif how == "a missing file":
+        write(files={GEOMETRY: "0" * 64})
+    elif how in ("timings", "machine", "training", "precision", "peak_memory_bytes", "versions"):
+        (folder / RESULT).write_text(json.dumps({k: v for k, v in result.items() if k != how}))
+    elif how == "machine []":
+        write(machine=[])
+    elif how == "rank 'x'":
+        write(params=result["params"] | {"rank": "x"})
+    elif how == "no Unicode":
+        write(versions={"x": "\ud800"})
+    elif how == "history":
+        lines = (folder / HISTORY).read_text()
+        (folder / HISTORY).write_text(lines[10:])
+    elif how == "a list":
+        (folder / HISTORY).write_text("[1]\n")
+    elif how == "not text":
+        (folder / HISTORY).write_bytes(b"\xff\xfe\n")
+    elif how in (GEOMETRY, CURVATURE):
+        (folder / how).write_text('{"points": [{"step": 1')
+    elif how in (f"{GEOMETRY} 2", f"{CURVATURE} 2"):
+        (folder / how[:-2]).write_text('{"points": [{"step": 1, "steps": 2, "weights": [{"weight": "w"}]}]}')
+    elif how == "a folder":
+        own.unlink()
+        own.mkdir()
+
+
+SILENT = ("another run's", "an item less", "an item twice", "another item", "another right answer")
+SILENT += ("an item without a right answer", "another checksum", "a missing file")
+HOSTILE = (
+    "a column less",
+    "no parquet",
+    "machine",
+    "training",
+    "precision",
+    "peak_memory_bytes",
+    "versions",
+    "machine []",
+)
+HOSTILE += (
+    "rank 'x'",
+    "history",
+    "a list",
+    "not text",
+    "no Unicode",
+    GEOMETRY,
+    CURVATURE,
+    f"{GEOMETRY} 2",
+    f"{CURVATURE} 2",
+    "a folder",
+)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(h, marks=pytest.mark.attack("silent error")) for h in SILENT]
+    + [pytest.param(h, marks=pytest.mark.attack("hostile input")) for h in HOSTILE],
+)
+def test_a_run_whose_files_do_not_belong_together_is_named(six, tmp_path, how):
+    "And left out; the rest is reported. A report that has the run already keeps its own copy."
+    (runs, grid), out = six, tmp_path / "out"
+    collect(runs, tmp_path / "good", grid)
+    folder, other, *_ = dirs(runs)
+    damage(folder, other, how)
+    assert len(collect(runs, out, grid)) == 5
+    (problem,) = read_report(out).problems
+    assert problem.startswith(f"{folder.name}: ") and str(tmp_path) not in problem, problem
+    assert "make the run again" in problem or "to run again" in problem or "not a run's" in problem
+    page = render(out).read_text(encoding="utf-8")
+    assert f"**1 runs of this grid are missing:** {folder.name}" in page and "(2 of 3 seeds)" in page
+    assert len(collect(runs, tmp_path / "good", grid)) == 6 and not read_report(tmp_path / "good").problems
+
+
+@pytest.mark.attack("crash")
+def test_a_history_whose_last_line_is_cut_off(six, tmp_path, capsys):
+    (runs, grid), out = six, tmp_path / "out"
+    path = dirs(runs)[0] / HISTORY
+    path.write_text(path.read_text()[:-20])
+    assert len(collect(runs, out, grid)) == 6 and len(read_report(out).history) == 11
+    assert f"{path.parent.name}: the last line of {HISTORY} is cut off" in capsys.readouterr().err
+
+
+@pytest.mark.attack("silent error")
+def test_two_folders_that_hold_one_run(six, tmp_path):
+    runs, _ = six
+    shutil.copytree(dirs(runs)[0], runs / "copy")
+    assert len(collect(runs, tmp_path / "out")) == 6
+    (problem,) = read_report(tmp_path / "out").problems
+    assert "another folder holds too" in problem
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("name", (ALL_PREDICTIONS, ALL_HISTORY, ALL_GEOMETRY, ALL_CURVATURE))
+def test_a_stored_file_of_another_report_is_named(tmp_path, monkeypatch, name):
+    page = shutil.copytree(QUICK, tmp_path / "page")
+    monkeypatch.setattr(report, "PATIENCE", 0.1)
+    if name == ALL_CURVATURE:
+        (page / name).write_text("{}")
+    else:
+        shutil.copy(QUICK.parent / "geometry" / "medium" / name, page / name)
+    for read in (read_report, render):
+        with pytest.raises(ValueError, match=f"{name} does not belong to the results.json beside it"):
+            read(page)
+
+
+@pytest.mark.attack("silent error")
+def test_answers_of_another_run_in_a_report_of_the_first_edition(tmp_path, monkeypatch):
+    "It has no checksums; that the answers do not come to the accuracy is seen all the same."
+    page = shutil.copytree(QUICK, tmp_path / "page")
+    monkeypatch.setattr(report, "PATIENCE", 0.1)
+    about = json.loads((page / RESULTS).read_text())
+    (page / RESULTS).write_text(json.dumps({k: v for k, v in about.items() if k != "files"}))
+    read_report(page)
+    table = pd.read_parquet(page / ALL_PREDICTIONS)
+    one, two = (table.run[table.run.str.startswith(f"boolq-{m}")].iloc[0] for m in ("lora", "dora"))
+    other = table[table.run == one].assign(run=two, pred=1 - table.pred)
+    pd.concat([table[table.run != two], other]).to_parquet(page / ALL_PREDICTIONS)
+    with pytest.raises(ValueError, match=f"{two}: the answers do not come to the acc"):
+        read_report(page)
+
+
+@pytest.mark.attack("silent error")
+def test_a_report_that_is_being_written_is_read_whole(tmp_path, monkeypatch):
+    "The reader finds new answers beside old results, looks again, and has one writing."
+    page, new = (shutil.copytree(QUICK, tmp_path / name) for name in ("page", "new"))
+    table = pd.read_parquet(new / ALL_PREDICTIONS)
+    table.assign(loglikelihood=[[0.0, 0.0]] * len(table)).to_parquet(new / ALL_PREDICTIONS)
+    about = json.loads((new / RESULTS).read_text())
+    about["files"][ALL_PREDICTIONS] = sha256(new / ALL_PREDICTIONS)
+    shutil.copy(new / ALL_PREDICTIONS, page)  # and the writer is about to replace the results
+    monkeypatch.setattr(report.time, "sleep", lambda _: (page / RESULTS).write_text(json.dumps(about)))
+    assert read_report(page).predictions.loglikelihood.map(max).eq(0).all()
+
+
+@pytest.mark.attack("silent error")
+def test_a_comparison_of_different_items_says_so():
+    runs = [result("lora", n=6), result("dora", n=8)]
+    right = [answers("boolq-lora-0", [1] * 6), answers("boolq-dora-0", [1] * 8)]
+    row = compare(runs, pd.concat(right)).iloc[0].to_dict()
+    assert (row["n"], row["others"]) == (6, 2)
+    assert "on 6 items (those that both sides were asked; 2 were asked of one side only)" in verdict(row)
+    right[1] = right[1].assign(doc_index=right[1].doc_index + 6)
+    with pytest.raises(ValueError, match="were asked no item in common"):
+        compare(runs, pd.concat(right))
+    seeds = [result("lora", 0), result("lora", 1)]
+    frames = [answers("boolq-lora-0", [1] * 10), answers("boolq-lora-1", [1] * 10).assign(doc_index=range(1, 11))]
+    with pytest.raises(ValueError, match="was not asked the same items"):
+        accuracies(seeds, pd.concat(frames))
+
+
+# --- intervals at the edge
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("n,wrong", [(1, 0), (2, 0), (2, 2), (10, 1), (50, 0), (50, 50), (100, 1), (100, 99)])
+def test_an_interval_at_the_edge_is_not_narrower_than_its_items_allow(n, wrong):
+    "The same items wrong under three seeds say as much as under one: Clopper and Pearson's interval."
+    right = np.ones((3, n))
+    right[:, :wrong] = 0
+    results = [result("lora", s, acc=1 - wrong / n, n=n) for s in range(3)]
+    row = accuracies(results, pd.concat(answers(r["run"], right[0]) for r in results)).iloc[0]
+    exact = stats.binomtest(n - wrong, n).proportion_ci(0.95, "exact")
+    assert row.low <= exact.low + 1e-9 and row.high >= exact.high - 1e-9
+    assert 0 <= row.low <= row.share <= row.high <= 1
+    if wrong in (0, n):
+        assert (row.low, row.high) == pytest.approx((exact.low, exact.high))
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("seeds", (2, 3, 5))
+@pytest.mark.parametrize("level,spread", [(4.0, 2.0), (6.0, 2.0), (80.0, 50.0)])
+def test_intervals_near_the_edge_hold_what_they_say(seeds, level, spread):
+    "Items of different difficulty, some of which every seed gets wrong (all of them in the last case); seen from both ends."
+    rng, n, hits = np.random.default_rng(seeds), 60, []
+    right_in = lambda *size: 1 / (1 + np.exp(-level - spread * rng.normal(size=size)))
+    truth = right_in(200_000).mean()
+    for _ in range(400):
+        right = (rng.random((seeds, n)) < right_in(n)).astype(float)
+        low, high = share_interval(right)
+        hits.append(low <= truth <= high)
+        assert share_interval(1 - right) == pytest.approx((1 - high, 1 - low))
+    assert np.mean(hits) >= 0.93
+
+
+def test_intervals_elsewhere_are_as_they_were():
+    rng = np.random.default_rng(0)
+    right = (rng.random((3, 400)) < 0.6).astype(float)
+    assert share_interval(right) == mean_interval(right)[:2]
+
+
+# --- rows of runs that were not made alike
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        (dict(precision=dict(precision="tf32", eval_precision="float32")), "training in float32 and tf32"),
+        (dict(precision=dict(precision="float32", eval_precision="tf32")), "evaluation in float32 and tf32"),
+        (dict(machine=dict(cpu="c", gpu="g", threads=1)), "on a CPU and a GPU"),
+        (dict(versions=dict(dora_nb="0.2.0")), "dora_nb 0.1.0 and 0.2.0"),
+        (dict(revision="abc-dirty"), "revision abc and abc-dirty"),
+        (dict(revision=None), "revision abc and unknown"),
+    ],
+)
+def test_a_cell_of_seeds_that_were_not_made_alike_is_marked(six, tmp_path, change, said):
+    (runs, grid), out = six, tmp_path / "out"
+    folder = next(p for p in dirs(runs) if "-lora-" in p.name)
+    path = folder / RESULT
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    collect(runs, out, grid)
+    lines = render(out).read_text(encoding="utf-8").splitlines()
+    lora, dora = (next(x for x in lines if x.startswith(f"| {m}, rank 16")) for m in ("LoRA", "DoRA"))
+    assert lora.count("†") == 1 and "†" not in dora
+    assert f"† The seeds of such a cell were not made alike: {said}." in lines
+    found = read_report(out)
+    assert not mixed_note(accuracies(found.results[:1], found.predictions))
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize(
+    "changes,cut",
+    [
+        (dict(task="winogrande"), "items"),
+        (dict(task="boolq", mixture="boolq, winogrande"), "items"),
+        (dict(task="winogrande", method="base", eval_split="dev"), "items"),
+        (dict(task="winogrande", method="base"), "twins"),
+        (dict(task="winogrande", mixture="boolq,piqa"), "twins"),
+        (dict(task="boolq"), "twins"),
+    ],
+)
+def test_how_dev_was_cut_in_results_that_do_not_say(changes, cut):
+    params = {k: v for k, v in asdict(RunConfig(**dict(method="lora") | changes)).items() if k != "dev_cut"}
+    assert parameters({"params": params})["dev_cut"] == cut
+    assert parameters({"params": params | {"dev_cut": "twins"}})["dev_cut"] == "twins"
+    assert "first edition" in value_label("dev_cut", "items")
+
+
+def test_runs_with_dev_cut_in_two_ways_are_not_averaged():
+    old, new = result("lora", 0, task="winogrande"), result("lora", 1, task="winogrande")
+    params = {k: v for k, v in old["params"].items() if k != "dev_cut"}
+    runs = [old | {"params": params}, new | {"params": new["params"] | {"dev_cut": "twins"}}]
+    table = accuracies(runs, pd.concat([answers(r["run"], [1, 0]) for r in runs]))
+    assert list(table.seeds) == [1, 1] and table.label.str.contains("dev cut by item").sum() == 1
+
+
+# --- strings of somebody else's
+
+
+EVIL = "a|b\n\n# c <script>alert(1)</script> `d` $\\frac$ $x$ [e](javascript:f) ![g](h) &lt; _i_ **j** \\| \u2028k"
+
+
+@pytest.mark.attack("hostile input")
+@pytest.mark.parametrize(
+    "text", [EVIL, "\ud800", *"|<>&`$\\*_~[]!#", "a\\|b", "``", "<!-- x", "x](y)", "_a_b_", "&amp;", "a\rb"]
+)
+def test_any_string_is_shown_as_it_is(text):
+    md = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    shown = re.sub(r"[^\x20-\x7e]", " ", text)  # line breaks and what cannot be seen
+    plain = lambda html: (
+        re.sub("<[^>]*>", "", html)
+        .replace("&lt;", "<")
+        .replace("&gt;", ">")
+        .replace("&quot;", '"')
+        .replace("&amp;", "&")
+    )
+    page = md.render(f"| x {markdown_text(text)} y | z |\n|---|---|\n| x {markdown_text(text)} y | w |\n")
+    assert (
+        page.count("<th>") == page.count("<td>") == 2
+        and "<script" not in page
+        and "<a" not in page
+        and "<img" not in page
+    )
+    for row in re.findall(r"<t[hd]>(x.*?)</t[hd]>", page):
+        assert " ".join(plain(row).split()) == " ".join(f"x {shown} y".split())
+    assert "<script" not in md.render(markdown_code(text))
+    fig, ax = plt.subplots()
+    ax.plot([0, 1], label=figure_text(text))
+    ax.set_title(figure_text(text.replace("\ud800", "")))
+    ax.legend()
+    fig.tight_layout()
+    fig.canvas.draw()
+    plt.close(fig)
+
+
+@pytest.mark.attack("hostile input")
+def test_a_page_of_hostile_strings(six, tmp_path):
+    "In the model, the task, the method, the protocol, the split, problems, probes, the grid's words and its name."
+    (runs, _), out = six, tmp_path / "evil `<b>`" / "report <i>"
+    for i, folder in enumerate(dirs(runs)):
+        made = json.loads((folder / RESULT).read_text())
+        made["params"] |= dict(
+            model=EVIL + "-1.2.3", task=EVIL, protocol="../../" + EVIL[:4], seed=0, compress=f"{i}|x"
+        )
+        made["params"]["method"] = "_" + EVIL if i == 0 else made["params"]["method"]
+        made["params"]["objective"] = f"{EVIL}{i}"
+        made["machine"]["cpu"], made["versions"][EVIL] = EVIL, EVIL
+        (folder / RESULT).write_text(json.dumps(made))
+        (folder / CURVATURE).write_text(json.dumps({"points": [{"step": 1, "error": EVIL}]}))
+    collect(runs, out)
+    about = json.loads((out / RESULTS).read_text())
+    (out / RESULTS).write_text(json.dumps(about | {"problems": [f"{EVIL}: {EVIL}"]}))
+    spec = json.dumps(f"A {EVIL[:36]}")
+    (out / "grid.toml").write_text(
+        f'{SEEDS}[report]\ntitle = {spec}\nclaim = {spec}\nverdict = {spec}\ndoubts = [{spec}]\nagainst = "model"\n'
+    )
+    page = render(out).read_text(encoding="utf-8")
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(page.replace(MADE, ""))
+    assert "<script" not in html and not re.search(r"<(b|i|a)>|javascript:f\"", html)
+    assert re.sub("`[^`]*`", "", page).count("<") == page.count(MADE) == 1
+    for table in re.findall(r"<table>.*?</table>", html, re.S):
+        columns = table.count("<th>") + table.count("<th ")
+        assert all(r.count("<td") == columns for r in re.findall(r"<tr>(?:(?!<th).)*?</tr>", table, re.S))
+    assert {p.parent for p in tmp_path.rglob("*.png")} == {out} and all(
+        p.stat().st_size > 1000 for p in out.glob("*.png")
+    )
+    text = overview(out.parent).read_text(encoding="utf-8")
+    assert "<" not in text.replace(MADE, "") and "report%20%3Ci%3E/report.md" in text
+
+
+@pytest.mark.attack("hostile input")
+@pytest.mark.parametrize("name", ("model-1.2.3", "model-", "-", "model-8", "a-1.", "²-²", None, ["x"], True, 3))
+def test_any_value_has_a_place_and_a_label(name):
+    assert sorted([in_order(name), in_order("rtn-4"), in_order(None), in_order(2.0)])
+    assert isinstance(value_label("model", name), str)
+
+
+@pytest.mark.attack("crash")
+def test_methods_and_tasks_of_another_version_have_plain_labels(six, tmp_path):
+    runs, _ = six
+    for folder in dirs(runs):
+        made = json.loads((folder / RESULT).read_text())
+        made["params"] |= dict(task="mmlu", method={"lora": "vera", "dora": "dora"}[made["params"]["method"]], twist=2)
+        (folder / RESULT).write_text(json.dumps(made))
+    collect(runs, tmp_path / "out")
+    page = render(tmp_path / "out").read_text(encoding="utf-8")
+    assert "mmlu (n = 40)" in page and "| vera " in page and "| DoRA, rank 16 " in page
+
+
+@pytest.mark.attack("hostile input")
+@pytest.mark.parametrize(
+    "words,named",
+    [
+        ('klaim = "x"', "report.klaim is unknown"),
+        ("title = 3", "report.title is unknown or of the wrong type"),
+        ("contrasts = [3]", "a contrast is a table with a and b"),
+        ("contrasts = [{ a = {}, b = {} }]", "a contrast is a table with a and b"),
+        ("contrasts = [{ a = { ranc = 4 }, b = { rank = 8 } }]", "did you mean 'rank'"),
+        ('contrasts = [{ a = { rank = "4" }, b = { rank = 8 } }]', "rank='4' is of type str"),
+        ('contrasts = [{ a = { method = "lorra" }, b = { method = "dora" } }]', "method='lorra' does not exist"),
+        ('against = "learning_rat"', "report.against is 'learning_rat'"),
+        ("changes_from = { rank = 4 }", "changes_from is a table"),
+        ("changes_from = { ranc = 4 }", "changes_from is a table"),
+        ("verdict = { medium = 3 }", "report.verdict is a text"),
+        ('doubts = ["x", 3]', "report.doubts is a list of texts"),
+        ('doubts = { medium = "x" }', "report.doubts is a list of texts"),
+    ],
+)
+def test_a_wrong_page_is_refused_before_anything_is_made(six, tmp_path, words, named):
+    (runs, grid), out = six, tmp_path / "out"
+    grid.write_text(f"{SEEDS}[report]\n{words}\n")
+    with pytest.raises(ValueError, match=named) as e:
+        check_page(load_grid(grid), grid)
+    assert "grid.toml" in str(e.value)
+    with pytest.raises(ValueError, match=named):
+        collect(runs, out, grid)
+    assert not out.exists()
+
+
+@pytest.mark.attack("crash")
+def test_a_report_in_a_locale_that_is_not_utf_8(six, tmp_path):
+    runs, grid = six
+    code = "import sys; from dora_nb.report import *; collect(*sys.argv[1:]); render(sys.argv[2]); overview('.')"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("LC_") and k not in ("LANG", "PYTHONIOENCODING")}
+    env |= dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0", PYTHONPATH=str(QUICK.parent.parent))
+    command = [sys.executable, "-c", code, str(runs), str(tmp_path / "out"), str(grid)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
+    assert "α 32" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")

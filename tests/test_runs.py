@@ -460,7 +460,6 @@ def test_files_that_a_user_puts_into_a_run_stay(tiny, made, tmp_path):
     for name in (
         "adapter/notes.md",
         "checkpoints/notes.md",
-       
         ".2024-12-draft.md",
     ):
         (copy / name).parent.mkdir(exist_ok=True)
@@ -470,7 +469,6 @@ def test_files_that_a_user_puts_into_a_run_stay(tiny, made, tmp_path):
     for name in (
         "adapter/notes.md",
         "checkpoints/notes.md",
-       
         ".2024-12-draft.md",
     ):
         assert (copy / name).read_text() == "mine"
