@@ -385,11 +385,14 @@ def run_options(p: argparse.ArgumentParser):
 
 def run_command(args: argparse.Namespace):
     "Make the runs of a grid that are missing, and print where they are."
-    from dora_nb.grid import run_grid
+    from dora_nb.grid import need, run_grid
+
+    need("papermill", "ipykernel", "matplotlib", "pandas")
+    from dora_nb.compare import check_page
 
     _check_counts(args, "workers")
     options = {k: getattr(args, k) for k in ("dry_run", "workers", "timeout", "engine", "address", "known", "scale")}
-    print(run_grid(args.grid, args.out, **options))
+    print(run_grid(args.grid, args.out, check=check_page, **options))
 
 # %% ../nbs/16_cli.ipynb #0947b1de
 def report_options(p: argparse.ArgumentParser):
@@ -417,7 +420,7 @@ def report_command(args: argparse.Namespace):
 
     need("matplotlib", "pandas", "tabulate")
     from dora_nb.grid import RESULTS
-    from dora_nb.report import collect, overview, render, reports_in
+    from dora_nb.report import check_overview, collect, overview, render, reports_in
 
     out = Path(args.out or Path("reports") / Path(args.runs).name)
     gathered, several = (Path(args.runs) / RESULTS).exists(), reports_in(args.runs)
@@ -428,6 +431,7 @@ def report_command(args: argparse.Namespace):
     if gathered:
         out = Path(args.runs)
     elif several:
+        check_overview(args.runs)
         for folder in several:
             print(render(folder))
         print(overview(args.runs))

@@ -740,7 +740,8 @@ def gathered(
     if not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder}; --known wants that of a report")
     try:
-        return {r["run"]: r for r in read_json(Path(folder) / RESULTS, ["results"])["results"]}
+        found = read_json(Path(folder) / RESULTS, ["results"])
+        return {r["run"]: r for r in [*found.get("others", []), *found["results"]]}
     except FileNotFoundError:
         return {}  # nothing is known yet
     except (ValueError, KeyError, TypeError) as e:
@@ -775,6 +776,7 @@ def run_grid(
     address: str | None = None,  # of a Ray cluster; a new one on this machine if None
     known: Sequence[str | Path] = (),  # reports' folders; the runs whose results they hold are not made
     scale: str | None = None,  # of the grid; its first one if None
+    check: Callable[[Grid, Path], None] = lambda grid, path: None,  # refuses a grid in which something else is wrong
 ) -> Path:  # the grid's folder
     "Make the runs of a grid that are not made yet; Incomplete, at the end, if any failed."
     if workers is not None and workers < 1 or timeout is not None and timeout <= 0:
@@ -784,6 +786,7 @@ def run_grid(
             f"engine={engine!r} and address={address!r} do not go together; engines are {', '.join(ENGINES)}, and only ray has an address"
         )
     grid = load_grid(path, scale)
+    check(grid, Path(path))
     for config in {(c.model, c.source, c.target_modules, c.rank, c.ranks): c for c in grid.configs}.values():
         check_model(config, fetch=not dry_run)
     folder = Path(out) / grid.name
