@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from dora_nb.rank import SCORES
 from dora_nb.runs import RunConfig
 from dora_nb.tasks import SPLITS
 from dora_nb.train import PRECISIONS
+
+ROOT = Path(__file__).parent.parent
 
 COMMANDS = ("fetch", "train", "evaluate", "probe", "ranks", "run", "report")
 
@@ -400,3 +403,22 @@ def test_interrupted(monkeypatch, capsys):
 def test_the_module_is_a_program():
     done = subprocess.run([sys.executable, "-m", "dora_nb.cli", "--version"], capture_output=True, text=True)
     assert done.stdout.strip() == __version__
+
+
+@pytest.mark.attack("data loss")
+def test_a_report_of_a_project_s_root_changes_nothing(tmp_path, monkeypatch, capsys):
+    "`dora-nb report .` in a clone: its README is no overview of ours, and no page is made either."
+    shutil.copytree(ROOT / "reports" / "quick", tmp_path / "reports" / "quick")
+    (tmp_path / "README.md").write_text("# My project\n")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "."]) == 1 and "README.md exists" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.attack("hostile input")
+def test_a_dry_run_refuses_a_page_that_could_not_be_made(tmp_path, capsys):
+    grid = (ROOT / "reports" / "quick" / "grid.toml").read_text()
+    (tmp_path / "grid.toml").write_text(f'{grid}\n[report]\nagainst = "nothing"\n')
+    assert main(["run", str(tmp_path / "grid.toml"), "--dry-run"]) == 1
+    assert "report.against is 'nothing'" in capsys.readouterr().err
