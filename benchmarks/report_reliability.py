@@ -73,11 +73,9 @@ def attacks_from(paths):
 
 
 def main(junit=()):
-    if junit:
-        found = tests_from(junit)
-        if len(found) > len(TINY) / 2:  # the attacks alone were run otherwise
-            (HERE / "tests.json").write_text(json.dumps(found, indent=1))
-        (HERE / "attacks.json").write_text(json.dumps(attacks_from(junit), indent=1))
+    readers = {"tests": tests_from, "attacks": attacks_from}
+    for path in map(Path, junit):  # tests.xml or attacks.xml
+        path.with_name(f"{path.stem}.json").write_text(json.dumps(readers[path.stem]([path]), indent=1))
     tests, attacks, faults, soak = (
         json.loads((HERE / f"{n}.json").read_text()) for n in ("tests", "attacks", "faults", "soak")
     )

@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import papermill
 import pytest
+import torch
 
 from dora_nb.files import MARKER, owned, sha256
 from dora_nb.grid import RESULTS, Incomplete, Job, gpus, load_grid, notebook, run_grid, start_patiently
@@ -22,6 +24,7 @@ from dora_nb.runs import (
     RESULT,
     ProbeConfig,
     RunConfig,
+    _peak_memory,
     config_from,
     effective,
     load,
@@ -723,6 +726,14 @@ def test_a_reader_that_has_gone_away(monkeypatch):
         monkeypatch.undo()
         with pytest.raises(BrokenPipeError):
             gone.close()
+
+
+@pytest.mark.attack("crash")
+def test_memory_is_measured_where_there_is_no_resource_module(monkeypatch):
+    "Windows has none; psutil knows the peak there."
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr("psutil.Process.memory_info", lambda self: SimpleNamespace(peak_wset=4711))
+    assert _peak_memory(torch.device("cpu")) == 4711
 
 
 @pytest.mark.attack("hostile input")
