@@ -714,7 +714,8 @@ def check_files(
         try:
             same = digest is None and check_file(run_dir / name) or sha256(run_dir / name) == digest
         except (OSError, ValueError) as e:
-            what = "is missing" if isinstance(e, FileNotFoundError) else f"cannot be read ({e})"
+            words = str(e).replace(f"{run_dir}{os.sep}", "")
+            what = "is missing" if isinstance(e, FileNotFoundError) else f"cannot be read ({words})"
             raise ValueError(f"{run_dir.name}: {name} {what}; delete {RESULT} to run again") from None
         if not same:
             raise ValueError(

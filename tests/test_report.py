@@ -354,7 +354,9 @@ SCALED = [(p, s) for p in GRIDS for s in tomllib.loads(p.read_text()).get("scale
 
 
 @pytest.mark.parametrize("path,scale", SCALED, ids=lambda p: f"{p.parent.name}/{p.stem}" if isinstance(p, Path) else p)
-def test_every_grid_is_one(path, scale):
+def test_every_grid_is_one(path, scale, monkeypatch):
+    if path.stem == "llama-7b":  # a model of the Hub, which is identified by its content
+        monkeypatch.setattr("dora_nb.assets.model_digest", lambda name, source: name)
     grid = load_grid(path, scale or None)
     assert len({run_name(c) for c in grid.configs}) == len(grid.configs)
 
