@@ -12,6 +12,7 @@ __all__ = ['SECONDS', 'LONGEST', 'MOST', 'METHODS', 'NEGLIGIBLE', 'WIDEST', 'FAM
 import contextlib
 import difflib
 import functools
+import hashlib
 import json
 import math
 import re
@@ -559,6 +560,18 @@ def whole_tensors(
             found[name] = t.cpu().contiguous()
     return found
 
+# %% ../nbs/03_adapt.ipynb #3b4c4ab2
+def _base_digest(model: nn.Module) -> str:
+    "Return a checksum of the base weights' first rows in bfloat16, whatever their dtype; empty where they are coded or sharded."
+    digest = hashlib.sha256()
+    for name, layer in adapter_layers(model).items():
+        weight = layer.base_layer._parameters.get("weight")
+        if weight is None or hasattr(weight, "full_tensor"):
+            return ""
+        row = weight[0].detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(name.encode() + row.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
 # %% ../nbs/03_adapt.ipynb #16ecfda2
 @contextlib.contextmanager
 def _saving(path: Path):
@@ -598,7 +611,10 @@ def save_adapter(
     tensors = whole_tensors(tensors, write)
     if not write:
         return path
-    ours = {k: getattr(config, k) for k in _OURS} | {"compress": getattr(model, "dora_nb_compressed", "")}
+    ours = {k: getattr(config, k) for k in _OURS} | {
+        "compress": getattr(model, "dora_nb_compressed", ""),
+        "base": _base_digest(model),
+    }
     metadata = {"format": "pt", "dora_nb": json.dumps(ours)}
     with _saving(path):
         write_whole(path / WEIGHTS, lambda p: save_file(tensors, p, metadata=metadata))
@@ -692,8 +708,8 @@ def _naming(path: Path):
         raise ValueError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
 
 
-def _read(path: Path) -> tuple[AdapterConfig, dict[str, Tensor], str, bool]:
-    "Read an adapter's folder: configuration, tensors, what its base model was compressed by, and whether some of the targets have none."
+def _read(path: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict, bool]:
+    "Read an adapter's folder: configuration, tensors, what we noted of its base model, and whether some of the targets have none."
     if not (path / CONFIG).exists():
         raise FileNotFoundError(
             f"{path} holds no {CONFIG}; give the folder that save_adapter, or PEFT's save_pretrained, wrote (a fully fine-tuned model is a model: load it as one)"
@@ -713,7 +729,7 @@ def _read(path: Path) -> tuple[AdapterConfig, dict[str, Tensor], str, bool]:
     with _naming(path / WEIGHTS):
         config = replace(config, **{k: v for k, v in ours.items() if k in _OURS})
     narrowed = any(peft.get(key) not in (None, [], "") for key in _NARROWING)
-    return config, tensors, ours.get("compress", ""), narrowed
+    return config, tensors, ours, narrowed
 
 
 def check_adapter(
@@ -766,8 +782,8 @@ def load_adapter(
         raise ValueError(
             f"{', '.join(sorted(wrong))} cannot be changed, as the adapter's values depend on it; only dropout, detach_norm, dropout_form and plan can"
         )
-    config, tensors, base, narrowed = _read(path)
-    config, here = replace(config, **changes), getattr(model, "dora_nb_compressed", "")
+    config, tensors, ours, narrowed = _read(path)
+    config, here, base = replace(config, **changes), getattr(model, "dora_nb_compressed", ""), ours.get("compress", "")
     if base != here:
         warnings.warn(
             f"{path} was trained on a base model that was compressed by {base or 'nothing'}, and this one is by {here or 'nothing'}; dora_nb.compress.compress(model, scheme) does it",
@@ -786,6 +802,12 @@ def load_adapter(
         for name, layer in adapter_layers(model).items():
             for key, p in layer.named_parameters(recurse=False):
                 p.copy_(tensors[f"base_model.model.{name}.{_SUFFIX[key]}"])
+    digest = _base_digest(model)
+    if base == here and digest and ours.get("base", digest) not in ("", digest):
+        warnings.warn(
+            f"{path} was trained on another base model: of the same shapes, and with other weights than this one's",
+            stacklevel=2,
+        )
     return model
 
 # %% ../nbs/03_adapt.ipynb #88967b3f

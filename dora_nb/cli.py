@@ -151,6 +151,12 @@ def _model_options(p: argparse.ArgumentParser):
         help="whose training items wanda looks at: those that the adapter was trained on (default: --task's)",
     )
     p.add_argument("--task", choices=_TASKS, required=True, help="which benchmark")
+    p.add_argument(
+        "--dev-cut",
+        choices=("twins", "items"),
+        default="twins",
+        help="how WinoGrande's dev was cut from train when the adapter was trained; items in the first edition (default: twins)",
+    )
     p.add_argument("--source", **_SOURCE, help="where our own model and the data come from (default: package)")
 
 
@@ -162,7 +168,8 @@ def _model(args: argparse.Namespace):
     from dora_nb.runs import load_base
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_base(args.model, args.source, args.compress, args.calibrate or args.task, device)
+    calibrate = args.calibrate or args.task
+    model, tokenizer = load_base(args.model, args.source, args.compress, calibrate, device, args.dev_cut)
     return load_adapter(model, args.adapter) if args.adapter else model, tokenizer
 
 # %% ../nbs/16_cli.ipynb #5e0b7a1c
@@ -230,7 +237,7 @@ def evaluate_command(args: argparse.Namespace):
     from dora_nb.adapt import can_merge, check_adapter, merge
     from dora_nb.compress import parse_scheme
     from dora_nb.evaluate import evaluate, format_of
-    from dora_nb.files import write_whole
+    from dora_nb.files import check_replaceable, write_whole
     from dora_nb.tasks import load_task
 
     with _usage():
@@ -241,20 +248,25 @@ def evaluate_command(args: argparse.Namespace):
         _check_file(args.out, _is_answers)
     if args.adapter:
         check_adapter(args.adapter)
-    items = load_task(
-        args.task, args.split, format_of(args.protocol), args.limit, None if args.first else 0, args.source
-    )
+    seed, where = None if args.first else 0, dict(source=args.source, dev_cut=args.dev_cut)
+    items = load_task(args.task, args.split, format_of(args.protocol), args.limit, seed, **where)
     model, tokenizer = _model(args)
     if args.adapter and can_merge(model):
         merge(model, keep_base=False)
     summary, records = evaluate(
         model, tokenizer, items, args.protocol, batch_tokens=args.batch_tokens, precision=args.precision
     )
+    asked = {k: getattr(args, k) for k in ("task", "split", "dev_cut", "protocol", "model", "adapter")}
+    text = json.dumps(asked | summary, indent=2)
     if args.out:
-        lines = "".join(json.dumps(r) + "\n" for r in records)
-        write_whole(Path(args.out), lambda p: p.write_text(lines, encoding="utf-8"))
-    asked = {k: getattr(args, k) for k in ("task", "split", "protocol", "model", "adapter")}
-    print(json.dumps(asked | summary, indent=2))
+        try:
+            check_replaceable(args.out, _is_answers)  # somebody else's file may have come meanwhile
+            lines = "".join(json.dumps(r) + "\n" for r in records)
+            write_whole(Path(args.out), lambda p: p.write_text(lines, encoding="utf-8"))
+        except (OSError, ValueError):
+            print(text)  # the work is not lost
+            raise
+    print(text)
 
 # %% ../nbs/16_cli.ipynb #a6c69535
 def probe_options(p: argparse.ArgumentParser):
@@ -313,9 +325,11 @@ def ranks_options(p: argparse.ArgumentParser):
 def _check_ranks(folder: Path):
     "Refuse a folder that holds a pattern or an adapter which `dora-nb ranks` did not write there: ValueError."
     from dora_nb.adapt import CONFIG, WEIGHTS
-    from dora_nb.files import check_replaceable, check_writable, read_json
+    from dora_nb.files import check_replaceable, check_writable, owned, read_json
 
     pattern, adapter = folder / "ranks.json", folder / "adapter"
+    if owned(folder, "run") or adapter.is_symlink():
+        raise ValueError(f"{folder} is the folder of a run, or holds a link; choose another one with --out")
     names = lambda d: {p.name for p in d.iterdir() if not p.name.startswith(".dora-nb-")}  # these are temporary
     if pattern.exists() or adapter.exists():
         ours = pattern.is_file() and names(folder) <= {pattern.name, adapter.name}
@@ -344,7 +358,7 @@ def ranks_command(args: argparse.Namespace):
     out = Path(args.out)
     _check_ranks(out)
     check_adapter(args.adapter)
-    items = load_task(args.task, args.split, limit=args.items, source=args.source)
+    items = load_task(args.task, args.split, limit=args.items, source=args.source, dev_cut=args.dev_cut)
     model, tokenizer = _model(args)
     rows = fit_budget(model, tokenizer, items, TrainConfig(), args.budget, args.score)
     write_json(out / "ranks.json", rank_pattern(model))  # the first: an adapter without it is not ours to replace
@@ -522,6 +536,8 @@ _OF_FILES = {"SafetensorError", "UnpicklingError", "ArrowException"}  # of libra
 
 def _in_words(e: Exception, args: argparse.Namespace) -> str:
     "Return what went wrong in a line; nothing for what only a bug can raise."
+    if "No space left" in str(e) or "os error 28" in str(e):
+        return f"the disk is full ({e})"
     if _OF_FILES & {c.__name__ for c in type(e).__mro__}:
         given = [f"{k} {v}" for k in ("model", "adapter", "runs", "grid") if (v := getattr(args, k, ""))]
         more = "" if "Unpickling" in type(e).__name__ else f": {str(e).splitlines()[0] if str(e) else ''}"

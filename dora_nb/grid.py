@@ -779,7 +779,7 @@ def run_grid(
     check: Callable[[Grid, Path], None] = lambda grid, path: None,  # refuses a grid in which something else is wrong
 ) -> Path:  # the grid's folder
     "Make the runs of a grid that are not made yet; Incomplete, at the end, if any failed."
-    if workers is not None and workers < 1 or timeout is not None and timeout <= 0:
+    if workers is not None and workers < 1 or timeout is not None and not timeout > 0:
         raise ValueError(f"workers={workers} must be at least 1, and timeout={timeout} above 0")
     if engine not in ENGINES or address is not None and engine != "ray":
         raise ValueError(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN_METHODS', 'CHOICES', 'COUNTS', 'IGNORED', 'MANNER', 'PLACES', 'LATER', 'ASKED', 'SCHEMA', 'RESULT', 'HISTORY',
-           'PREDICTIONS', 'CURVATURE', 'GEOMETRY', 'RANKS', 'CHECKPOINTS', 'ERROR', 'SAVED', 'CALIBRATION', 'LOST',
-           'RunConfig', 'trained_tasks', 'check_params', 'config_from', 'given_parameters', 'effective', 'checksums',
-           'run_id', 'run_name', 'training_id', 'say', 'check_files', 'read_result', 'load_base', 'check_model', 'run',
+           'PREDICTIONS', 'CURVATURE', 'GEOMETRY', 'RANKS', 'CHECKPOINTS', 'ERROR', 'CALIBRATION', 'LOST', 'RunConfig',
+           'trained_tasks', 'check_params', 'config_from', 'given_parameters', 'effective', 'checksums', 'run_id',
+           'run_name', 'training_id', 'say', 'Damaged', 'check_files', 'read_result', 'load_base', 'check_model', 'run',
            'ProcessDied', 'ProbeConfig', 'run_probe', 'load']
 
 # %% ../nbs/11_runs.ipynb #1bcc8cd3
@@ -70,7 +70,9 @@ from dora_nb.files import (
     check_replaceable,
     child_environment,
     claim,
+    owned,
     read_json,
+    set_aside,
     sha256,
     start_code,
     sweep,
@@ -342,7 +344,8 @@ def effective(
     trains = config.method != "base" and "winogrande" in trained_tasks(config)
     asks = config.task == "winogrande" and (config.eval_split == "dev" or config.probe)
     looks = config.compress.startswith("wanda") and trained_tasks(config)[0] == "winogrande"
-    ignored |= set() if trains or asks or looks else {"dev_cut"}  # only WinoGrande has twins
+    ignored = ignored | (set() if trains or asks or looks else {"dev_cut"})  # only WinoGrande has twins
+    ignored -= {"mixture"} if config.compress.startswith("wanda") else set()  # its first task's items are looked at
     changes = {name: default for name, default in vars(RunConfig()).items() if name in ignored}
     return dataclasses.replace(config, **changes)
 
@@ -463,7 +466,7 @@ def say(
 ):
     "Tell the user, on stderr; a reader that has gone away (`| head`) stops nothing."
     text = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)  # a name must not move the cursor
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):  # a closed pipe or terminal, a full disk
         print(text, file=sys.stderr, flush=True)
 
 # %% ../nbs/11_runs.ipynb #57db114e
@@ -625,17 +628,26 @@ def _take_over(config: RunConfig, model, run_dir: Path, twin: Path, team: Team) 
     return first | taken["training"] | dict(seconds_of_earlier_tries=0.0)
 
 # %% ../nbs/11_runs.ipynb #1243b2d7
-SAVED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model")  # what saving an adapter or a model writes
+def _save(model, tokenizer, folder: Path, whole: bool, write: bool):
+    "Save an adapter, or a whole model with its tokenizer. Files are replaced by new ones, as they may be another run's under a second name."
+    fresh = folder.with_name(f".dora-nb-{os.getpid()}-adapter")
+    save_adapter(model, fresh, write=write)
+    if not write:
+        return
+    if whole:
+        tokenizer.save_pretrained(fresh)
+    folder.mkdir(exist_ok=True)
+    for path in sorted(fresh.iterdir()):
+        os.replace(path, folder / path.name)
+    fresh.rmdir()
 
 
-def _clear(folder: Path, patterns: Sequence[str]):
-    "Remove the files of a kind from a folder of a run, and the folder if nothing else is in it."
-    for pattern in patterns:
-        for path in folder.glob(pattern):
-            if path.is_file():
-                path.unlink()
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+def _check_there(run_dir: Path):
+    "Refuse to go on in a folder that was moved or removed under the run."
+    if not owned(run_dir, "run"):
+        raise RuntimeError(
+            f"{run_dir} was moved or removed while its run was at work; move it back, and the same command goes on"
+        )
 
 
 def _settle(config: RunConfig, model):
@@ -657,6 +669,7 @@ def _fit(config: RunConfig, model, tokenizer, run_dir: Path, progress: bool, tea
     looks += [_geometer(config, model, run_dir)] if config.geometry and team.rank == 0 else []
 
     def look(record):
+        _check_there(run_dir)
         for each in looks:
             each(record)
 
@@ -664,11 +677,8 @@ def _fit(config: RunConfig, model, tokenizer, run_dir: Path, progress: bool, tea
     start = time.perf_counter()
     records = train(model, tokenizer, items, config.training(), run_dir / HISTORY, look, progress, **keep)
     earlier = max(0.0, records[-1]["seconds"] - (time.perf_counter() - start))  # in tries that were stopped
-    if team.rank == 0:
-        _clear(run_dir / "adapter", SAVED)  # its files may be another run's, too, under a second name
-    save_adapter(model, run_dir / "adapter", write=team.rank == 0)
-    if config.method == "full" and team.rank == 0:  # a whole model, which is to be loaded as one
-        tokenizer.save_pretrained(run_dir / "adapter")
+    _check_there(run_dir)
+    _save(model, tokenizer, run_dir / "adapter", whole=config.method == "full", write=team.rank == 0)
     _settle(config, model)
     tokens, seconds, last = sum(r["tokens"] for r in records), records[-1]["seconds"], records[-5:]
     return dict(
@@ -702,25 +712,29 @@ def _files(run_dir: Path, result: dict) -> dict[str, str]:
     return {name: sha256(run_dir / name) for name in names}
 
 
+class Damaged(ValueError):
+    "A finished run lacks a file, or has another one than it wrote; it can be made again."
+
+
 def check_files(
     run_dir: Path,  # folder of a run
     result: dict,  # of the run
     adapter: bool = False,  # check its adapter too
 ):
-    "Refuse files that are not those that the run wrote: ValueError names the first. Results of schema 1 have no checksums."
+    "Refuse files that are not those that the run wrote: `Damaged` names the first, ValueError one that cannot be read. Results of schema 1 have no checksums."
     for name, digest in {PREDICTIONS: None, **result.get("files", {})}.items():
         if name.startswith("adapter/") and not adapter:
             continue
         try:
             same = digest is None and check_file(run_dir / name) or sha256(run_dir / name) == digest
+        except FileNotFoundError:
+            kind = ValueError if (run_dir / name).is_symlink() else Damaged  # a link may lead to a disk that is away
+            raise kind(f"{run_dir.name}: {name} is missing; delete {RESULT} to run again") from None
         except (OSError, ValueError) as e:
             words = str(e).replace(f"{run_dir}{os.sep}", "")
-            what = "is missing" if isinstance(e, FileNotFoundError) else f"cannot be read ({words})"
-            raise ValueError(f"{run_dir.name}: {name} {what}; delete {RESULT} to run again") from None
+            raise ValueError(f"{run_dir.name}: {name} cannot be read ({words}); delete {RESULT} to run again") from None
         if not same:
-            raise ValueError(
-                f"{run_dir.name}: {name} is not the file that this run wrote; delete {RESULT} to run again"
-            )
+            raise Damaged(f"{run_dir.name}: {name} is not the file that this run wrote; delete {RESULT} to run again")
 
 # %% ../nbs/11_runs.ipynb #64ac1506
 def _complete(result: dict) -> bool:
@@ -742,19 +756,25 @@ def read_result(
     run_dir: Path,  # folder of a run
     name: str | None = None,  # whose result it must be; anybody's if None
 ) -> dict:  # what result.json holds
-    "Return a finished run's result, with its files checked; ValueError says what is wrong with one that is not."
+    "Return a finished run's result, with its files checked; ValueError says what is wrong with one that is not, `Damaged` if it can be made again."
     try:
-        result = read_json(run_dir / RESULT)
+        check_file(run_dir / RESULT)
     except FileNotFoundError:
         raise ValueError(f"{run_dir.name}: not finished, there is no {RESULT}{_last_error(run_dir)}") from None
     except (OSError, ValueError) as e:
-        raise ValueError(f"{run_dir.name}: {RESULT} is damaged ({e}); delete it to run again") from None
+        raise ValueError(f"{run_dir.name}: {RESULT} cannot be read ({e}); delete it to run again") from None
+    try:
+        result = read_json(run_dir / RESULT)
+    except OSError as e:
+        raise ValueError(f"{run_dir.name}: {RESULT} cannot be read ({e})") from None
+    except ValueError as e:
+        raise Damaged(f"{run_dir.name}: {RESULT} is damaged ({e}); delete it to run again") from None
     if result.get("schema") not in (1, SCHEMA) or not _complete(result):
-        raise ValueError(
+        raise Damaged(
             f"{run_dir.name}: {RESULT} is not a run's, lacks a part, or is not of schema 1 or {SCHEMA}; delete it to run again"
         )
     if name is not None and result["run"] != name:
-        raise ValueError(f"{run_dir.name}: {RESULT} belongs to {result['run']}")
+        raise Damaged(f"{run_dir.name}: {RESULT} belongs to {result['run']}")
     check_files(run_dir, result)
     return result
 
@@ -832,6 +852,7 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
         model, tokenizer, items, config.protocol, **options, progress=progress, team=team
     )
     if team.rank == 0:
+        _check_there(run_dir)
         table = pa.Table.from_pylist(answers)
         write_whole(run_dir / PREDICTIONS, lambda p: pq.write_table(table, p, compression="zstd"))
     earlier = (result["training"] or {}).get("seconds_of_earlier_tries", 0.0)
@@ -865,21 +886,27 @@ def _alone(config: RunConfig, run_dir: Path):
     try:
         claim(run_dir, "run", name)
         for folder in (run_dir, run_dir / "adapter", run_dir / CHECKPOINTS):
+            if folder != run_dir and folder.is_symlink():
+                raise ValueError(
+                    f"{folder} is a link, and a run writes into folders of its own only; nothing was changed"
+                )
             sweep(folder)
+        for left in run_dir.glob(".dora-nb-*-adapter"):  # of a process that was killed while it saved
+            if not psutil.pid_exists(int(left.name.split("-")[2])):
+                shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         lock.release()
 
 
 def _there(config: RunConfig, run_dir: Path) -> dict | None:
-    "Return the run's own result, if it is there; one that is damaged is put aside."
-    if not (run_dir / RESULT).exists():
+    "Return the run's own result, if it is there and whole; one that cannot be read is an error."
+    if not os.path.lexists(run_dir / RESULT):
         return None
     try:
         return read_result(run_dir, run_name(config))
-    except ValueError as e:
-        say(f"{e}; it is put aside as damaged-{RESULT}, and the run is made again")
-    os.replace(run_dir / RESULT, run_dir / f"damaged-{RESULT}")
+    except Damaged as e:
+        say(f"{e}; the run is made again")
     return None
 
 # %% ../nbs/11_runs.ipynb #477beae7
@@ -900,6 +927,8 @@ def run(
             result = _train_and_evaluate(config, run_dir, progress, team)
             if first:
                 result["files"] = _files(run_dir, result)
+                if (run_dir / RESULT).exists():
+                    set_aside(run_dir / RESULT)  # a damaged one; until now nothing took its place
                 write_json(run_dir / RESULT, result)
         if first:
             forget_checkpoints(run_dir / CHECKPOINTS)
@@ -998,6 +1027,7 @@ class ProbeConfig:
     compress: str = ""  # the base model that the adapter was trained on: rtn-4, hqq-3, …; as it comes if empty
     calibrate: str = ""  # the task whose training items wanda looked at; `task` if empty
     split: str = "dev"  # which items: train, dev or validation
+    dev_cut: str = "twins"  # how the adapter's training cut WinoGrande's dev from train: twins, or items
     items: int = 16  # so many, always the same ones
     format: str = "cloze"  # of the items: cloze or instruction
     objective: str = "choices"  # choices or choices_mean
@@ -1023,15 +1053,17 @@ def run_probe(
     check_replaceable(out, lambda path: read_json(path, ["schema", "params", "blocks"]))
     device, start = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter()
     training = TrainConfig(config.objective, max_tokens=config.max_tokens)
-    items = load_task(config.task, config.split, config.format, config.items, source=config.source)
+    where = dict(source=config.source, dev_cut=config.dev_cut)
+    items = load_task(config.task, config.split, config.format, config.items, **where)
     calibrate = config.calibrate or config.task
-    model, tokenizer = load_base(config.model, config.source, config.compress, calibrate, device)
+    model, tokenizer = load_base(config.model, config.source, config.compress, calibrate, device, config.dev_cut)
     load_adapter(model, config.adapter)
     found = probe(
         model, tokenizer, items, training, _blocks(config.blocks), config.eigenvalues, config.products, config.seed
     )
     cost = dict(seconds=time.perf_counter() - start, peak_memory_bytes=_peak_memory(device))
     result = dict(schema=SCHEMA, params=asdict(config), versions=_versions(), machine=_machine(device)) | found | cost
+    check_replaceable(out, lambda path: read_json(path, ["schema", "params", "blocks"]))  # it may have come meanwhile
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_json(Path(out), result)
     return result

@@ -664,3 +664,15 @@ def test_a_disk_that_is_full(llama, saved, tmp_path, limit):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {p: p.read_bytes() for p in saved.iterdir()} == before
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_on_another_base_of_the_same_shapes(llama, shake, tmp_path, dtype):
+    "A warning says so; the base that it was trained on is known in any dtype."
+    save_adapter(shake(adapt(llama(0), AdapterConfig(rank=2))), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(llama(0).to(dtype), tmp_path)
+    with pytest.warns(UserWarning, match="was trained on another base model"):
+        load_adapter(llama(1).to(dtype), tmp_path)

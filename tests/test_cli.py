@@ -422,3 +422,41 @@ def test_a_dry_run_refuses_a_page_that_could_not_be_made(tmp_path, capsys):
     (tmp_path / "grid.toml").write_text(f'{grid}\n[report]\nagainst = "nothing"\n')
     assert main(["run", str(tmp_path / "grid.toml"), "--dry-run"]) == 1
     assert "report.against is 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.attack("data loss")
+def test_a_file_that_comes_while_a_command_works(tiny_model_dir, tmp_path, monkeypatch, capsys):
+    "It stays, and the work is printed all the same."
+    from dora_nb import evaluate as chapter
+
+    out, evaluate = tmp_path / "answers.jsonl", chapter.evaluate
+
+    def slow(*given, **options):
+        out.write_text("mine")
+        return evaluate(*given, **options)
+
+    monkeypatch.setattr(chapter, "evaluate", slow)
+    command = ["evaluate", "--task", "boolq", "--model", str(tiny_model_dir), "--limit", "4", "--out", str(out)]
+    assert main(command) == 1 and out.read_text() == "mine"
+    said = capsys.readouterr()
+    assert json.loads(said.out)["n"] == 4 and "this command did not write it" in said.err
+
+
+@pytest.mark.attack("data loss")
+def test_ranks_are_not_written_into_a_run_s_folder(tmp_path):
+    from dora_nb.files import claim
+
+    claim(tmp_path / "run", "run", "boolq-lora")
+    with pytest.raises(ValueError, match="is the folder of a run"):
+        _check_ranks(tmp_path / "run")
+
+
+@pytest.mark.attack("silent error")
+def test_the_first_edition_s_dev_can_be_asked(tiny_model_dir, tmp_path):
+    "An adapter that was trained beside it must not be measured on what it was trained on."
+    found = {}
+    for cut in ("twins", "items"):
+        command = ["evaluate", "--task", "winogrande", "--split", "dev", "--limit", "5", "--first", "--dev-cut", cut]
+        assert main([*command, "--model", str(tiny_model_dir), "--out", str(tmp_path / cut)]) == 0
+        found[cut] = [json.loads(line)["doc_index"] for line in (tmp_path / cut).read_text().splitlines()]
+    assert found["twins"] != found["items"] and len(found["items"]) == 5

@@ -24,6 +24,7 @@ from dora_nb.files import (
     python_command,
     read_json,
     read_text,
+    set_aside,
     sweep,
     write_json,
     write_whole,
@@ -100,6 +101,36 @@ def test_a_file_of_somebody_else_is_not_replaced(tmp_path, make):
     make(tmp_path / "out.json")
     with pytest.raises(ValueError, match="this command did not write it"):
         check_replaceable(tmp_path / "out.json", lambda p: read_json(p, ["schema"]))
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "a.json"])
+def test_any_name_that_a_system_allows_can_be_written(tmp_path, name):
+    write_json(tmp_path / name, [1])
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.attack("data loss")
+def test_a_link_is_not_replaced(tmp_path):
+    (tmp_path / "target").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with pytest.raises(ValueError, match="this command did not write it"):
+        check_replaceable(tmp_path / "link", lambda p: True)
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("check", [check_writable, lambda p: claim(p, "run")])
+def test_a_path_that_is_no_text(tmp_path, check):
+    with pytest.raises(ValueError, match="no UTF-8 text"):
+        check(tmp_path / os.fsdecode(b"runs-\xff"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_files_are_numbered(tmp_path):
+    for _ in range(3):
+        (tmp_path / "a").touch()
+        set_aside(tmp_path / "a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged-2-a", "damaged-3-a", "damaged-a"]
 
 
 @pytest.mark.attack("hang")

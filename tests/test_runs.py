@@ -398,7 +398,12 @@ def test_notebooks_are_found():
 
 def tree(folder):
     "Every file of a folder, with its content and its times."
-    return {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in sorted(folder.rglob("*"))}
+    return {p: (p.lstat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in sorted(folder.rglob("*"))}
+
+
+def copied(folder, to):
+    shutil.copytree(folder, to)
+    return to
 
 
 @pytest.fixture
@@ -504,9 +509,94 @@ def test_a_dry_run_fetches_nothing(grid, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("to do") == 4 and sorted(tmp_path.iterdir()) == [grid]
 
 
-def copied(folder, to):
-    shutil.copytree(folder, to)
-    return to
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("name", ["adapter", CHECKPOINTS])
+def test_a_link_in_a_run_s_folder_is_not_followed(tiny, made, tmp_path, name):
+    config, folder = made
+    folder, shared = copied(folder, tmp_path / folder.name), tmp_path / "shared"
+    shared.mkdir()
+    (shared / "tokenizer.json").write_text("mine")
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / name).symlink_to(shared)
+    (folder / RESULT).unlink()
+    with pytest.raises(ValueError, match="is a link.*nothing was changed"):
+        run(config, folder, progress=False)
+    assert [p.read_text() for p in shared.iterdir()] == ["mine"]
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("name", [RESULT, PREDICTIONS])
+@pytest.mark.parametrize("how", ["folder", "link"])
+def test_what_cannot_be_read_is_not_taken_for_damaged(made, tmp_path, name, how):
+    "A disk that is away, or no permission: the run is not made again, and its result stays."
+    config, folder = made
+    folder = copied(folder, tmp_path / folder.name)
+    (folder / name).rename(tmp_path / "kept")
+    (folder / name).mkdir() if how == "folder" else (folder / name).symlink_to(tmp_path / "away")
+    before = tree(folder)
+    with pytest.raises(ValueError, match=f"{name} (cannot be read|is missing)|not finished"):
+        run(config, folder, progress=False)
+    assert {p for p in tree(folder)} == set(before)
+    (folder / name).rmdir() if how == "folder" else (folder / name).unlink()
+    (tmp_path / "kept").rename(folder / name)
+    assert read_result(folder)
+
+
+@pytest.mark.attack("data loss")
+def test_a_second_damage_does_not_replace_the_first(made, tmp_path):
+    config, folder = made
+    folder = copied(folder, tmp_path / folder.name)
+    kept = []
+    for _ in range(2):
+        kept.append((folder / RESULT).read_text())
+        (folder / HISTORY).write_text((folder / HISTORY).read_text() + "\n")
+        run(config, folder, progress=False)
+    assert sorted(p.read_text() for p in folder.glob(f"damaged-*{RESULT}")) == sorted(kept)
+
+
+@pytest.mark.attack("data loss")
+def test_a_damaged_result_stays_until_a_new_one_takes_its_place(made, tmp_path, monkeypatch):
+    config, folder = made
+    folder = copied(folder, tmp_path / folder.name)
+    flip(folder / HISTORY)
+    before = (folder / RESULT).read_text()
+    monkeypatch.setattr("dora_nb.runs.load_base", lambda *_: (_ for _ in ()).throw(OSError("no such disk")))
+    with pytest.raises(OSError, match="no such disk"):
+        run(config, folder, progress=False)
+    assert (folder / RESULT).read_text() == before and not list(folder.glob("damaged-*"))
+
+
+@pytest.mark.attack("data loss")
+def test_a_run_s_folder_is_moved_while_it_trains(tiny, tmp_path, monkeypatch):
+    "The run stops and says so; moved back, the same call goes on."
+    from dora_nb import runs
+
+    config, folder, moved = tiny(train_items=16), tmp_path / "run", tmp_path / "moved"
+    check, calls = runs._check_there, []
+
+    def move(run_dir):
+        calls.append(1)
+        if len(calls) == 3:
+            folder.rename(moved)
+        check(run_dir)
+
+    monkeypatch.setattr("dora_nb.runs._check_there", move)
+    with pytest.raises(RuntimeError, match="was moved or removed while its run was at work; move it back"):
+        run(config, folder, progress=False)
+    assert not folder.exists() or not list(folder.glob("*"))
+    if folder.exists():
+        folder.rmdir()
+    moved.rename(folder)
+    assert run(config, folder, progress=False)["training"]["steps"] == 4
+
+
+@pytest.mark.attack("silent error")
+def test_wanda_sees_the_same_items_with_and_without_an_adapter():
+    given = dict(task="hellaswag", mixture="boolq,hellaswag", compress="wanda-0.5")
+    assert effective(RunConfig(method="base", **given)).mixture == "boolq,hellaswag"
+    assert effective(RunConfig(method="base", **given | dict(compress=""))).mixture == ""
+    cut = dict(task="boolq", mixture="winogrande,boolq", compress="wanda-0.5", dev_cut="items")
+    assert effective(RunConfig(method="base", **cut)).dev_cut == "items"
 
 
 SAME = {
@@ -726,6 +816,23 @@ def test_a_reader_that_has_gone_away(monkeypatch):
         monkeypatch.undo()
         with pytest.raises(BrokenPipeError):
             gone.close()
+
+
+@pytest.mark.attack("crash")
+def test_nowhere_to_say_it(monkeypatch):
+    "A full disk behind stderr stops nothing."
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr("sys.stderr", full)
+        say("anybody there?")
+        monkeypatch.undo()
+        with pytest.raises(OSError):
+            full.close()
+
+
+@pytest.mark.attack("hang")
+def test_a_time_limit_that_is_none(grid, tmp_path):
+    with pytest.raises(ValueError, match="timeout=nan"):
+        run_grid(grid, tmp_path, timeout=float("nan"))
 
 
 @pytest.mark.attack("crash")
