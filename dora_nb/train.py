@@ -446,10 +446,9 @@ def tf32(
     precision: str,  # one of `PRECISIONS`
     device: torch.device,  # of the model
 ):
-    "While this lasts, products of float32 matrices are made in TF32 where that was asked for; forward and backward ones."
+    "While this lasts, products of float32 matrices are made in TF32 where that was asked for, and in float32 elsewhere, whatever was set before; forward and backward ones."
     before = torch.get_float32_matmul_precision()
-    if resolve_precision(precision, device) == "tf32":
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if resolve_precision(precision, device) == "tf32" else "highest")
     try:
         yield
     finally:
@@ -788,11 +787,17 @@ def _set_aside(path: Path) -> Path:
     return path.rename(new)
 
 
+def _holds(tensors: dict[str, Tensor], of: str, what: str) -> bool:
+    "Return whether a checkpoint is of the same training, and the model is where it was written: it was stopped, and not loaded anew."
+    now = {n.removeprefix("parameter/"): _sum_of_bits(t) for n, t in tensors.items() if n.startswith("parameter/")}
+    return of.split(" ")[0] == what.split(" ")[0] and _start(now) == what.split(" ")[-1]
+
+
 def _newest(folder: Path | None, what: str) -> Path | None:
     "Return the newest state in a folder that is whole; ValueError if it is of something else, or of another version."
     for path in _named(folder) if folder else []:
         try:
-            of, facts, _ = _read(path)
+            of, facts, tensors = _read(path)
         except _Foreign as e:
             warnings.warn(f"{e}, though it is named like one; it is left alone", stacklevel=3)
             continue
@@ -806,7 +811,7 @@ def _newest(folder: Path | None, what: str) -> Path | None:
             raise ValueError(
                 f"{path} was begun by dora_nb {version}, and this is {__version__}, which may train in another way; go on with that version, or delete {folder} to start anew"
             )
-        if of != what:
+        if of != what and not _holds(tensors, of, what):
             raise ValueError(
                 f"{path} is of another training: of other items, another model or adapter, or other settings; delete {folder} to start anew"
             )
@@ -896,7 +901,7 @@ class Checkpoints:
         "Put the newest state back, and return its facts; without one, no records."
         path = _newest(self.folder, self.what) if self.team.rank == 0 else None
         if (path := self.team.gather(path and str(path))[0]) is not None:
-            _, facts, tensors = _read(Path(path))
+            self.what, facts, tensors = _read(Path(path))
             for name, now in self.by.items():
                 if (then := facts.pop(name, "an earlier version")) != now:
                     warnings.warn(f"{name}: {then} began, {now} goes on; what comes out may differ", stacklevel=2)
@@ -948,31 +953,52 @@ class stoppable:
             raise Stopped("told to stop")
 
 # %% ../nbs/06_train.ipynb #b7e21a55
-def _sum_of_bits(t: Tensor) -> int:
-    "A number that other values would not give, in whatever order it is added up: their bits as whole numbers."
+def _sum_of_bits(
+    t: Tensor,  # or a part of one
+    first: int = 0,  # the place of the part's first value in the whole
+) -> int:
+    "Return a number that other values, or the same in other places, would not give; those of the parts add up, modulo 2**64."
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = t.detach().contiguous().view(-1).view(kinds.get(t.element_size(), torch.uint8))
-    return int(bits.sum(dtype=torch.int64)) % 2**32
+    bits, total = t.detach().contiguous().view(-1).view(kinds.get(t.element_size(), torch.uint8)), 0
+    for start, part in enumerate(bits.split(2**22)):  # whole numbers of 64 bits take memory
+        place = first + 2**22 * start + torch.arange(1, len(part) + 1, device=part.device)
+        factor = place * -7046029254386353131  # odd and large: neighbours have unlike factors
+        total += int((part * (factor ^ (factor >> 32))).sum())
+    return total % 2**64
 
 
-def _frozen_sums(training) -> dict[str, int]:
-    "Of every weight and buffer that is not trained; of a sharded model, the sum of its parts."
-    frozen = {n: t for n, t in training.model.state_dict().items() if n not in training.params}
-    part = lambda t: _sum_of_bits(t.to_local() if hasattr(t, "to_local") else t)
-    if not training.team.sharded:
-        return {n: part(t) for n, t in frozen.items()}
-    own = [part(t) if hasattr(t, "to_local") or training.team.rank == 0 else 0 for t in frozen.values()]
-    return {n: int(s) % 2**32 for n, s in zip(frozen, training.team.sum(*own))}
+def _sums(tensors: dict[str, Tensor], team: Team) -> dict[str, int]:
+    "Sum the bits of each tensor; of a sharded one, each process sums its part. The others are the same everywhere."
+
+    def part(t):
+        if not hasattr(t, "to_local"):
+            return _sum_of_bits(t) if team.rank == 0 or not team.sharded else 0
+        rows, width = -(-t.shape[0] // team.size), math.prod(t.shape[1:])  # cut along the first dimension
+        return _sum_of_bits(t.to_local(), team.rank * rows * width)
+
+    own = [part(t) for t in tensors.values()]
+    parts = team.gather(own) if team.sharded else [own]
+    return {n: sum(s) % 2**64 for n, s in zip(tensors, zip(*parts))}
+
+
+def _start(sums: dict[str, int]) -> str:
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 def _identity(training) -> str:
-    "How a training goes, on what, and of what, before its first step."
+    "Return how a training goes, on what, and of what; and, after a space, the values at which it starts."
     how, adapter = asdict(replace(training.config, batch_tokens=None)), getattr(training.model, "dora_nb_config", None)
+    frozen = {n: t for n, t in training.model.state_dict().items() if n not in training.params}
     weights = {n: list(p.shape) for n, p in training.params.items()}
     rows = [[row.ids, row.choice] for each in training.rows for row in each]
     items = [list(training.docs), list(training.gold), rows, training.batches]
-    what = [how, adapter and asdict(adapter), items, weights, _frozen_sums(training)]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    of = {k: v for k, v in training.model.config.to_dict().items() if k not in _OF_THE_FILE}
+    what = [how, adapter and asdict(adapter), items, weights, _sums(frozen, training.team), of]
+    text = json.dumps(what, sort_keys=True, default=str)
+    return f"{hashlib.sha256(text.encode()).hexdigest()} {_start(_sums(training.params, training.team))}"
+
+
+_OF_THE_FILE = {"name_or_path", "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 
 # %% ../nbs/06_train.ipynb #61586971
 class Training:

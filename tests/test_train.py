@@ -24,6 +24,7 @@ from dora_nb.train import (
     Diverged,
     Stopped,
     TrainConfig,
+    _sum_of_bits,
     autocast,
     context_length,
     encode_for,
@@ -736,3 +737,70 @@ def test_broken_weights_are_named_as_a_cause_at_the_first_step(tiny):
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
     with pytest.raises(Diverged, match="step 1 of .*the weights themselves may be broken"):
         train(model, tokenizer, items(n=4), TrainConfig(batch_size=4), progress=False)
+
+
+def _other_eps(model, _):
+    model.config.rms_norm_eps = 0.5
+    for layer in model.modules():
+        if hasattr(layer, "variance_epsilon"):
+            layer.variance_epsilon = 0.5
+
+
+def _other_rows(model, _):
+    weight = model.get_input_embeddings().weight
+    weight.data.copy_(weight.data.flip(0))
+
+
+def _other_values(model, params):
+    next(iter(params.values())).data.mul_(1.5)
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("change", [_other_eps, _other_rows, _other_values])
+def test_a_checkpoint_of_the_same_shapes_and_another_start(tiny, tmp_path, method, change):
+    "Another configuration, rows in another order, and another start of what learns; what is the same goes on."
+    go = lambda model: train(model, tiny()[1], items(n=4), SHORT, progress=False, checkpoints=tmp_path)
+    records = go(tiny(method)[0])
+    other, _ = tiny(method)
+    change(other, trainable_parameters(other))
+    with pytest.raises(ValueError, match="is of another training"):
+        go(other)
+    assert go(tiny(method)[0]) == records
+
+
+@pytest.mark.attack("silent error")
+def test_a_model_that_was_stopped_goes_on_where_it_is(tiny, tmp_path):
+    "Not loaded anew: its values are those of the checkpoint, and not of the start. Moved on by others, it is refused."
+    whole, (model, tokenizer) = attempts(tiny, None), tiny(dropout=0.1)
+    stop = lambda record: os.kill(os.getpid(), signal.SIGTERM) if record["step"] in (2, 4) else None
+    go = lambda **how: train(model, tokenizer, items(), SHORT, progress=False, checkpoints=tmp_path, **how)
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            go(after_step=stop)
+    same(([{k: v for k, v in r.items() if k != "seconds"} for r in go()], params(model)), whole)
+    assert attempts(tiny, tmp_path)[2] == 1  # a new process finds it, too
+    next(iter(trainable_parameters(model).values())).data.add_(1)
+    with pytest.raises(ValueError, match="is of another training"):
+        go()
+
+
+def test_sums_of_bits_of_parts_add_up_and_know_their_places():
+    whole = torch.randn(10, 6)
+    parts = [_sum_of_bits(whole[a:b], 6 * a) for a, b in ((0, 4), (4, 8), (8, 10), (10, 10))]
+    assert sum(parts) % 2**64 == _sum_of_bits(whole) != _sum_of_bits(whole.flip(0))
+    for dtype in (torch.bfloat16, torch.float64, torch.bool, torch.uint8):
+        assert _sum_of_bits(whole.to(dtype)) == _sum_of_bits(whole.to(dtype).clone())
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_float32_is_not_tf32_whatever_was_set_before(precision):
+    now = torch.get_float32_matmul_precision
+    torch.set_float32_matmul_precision("high")
+    try:
+        with tf32(precision, torch.device("cpu")):
+            assert now() == "highest"
+        assert now() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
