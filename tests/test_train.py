@@ -17,7 +17,7 @@ import transformers
 import dora_nb.train
 from dora_nb.adapt import AdapterConfig, adapt, trainable_parameters
 from dora_nb.assets import load_model
-from dora_nb.evaluate import rank_choices
+from dora_nb.evaluate import generate_answers, rank_choices
 from dora_nb.tasks import collate, load_task
 from dora_nb.train import (
     Checkpoints,
@@ -30,6 +30,7 @@ from dora_nb.train import (
     encode_for,
     epoch_batches,
     memory_plan,
+    original_length,
     micro_batches,
     resolve_precision,
     shares_prompts,
@@ -804,3 +805,91 @@ def test_float32_is_not_tf32_whatever_was_set_before(precision):
         assert now() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+ENCODER = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+ENCODERS = {
+    "bert": lambda v: transformers.BertConfig(vocab_size=v, **ENCODER),
+    "roberta": lambda v: transformers.RobertaConfig(vocab_size=v, pad_token_id=1, max_position_embeddings=600, **ENCODER),
+    "electra": lambda v: transformers.ElectraConfig(vocab_size=v, embedding_size=32, **ENCODER),
+    "xlnet": lambda v: transformers.XLNetConfig(vocab_size=v, d_model=32, n_layer=2, n_head=4, d_inner=48),
+}
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("name", ENCODERS)
+def test_models_that_are_not_causal_are_refused(name, toy_tokenizer):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(ENCODERS[name](128)).eval()
+    item = dict(doc_index=0, contexts=["one", "one"], continuations=[" two", " six"], gold=0)
+    refused = pytest.raises(ValueError, match=f"this {name} model is no causal language model")
+    with refused:
+        train(model, toy_tokenizer(), [item], TrainConfig(), progress=False)
+    for ask in (rank_choices, generate_answers):
+        with refused:
+            ask(model, toy_tokenizer(), [item], progress=False)
+
+
+def _longrope(toy=128, n=16):
+    torch.manual_seed(0)
+    heads = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    factors = dict(short_factor=[1.0] * 4, long_factor=[4.0] * 4)
+    config = transformers.Phi3Config(
+        vocab_size=toy,
+        hidden_size=32,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        original_max_position_embeddings=n,
+        initializer_range=0.3,
+        rope_scaling=dict(type="longrope", **factors),
+        **heads,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.attack("silent error")
+def test_one_choice_does_not_decide_how_another_is_read(toy_tokenizer):
+    "Longrope turns a whole batch by its longest position; scores are those of each choice alone, and so is the gradient."
+    model, tokenizer = _longrope(), toy_tokenizer()
+    texts = [["abcdefgh"] * 2, ["abcdefghijklmnopqrstuvwxyz"] * 2]
+    ends = [[" yes", " certainly not"], [" no", " perhaps"]]
+    data = [dict(doc_index=i, contexts=texts[i], continuations=ends[i], gold=0) for i in (0, 1)]
+    _, found = rank_choices(model, tokenizer, data, progress=False)
+    assert original_length(model) == 16 and not shares_prompts(model)
+    for item, record in zip(data, found):
+        for context, end, score in zip(item["contexts"], item["continuations"], record["loglikelihood"]):
+            n, ids = len(tokenizer(context).input_ids), tokenizer(context + end, return_tensors="pt").input_ids
+            with torch.no_grad():
+                logp = model(ids[:, :-1]).logits[0, n - 1 :].log_softmax(1).gather(1, ids[0, n:, None])
+            assert score == pytest.approx(logp.sum().item(), abs=1e-3)
+    grads = []
+    for groups in ([[0], [1]], [[0, 1]]):
+        rows = [encode_for("choices", tokenizer, item, share=False)[0] for item in data]
+        batches = [(collate([rows[i] for i in g]), torch.zeros(len(g), dtype=torch.int64)) for g in groups]
+        train_step(model, batches, 2, TrainConfig(precision="float32"))
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        model.zero_grad()
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
+    team = SimpleNamespace(sharded=True)
+    with pytest.raises(ValueError, match="longer than 16 tokens .*longrope"):
+        dora_nb.train.check_lengths(model, rows, team)
+
+
+@pytest.mark.attack("crash")
+def test_a_tokenizer_with_more_tokens_than_the_model(llama, toy_tokenizer):
+    item = dict(doc_index=0, contexts=["one", "one"], continuations=[" two", " six"], gold=0)
+    model = llama(vocab_size=64)
+    for ask in (rank_choices, generate_answers, lambda *a, **how: train(*a, TrainConfig(), **how)):
+        with pytest.raises(ValueError, match=r"gives token id \d+, and the model has 64 embeddings"):
+            ask(model, toy_tokenizer(), [item], progress=False)
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("how", [lambda d: d.to_list(), lambda d: d.with_format("torch"), lambda d: d.with_format("numpy")])
+def test_items_as_a_list_or_in_another_format(tiny, how):
+    made = []
+    for data in (items(n=4), how(items(n=4))):
+        model, tokenizer = tiny()
+        (record,) = train(model, tokenizer, data, SHORT, progress=False)
+        made.append((record["loss"], rank_choices(model, tokenizer, data, progress=False)[1]))
+    assert made[0] == made[1] and type(made[1][1][0]["gold"]) is int
