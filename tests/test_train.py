@@ -810,7 +810,9 @@ def test_float32_is_not_tf32_whatever_was_set_before(precision):
 ENCODER = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 ENCODERS = {
     "bert": lambda v: transformers.BertConfig(vocab_size=v, **ENCODER),
-    "roberta": lambda v: transformers.RobertaConfig(vocab_size=v, pad_token_id=1, max_position_embeddings=600, **ENCODER),
+    "roberta": lambda v: transformers.RobertaConfig(
+        vocab_size=v, pad_token_id=1, max_position_embeddings=600, **ENCODER
+    ),
     "electra": lambda v: transformers.ElectraConfig(vocab_size=v, embedding_size=32, **ENCODER),
     "xlnet": lambda v: transformers.XLNetConfig(vocab_size=v, d_model=32, n_layer=2, n_head=4, d_inner=48),
 }
@@ -885,7 +887,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model(llama, toy_tokenizer):
 
 
 @pytest.mark.attack("crash")
-@pytest.mark.parametrize("how", [lambda d: d.to_list(), lambda d: d.with_format("torch"), lambda d: d.with_format("numpy")])
+@pytest.mark.parametrize(
+    "how", [lambda d: d.to_list(), lambda d: d.with_format("torch"), lambda d: d.with_format("numpy")]
+)
 def test_items_as_a_list_or_in_another_format(tiny, how):
     made = []
     for data in (items(n=4), how(items(n=4))):
