@@ -807,7 +807,7 @@ def test_float32_is_not_tf32_whatever_was_set_before(precision):
         torch.set_float32_matmul_precision("highest")
 
 
-ENCODER = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+ENCODER = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, initializer_range=0.3)
 ENCODERS = {
     "bert": lambda v: transformers.BertConfig(vocab_size=v, **ENCODER),
     "roberta": lambda v: transformers.RobertaConfig(
