@@ -179,9 +179,30 @@ def _good(folder: Path, origin: str) -> bool:
     return (manifest(folder) or {}).get("origin") == origin
 
 
+def _listed_in(folder: Path) -> list[str] | None:
+    "Return the names that an asset's manifest lists, unchecked; None without a manifest of ours."
+    try:
+        found = read_json(folder / MANIFEST)
+        files = found["files"] if isinstance(found["origin"], str) and found["origin"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return list(files) if isinstance(files, dict) and files else None
+
+
+def _rescue(old: Path, folder: Path):
+    "Move what we did not write from a replaced asset into the new one, under a free name."
+    ours = {MARKER, MANIFEST, *(_listed_in(old) or (p.name for p in folder.iterdir()))}
+    for path in [p for p in old.iterdir() if p.name not in ours] if old.is_dir() else ():
+        new, i = folder / path.name, 1
+        while os.path.lexists(new):
+            new, i = folder / f"{path.name}.{i}", i + 1
+        print(f"{path.name} was not written by dora_nb, and is kept as {new}", file=sys.stderr)
+        os.rename(path, new)
+
+
 def _check_replaceable(folder: Path):
     "Refuse to replace what we did not make: FetchError."
-    if folder.is_dir() and (owned(folder, "asset") or (folder / MANIFEST).exists() or not any(folder.iterdir())):
+    if folder.is_dir() and (owned(folder, "asset") or _listed_in(folder) or not any(folder.iterdir())):
         return
     if folder.exists():
         raise FetchError(
@@ -198,6 +219,10 @@ def _restore(folder: Path, origin: str):
             if not folder.exists() and _good(copy, origin):
                 os.rename(copy, folder)
         if int(name[1]) == os.getpid() or not psutil.pid_exists(int(name[1])):
+            if folder.exists():
+                _rescue(left / "old", folder)
+            elif (left / "old").exists():
+                continue  # until there is a new one
             shutil.rmtree(left, ignore_errors=True)
 
 

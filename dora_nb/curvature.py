@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .adapt import adapter_layers, trainable_parameters
-from .tasks import Batch, check_items
+from .tasks import Batch
 from dora_nb.train import (
     OVER_CHOICES,
     TrainConfig,
     choice_scores,
     context_length,
+    check_ids,
     encode_items,
+    plain_items,
     make_batch,
     micro_batches,
     resolve_batch_tokens,
@@ -722,10 +724,12 @@ def item_parts(
 ) -> list[Part]:  # of the mean loss
     "The loss of a probe set, from its items."
     rows = encode_items(tokenizer, items, config, shares_prompts(model), context_length(model))
+    check_ids(model, (r.ids + r.target for item in rows for r in item))
     device = next(model.parameters()).device
     limit = resolve_batch_tokens(config.batch_tokens, device)
+    gold = [item["gold"] for item in items]
     groups = [[i] for i in range(len(rows))] if alone else micro_batches(range(len(rows)), rows, limit)
-    return loss_parts(model, [make_batch(rows, items["gold"], group) for group in groups], config.objective)
+    return loss_parts(model, [make_batch(rows, gold, group) for group in groups], config.objective)
 
 # %% ../nbs/08_curvature.ipynb #836c8a40
 PARTS_OF_A_LAYER = {"lora_A": "A", "lora_B": "B", "magnitude": "m"}
@@ -823,7 +827,7 @@ def probe(
         )
     blocks = check_blocks(model, hessian)
     params = {n: model.get_parameter(n).detach() for n in blocks["all"]}
-    items = check_items(items, unique=False)
+    items = plain_items(items, unique=False)
     with probing(model):
         alone, grouped = (item_parts(model, tokenizer, items, config, alone) for alone in (True, False))
         loss, slope = gradients(grouped, params)

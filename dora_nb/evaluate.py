@@ -7,6 +7,7 @@ __all__ = ['PLAIN', 'PROTOCOLS', 'wilson', 'standard_error', 'rank_choices', 'ma
            'format_of', 'evaluate']
 
 # %% ../nbs/07_evaluate.ipynb #1861520c
+import contextlib
 import math
 import re
 import time
@@ -15,14 +16,19 @@ from statistics import NormalDist
 import datasets
 import torch
 from torch import nn
-from transformers import DynamicCache, LogitsProcessor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer
 
-from .tasks import check_items, collate, encode_text
+from .tasks import collate, encode_text
 from dora_nb.train import (
     Team,
     autocast,
+    check_causal,
+    check_ids,
+    check_lengths,
     choice_logprobs,
+    original_length,
+    plain_items,
     progress_bar,
     resolve_batch_tokens,
     context_length,
@@ -100,10 +106,12 @@ def rank_choices(
     start, device, scores = time.perf_counter(), model.device, {}
     limit = resolve_batch_tokens(batch_tokens, device)
     _check_options(device, precision, max_tokens=max_tokens, batch_tokens=limit)
-    items = check_items(items)
+    items = plain_items(items)
     share, context, team = shares_prompts(model.eval()), context_length(model), team or Team()
     encoded = [encode_for("choices", tokenizer, item, max_tokens, share, context=context) for item in items]
     rows = [r for r, _ in encoded]
+    check_ids(model, (r.ids + r.target for item in rows for r in item))
+    check_lengths(model, rows, team)
     groups, idle = shares(range(len(items)), rows, limit, team)
     with (
         progress_bar(range(sum(map(len, groups))), "evaluate", "item", progress) as bar,
@@ -192,6 +200,16 @@ PLAIN = dict(
 PLAIN |= dict(early_stopping=False, min_length=0, return_dict_in_generate=False)
 
 
+@contextlib.contextmanager
+def _set_aside(model: nn.Module):
+    "While this lasts, `model` has no generation_config of its own: `generate` takes from it what it is not told."
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _stops(model: nn.Module, tokenizer) -> list[int] | None:
     "Tokens that end an answer: the tokenizer's, which training on instructions puts at its end, and the model's own."
     own = model.generation_config.eos_token_id
@@ -223,10 +241,13 @@ def generate_answers(
     if context is not None and max_new_tokens >= context:
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves nothing of the model's context of {context}")
     limit = max_tokens if context is None else min(max_tokens, context - max_new_tokens)
-    items = check_items(items)
+    items = plain_items(items)
+    check_causal(model.eval())
     answers, encoded = [answers_of(item) for item in items], [encode_text(tokenizer, i["contexts"][0]) for i in items]
     prompts, outputs = [ids[-limit:] for ids in encoded], {}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    check_ids(model, [[pad], *prompts])
+    short = original_length(model)  # beyond it a whole batch is read in another way
     ends = dict(pad_token_id=pad, eos_token_id=_stops(model, tokenizer))
     order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))[team.rank :: team.size]
     with (
@@ -237,11 +258,14 @@ def generate_answers(
         while order:
             width = len(prompts[order[0]])
             size = max(1, budget // (num_beams * (width + max_new_tokens)))
+            size = 1 if short is not None and width + max_new_tokens > short else size
             group, order = order[:size], order[size:]
             batch = _padded([prompts[i] for i in group], pad, model.device)
             nans = _NaNs(len(group))
             options = dict(max_new_tokens=max_new_tokens, logits_processor=[nans], **ends)
-            texts = tokenizer.batch_decode(_write(model.eval(), batch, num_beams, **options), skip_special_tokens=True)
+            with _set_aside(model):
+                written = _write(model, batch, num_beams, **options)
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             outputs |= {i: None if bad else text for i, bad, text in zip(group, nans.found.tolist(), texts)}
             bar.update(len(group))
     outputs = dict(pair for part in team.gather(list(outputs.items())) for pair in part)

@@ -790,3 +790,53 @@ def test_names_of_no_model(name, tmp_path, monkeypatch):
     (tmp_path / "file.gguf").touch()
     with pytest.raises(FetchError, match="none of ours"):
         load_model(name)
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("damage", [None, "{", "gone"])
+def test_files_of_others_in_an_asset_are_kept(cache, damage, capsys):
+    "Replaced by force or because it is damaged: what we did not write moves into the new folder."
+    build(cache / "x", "toy", lambda folder: (folder / "a").write_text("old"))
+    (cache / "x" / "thesis.txt").write_text("mine")
+    (cache / "x" / "notes").mkdir()
+    (cache / "x" / "notes" / "n").write_text("mine")
+    if damage == "gone":
+        (cache / "x" / "manifest.json").unlink()
+    elif damage:
+        (cache / "x" / "manifest.json").write_text(damage)
+    build(cache / "x", "toy", lambda folder: (folder / "a").write_text("new"), force=damage is None)
+    assert (cache / "x" / "a").read_text() == "new" and visible(cache) == ["x"]
+    assert (cache / "x" / "thesis.txt").read_text() == (cache / "x" / "notes" / "n").read_text() == "mine"
+    assert "thesis.txt was not written by dora_nb, and is kept" in capsys.readouterr().err and manifest(cache / "x")
+
+
+@pytest.mark.attack("data loss")
+def test_a_file_of_others_with_a_name_that_is_needed(cache):
+    build(cache / "x", "toy", lambda folder: (folder / "a").write_text("old"))
+    (cache / "x" / "b").write_text("mine")
+    build(cache / "x", "toy==2", lambda folder: [(folder / name).write_text("new") for name in "ab"])
+    assert (cache / "x" / "b").read_text() == "new" and (cache / "x" / "b.1").read_text() == "mine"
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("text", ["{}", "[]", '{"name": "my app"}', '{"files": ["a"], "origin": "x"}'])
+def test_a_manifest_of_another_program_is_not_ours(cache, text):
+    (cache / "x").mkdir(parents=True)
+    (cache / "x" / "manifest.json").write_text(text)
+    for force in (True, False):
+        with pytest.raises(FetchError, match="not made by dora_nb"):
+            build(cache / "x", "toy", lambda folder: (folder / "a").write_text("new"), force)
+    assert (cache / "x" / "manifest.json").read_text() == text
+
+
+@pytest.mark.attack("data loss")
+def test_files_of_others_survive_a_killed_replacement(cache):
+    "The old folder was aside when the process died; the next build brings back what was not ours."
+    build(cache / "x", "toy", lambda folder: (folder / "a").write_text("old"))
+    (cache / "x" / "thesis.txt").write_text("mine")
+    aside = cache / f".dora-nb-{2**22 + 1}-x"
+    aside.mkdir()
+    (cache / "x").rename(aside / "old")
+    build(cache / "x", "toy==2", lambda folder: (folder / "a").write_text("new"))
+    assert (cache / "x" / "a").read_text() == "new" and (cache / "x" / "thesis.txt").read_text() == "mine"
+    assert visible(cache) == ["x"]

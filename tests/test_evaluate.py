@@ -70,7 +70,8 @@ def test_beams_share_the_reading_of_their_prompt(smollm):
     _, records = generate_answers(model, tokenizer, items, progress=False, max_new_tokens=6)
     hook.remove()
     assert [r["output"] for r in records] == alone
-    assert sum(read) <= 3 * max(p.shape[1] for p in prompts) + 3 * 4 * 6
+    checked = 2 * 9  # whether later tokens change what is said at earlier ones
+    assert sum(read) <= checked + 3 * max(p.shape[1] for p in prompts) + 3 * 4 * 6
 
 
 def test_a_model_s_own_ways_of_writing_are_set_aside(tiny_model_dir):
@@ -304,3 +305,33 @@ def test_impossible_options(tiny_model_dir, protocol, wrong, message, monkeypatc
     monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("work has begun"))
     with pytest.raises(ValueError, match=message):
         evaluate(model, tokenizer, protocol=protocol, progress=False, **dict(items=items) | wrong)
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("suppress_tokens", None),
+        ("begin_suppress_tokens", None),
+        ("bad_words_ids", None),
+        ("sequence_bias", None),
+        ("forced_eos_token_id", 7),
+        ("encoder_repetition_penalty", 5.0),
+        ("exponential_decay_length_penalty", (1, 2.0)),
+        ("guidance_scale", 3.0),
+        ("max_time", 1e-6),
+        ("min_new_tokens", 6),
+        ("stop_strings", ["a"]),
+        ("watermarking_config", dict(bias=5.0)),
+    ],
+)
+def test_nothing_of_a_generation_config_changes_the_protocol(tiny_model_dir, name, value):
+    model, tokenizer = load_model(str(tiny_model_dir))
+    items = load_task("winogrande", "validation", "instruction", limit=2)
+    ask = lambda: generate_answers(model, tokenizer, items, progress=False, max_new_tokens=6)[1]
+    expected = ask()
+    first = tokenizer(expected[0]["output"]).input_ids[:1]
+    values = dict(bad_words_ids=[first], sequence_bias=[[first, -99.0]])
+    setattr(model.generation_config, name, values.get(name, first) if value is None else value)
+    own = model.generation_config
+    assert ask() == expected and model.generation_config is own

@@ -17,18 +17,20 @@ import transformers
 import dora_nb.train
 from dora_nb.adapt import AdapterConfig, adapt, trainable_parameters
 from dora_nb.assets import load_model
-from dora_nb.evaluate import rank_choices
+from dora_nb.evaluate import generate_answers, rank_choices
 from dora_nb.tasks import collate, load_task
 from dora_nb.train import (
     Checkpoints,
     Diverged,
     Stopped,
     TrainConfig,
+    _sum_of_bits,
     autocast,
     context_length,
     encode_for,
     epoch_batches,
     memory_plan,
+    original_length,
     micro_batches,
     resolve_precision,
     shares_prompts,
@@ -736,3 +738,162 @@ def test_broken_weights_are_named_as_a_cause_at_the_first_step(tiny):
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
     with pytest.raises(Diverged, match="step 1 of .*the weights themselves may be broken"):
         train(model, tokenizer, items(n=4), TrainConfig(batch_size=4), progress=False)
+
+
+def _other_eps(model, _):
+    model.config.rms_norm_eps = 0.5
+    for layer in model.modules():
+        if hasattr(layer, "variance_epsilon"):
+            layer.variance_epsilon = 0.5
+
+
+def _other_rows(model, _):
+    weight = model.get_input_embeddings().weight
+    weight.data.copy_(weight.data.flip(0))
+
+
+def _other_values(model, params):
+    next(iter(params.values())).data.mul_(1.5)
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("change", [_other_eps, _other_rows, _other_values])
+def test_a_checkpoint_of_the_same_shapes_and_another_start(tiny, tmp_path, method, change):
+    "Another configuration, rows in another order, and another start of what learns; what is the same goes on."
+    go = lambda model: train(model, tiny()[1], items(n=4), SHORT, progress=False, checkpoints=tmp_path)
+    records = go(tiny(method)[0])
+    other, _ = tiny(method)
+    change(other, trainable_parameters(other))
+    with pytest.raises(ValueError, match="is of another training"):
+        go(other)
+    assert go(tiny(method)[0]) == records
+
+
+@pytest.mark.attack("silent error")
+def test_a_model_that_was_stopped_goes_on_where_it_is(tiny, tmp_path):
+    "Not loaded anew: its values are those of the checkpoint, and not of the start. Moved on by others, it is refused."
+    whole, (model, tokenizer) = attempts(tiny, None), tiny(dropout=0.1)
+    stop = lambda record: os.kill(os.getpid(), signal.SIGTERM) if record["step"] in (2, 4) else None
+    go = lambda **how: train(model, tokenizer, items(), SHORT, progress=False, checkpoints=tmp_path, **how)
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            go(after_step=stop)
+    same(([{k: v for k, v in r.items() if k != "seconds"} for r in go()], params(model)), whole)
+    assert attempts(tiny, tmp_path)[2] == 1  # a new process finds it, too
+    next(iter(trainable_parameters(model).values())).data.add_(1)
+    with pytest.raises(ValueError, match="is of another training"):
+        go()
+
+
+def test_sums_of_bits_of_parts_add_up_and_know_their_places():
+    whole = torch.randn(10, 6)
+    parts = [_sum_of_bits(whole[a:b], 6 * a) for a, b in ((0, 4), (4, 8), (8, 10), (10, 10))]
+    assert sum(parts) % 2**64 == _sum_of_bits(whole) != _sum_of_bits(whole.flip(0))
+    for dtype in (torch.bfloat16, torch.float64, torch.bool, torch.uint8):
+        assert _sum_of_bits(whole.to(dtype)) == _sum_of_bits(whole.to(dtype).clone())
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_float32_is_not_tf32_whatever_was_set_before(precision):
+    now = torch.get_float32_matmul_precision
+    torch.set_float32_matmul_precision("high")
+    try:
+        with tf32(precision, torch.device("cpu")):
+            assert now() == "highest"
+        assert now() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+ENCODER = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, initializer_range=0.3)
+ENCODERS = {
+    "bert": lambda v: transformers.BertConfig(vocab_size=v, **ENCODER),
+    "roberta": lambda v: transformers.RobertaConfig(
+        vocab_size=v, pad_token_id=1, max_position_embeddings=600, **ENCODER
+    ),
+    "electra": lambda v: transformers.ElectraConfig(vocab_size=v, embedding_size=32, **ENCODER),
+    "xlnet": lambda v: transformers.XLNetConfig(vocab_size=v, d_model=32, n_layer=2, n_head=4, d_inner=48),
+}
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("name", ENCODERS)
+def test_models_that_are_not_causal_are_refused(name, toy_tokenizer):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(ENCODERS[name](128)).eval()
+    item = dict(doc_index=0, contexts=["one", "one"], continuations=[" two", " six"], gold=0)
+    refused = pytest.raises(ValueError, match=f"this {name} model is no causal language model")
+    with refused:
+        train(model, toy_tokenizer(), [item], TrainConfig(), progress=False)
+    for ask in (rank_choices, generate_answers):
+        with refused:
+            ask(model, toy_tokenizer(), [item], progress=False)
+
+
+def _longrope(toy=128, n=16):
+    torch.manual_seed(0)
+    heads = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    factors = dict(short_factor=[1.0] * 4, long_factor=[4.0] * 4)
+    config = transformers.Phi3Config(
+        vocab_size=toy,
+        hidden_size=32,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        original_max_position_embeddings=n,
+        initializer_range=0.3,
+        rope_scaling=dict(type="longrope", **factors),
+        **heads,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.attack("silent error")
+def test_one_choice_does_not_decide_how_another_is_read(toy_tokenizer):
+    "Longrope turns a whole batch by its longest position; scores are those of each choice alone, and so is the gradient."
+    model, tokenizer = _longrope(), toy_tokenizer()
+    texts = [["abcdefgh"] * 2, ["abcdefghijklmnopqrstuvwxyz"] * 2]
+    ends = [[" yes", " certainly not"], [" no", " perhaps"]]
+    data = [dict(doc_index=i, contexts=texts[i], continuations=ends[i], gold=0) for i in (0, 1)]
+    _, found = rank_choices(model, tokenizer, data, progress=False)
+    assert original_length(model) == 16 and not shares_prompts(model)
+    for item, record in zip(data, found):
+        for context, end, score in zip(item["contexts"], item["continuations"], record["loglikelihood"]):
+            n, ids = len(tokenizer(context).input_ids), tokenizer(context + end, return_tensors="pt").input_ids
+            with torch.no_grad():
+                logp = model(ids[:, :-1]).logits[0, n - 1 :].log_softmax(1).gather(1, ids[0, n:, None])
+            assert score == pytest.approx(logp.sum().item(), abs=1e-3)
+    grads = []
+    for groups in ([[0], [1]], [[0, 1]]):
+        rows = [encode_for("choices", tokenizer, item, share=False)[0] for item in data]
+        batches = [(collate([rows[i] for i in g]), torch.zeros(len(g), dtype=torch.int64)) for g in groups]
+        train_step(model, batches, 2, TrainConfig(precision="float32"))
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        model.zero_grad()
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
+    team = SimpleNamespace(sharded=True)
+    with pytest.raises(ValueError, match="longer than 16 tokens .*longrope"):
+        dora_nb.train.check_lengths(model, rows, team)
+
+
+@pytest.mark.attack("crash")
+def test_a_tokenizer_with_more_tokens_than_the_model(llama, toy_tokenizer):
+    item = dict(doc_index=0, contexts=["one", "one"], continuations=[" two", " six"], gold=0)
+    model = llama(vocab_size=64)
+    for ask in (rank_choices, generate_answers, lambda *a, **how: train(*a, TrainConfig(), **how)):
+        with pytest.raises(ValueError, match=r"gives token id \d+, and the model has 64 embeddings"):
+            ask(model, toy_tokenizer(), [item], progress=False)
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize(
+    "how", [lambda d: d.to_list(), lambda d: d.with_format("torch"), lambda d: d.with_format("numpy")]
+)
+def test_items_as_a_list_or_in_another_format(tiny, how):
+    made = []
+    for data in (items(n=4), how(items(n=4))):
+        model, tokenizer = tiny()
+        (record,) = train(model, tokenizer, data, SHORT, progress=False)
+        made.append((record["loss"], rank_choices(model, tokenizer, data, progress=False)[1]))
+    assert made[0] == made[1] and type(made[1][1][0]["gold"]) is int
