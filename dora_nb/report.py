@@ -44,6 +44,8 @@ from .assets import TESTED
 from dora_nb.compare import (
     ALWAYS,
     COLORS,
+    CONTENT,
+    FROM_FILE,
     LABELS,
     LOOKS,
     METHODS_APART,
@@ -186,6 +188,9 @@ def check_result(
         raise ValueError(f"{where}: the parameter {wrong[0]}={params[wrong[0]]!r} is of the wrong type")
     if wrong := [k for k in ("acc", "n", "seconds") if not number(metrics.get(k))]:
         raise ValueError(f"{where}: metrics.{wrong[0]} is missing, or no number")
+    checksums = result.get("checksums", {})
+    if not isinstance(checksums, dict) or not all(isinstance(v, str) for v in checksums.values()):
+        raise ValueError(f"{where}: checksums are not as a run writes them")
     if training is not None and (
         wrong := [k for k in ("items", "steps", "trainable", "total") if not number(training.get(k))]
     ):
@@ -229,10 +234,11 @@ def strangers(
 ) -> dict[str, str]:  # run → what is wrong
     "Return the runs that were asked other items than most runs with the same parameters, or whose items have other right answers."
     found, asked, of = {}, {}, {}
+    which = ("task", "eval_split", "source", *({"data content"} & set(factors(results))))
     items = {run: frame.doc_index.sort_values().to_numpy().tobytes() for run, frame in predictions.groupby("run")}
     for r in results:
         params = parameters(r)
-        of[r["run"]] = " ".join(str(params.get(k)) for k in ("task", "eval_split", "source"))
+        of[r["run"]] = " ".join(str(params.get(k)) for k in which)
         key = (of[r["run"]], params.get("eval_items"), params["dev_cut"])
         asked.setdefault(key, {})[r["run"]] = items.get(r["run"])
     for (task, *_), runs in asked.items():
@@ -576,8 +582,7 @@ def cost_table(
     "What the runs took: parameters, seconds, tokens a second, peak memory; means over seeds, each training once."
     own = own_trainings(results)
     rows = [
-        r["params"]
-        | {
+        {
             k: (r["training"] or {}).get(k, float("nan"))
             for k in ("trainable", "total", "tokens_per_second", "seconds", "items", "steps")
         }
@@ -1204,6 +1209,7 @@ def _settings(results: list[dict]) -> str:
     shared = [p["allocate"] or "the same everywhere" for p in params if p["method"] in ("lora", "dora")]
     more = [f"format {words('format')}"] if each("format") != ["cloze"] else []
     more += [f"trained together: {'; '.join(mixed)}"] if mixed else []
+    more += [f"ranks {FROM_FILE}"] if FROM_FILE in each("rank") else []
     more += [f"ranks by layer: {', '.join(sorted(set(shared)))}"] if len(set(shared)) > 1 else []
     rates = {}  # (method, rate) → tasks
     for p in params:
@@ -1408,13 +1414,14 @@ def _about(spec: dict, scale: str | None, found: Gathered) -> list[str]:
 # %% ../nbs/15_report.ipynb #ee05155d
 def _others(found: Gathered) -> list[str]:
     "List the results that are kept here and are not of the grid, with what tells each from the grid's nearest run."
-    rows, apart = [], {*MANNER, *LOOKS}
+    rows, contents = [], {f"{kind} content" for kind in CONTENT}
     for r in found.others:
-        own = parameters(r)
-        differ = lambda o: {k: v for k, v in own.items() if k not in apart and v != parameters(o).get(k)}
+        own, version = parameters(r), r["versions"].get("dora_nb", "–")
+        aside = lambda o: {*MANNER, *LOOKS, *(contents if o["versions"].get("dora_nb", "–") != version else ())}
+        differ = lambda o: {k: v for k, v in own.items() if k not in aside(o) and v != parameters(o).get(k)}
         least = min(map(differ, found.results), key=len, default={})
         words = ", ".join(value_label(k, v) for k, v in least.items())
-        metrics, version = r["metrics"], r["versions"].get("dora_nb", "–")
+        metrics = r["metrics"]
         rows.append(
             {
                 "run": r["run"],

@@ -1129,3 +1129,120 @@ def test_a_report_in_a_locale_that_is_not_utf_8(six, tmp_path):
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
     assert "α 32" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+# --- runs whose inputs were named alike and were not the same
+
+
+def asked(method, seed=0, **params):
+    "A run with parameters that are not checked, as its files are not here."
+    made = result(method, seed)
+    return made | dict(run=f"{made['run']}-{params}", params=made["params"] | params)
+
+
+def of_content(result, version="0.2.0", **checksums):
+    "A run that says what its inputs held."
+    name = "-".join([result["run"], version, *checksums.values()])
+    return result | dict(run=name, versions=dict(dora_nb=version), checksums=checksums)
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("kind", ("model", "data", "mixture", "ranks"))
+def test_seeds_of_different_inputs_are_not_averaged(kind):
+    "The same path, and another model at it: a row for each."
+    named = dict(mixture=dict(mixture="boolq,piqa"), ranks=dict(ranks="r.json")).get(kind, {})
+    run = lambda s, digit: of_content(asked("lora", s, **named), **{kind: digit * 64})
+    runs = [run(s, digit) for s, digit in enumerate("aab")]
+    table = accuracies(runs, pd.concat(answers(r["run"], [1, 0]) for r in runs))
+    assert sorted(table.seeds) == [1, 2]
+    assert [f"{kind} content {digit * 6}" in label for digit, label in zip("ab", sorted(table.label))] == [True] * 2
+    same = [run(s, "a") for s in range(3)]
+    assert list(accuracies(same, pd.concat(answers(r["run"], [1, 0]) for r in same)).seeds) == [3]
+
+
+@pytest.mark.attack("silent error")
+def test_only_runs_of_one_model_are_compared():
+    runs = [of_content(result(m, 0), model=digit * 64) for m, digit in (("lora", "a"), ("dora", "b"))]
+    predictions = lambda runs: pd.concat(answers(r["run"], [1, 0]) for r in runs)
+    assert not len(compare(runs, predictions(runs)))
+    both = [of_content(result(m, 0), model=digit * 64) for m in ("base", "lora", "dora") for digit in "ab"]
+    table = compare(both, predictions(both))
+    assert sorted(table["model content"]) == ["a" * 64, "b" * 64] and list(table.seeds) == [1, 1]
+    table = compare(both, predictions(both), {"method": "base"}, {"method": "lora"})
+    assert sorted(table["model content"]) == ["a" * 64, "b" * 64]
+
+
+def test_another_version_s_checksums_are_no_other_model():
+    "It may compute them in another way; that versions are mixed is said already."
+    runs = [of_content(result("lora", s), v, model=v[2] * 64) for s, v in enumerate(("0.1.0", "0.2.0"))]
+    table = accuracies(runs, pd.concat(answers(r["run"], [1, 0]) for r in runs))
+    assert list(table.seeds) == [2] and table.mixed[0] == "dora_nb 0.1.0 and 0.2.0"
+    runs = [of_content(result("lora", task=t, source=s), data=t + s) for t in ("boolq", "piqa") for s in ("hub", "package")]
+    assert "data content" not in factors(runs)
+
+
+@pytest.mark.attack("silent error")
+def test_a_report_of_two_models_under_one_path(six, tmp_path):
+    "Its page has a row for each, and compares each with its own."
+    runs, _ = six
+    for folder in dirs(runs):
+        made = json.loads((folder / RESULT).read_text())
+        made["checksums"] = dict(model=("b" if made["params"]["seed"] == 2 else "a") * 64)
+        (folder / RESULT).write_text(json.dumps(made))
+    collect(runs, tmp_path / "out")
+    page = render(tmp_path / "out").read_text(encoding="utf-8")
+    assert all(f"| {m}, rank 16, model content {c * 6}" in page for m in ("LoRA", "DoRA") for c in "ab")
+    assert len(re.findall("^- BoolQ, model content a{6}: DoRA − LoRA .* 2 seed|^- BoolQ, model content b{6}.* 1 seed", page, re.M)) == 2
+
+
+@pytest.mark.attack("silent error")
+def test_data_that_differ_are_a_row_and_no_damage(six, tmp_path):
+    "Other items of the same task: as many runs have them as not."
+    runs, _ = six
+    for folder in dirs(runs):
+        made, other = json.loads((folder / RESULT).read_text()), "-dora-" in folder.name
+        made["checksums"] = dict(data=("b" if other else "a") * 64)
+        (folder / RESULT).write_text(json.dumps(made))
+        table = pd.read_parquet(folder / PREDICTIONS)
+        table.assign(doc_index=table.doc_index + 5 * other).to_parquet(folder / PREDICTIONS)
+    assert len(collect(runs, tmp_path / "out")) == 6 and not read_report(tmp_path / "out").problems
+    page = render(tmp_path / "out").read_text(encoding="utf-8")
+    assert "| LoRA, rank 16, data content aaaaaa" in page and "item by item" not in page
+
+
+@pytest.mark.attack("hostile input")
+@pytest.mark.parametrize("checksums", ([], {"model": 3}, {"model": None}))
+def test_checksums_that_no_run_wrote_are_named(six, tmp_path, checksums):
+    (runs, grid), folder = six, dirs(six[0])[0]
+    made = json.loads((folder / RESULT).read_text())
+    (folder / RESULT).write_text(json.dumps(made | dict(checksums=checksums)))
+    collect(runs, tmp_path / "out", grid)
+    (problem,) = read_report(tmp_path / "out").problems
+    assert problem.startswith(f"{folder.name}: ") and "checksums" in problem
+
+
+@pytest.mark.attack("silent error")
+def test_a_file_of_ranks_is_named_instead_of_rank_and_alpha(six, tmp_path):
+    runs, _ = six
+    for folder in dirs(runs):
+        made = json.loads((folder / RESULT).read_text())
+        if made["params"]["method"] == "lora":
+            made["params"] |= dict(ranks="a.json", rank=64, alpha=4.0)
+        (folder / RESULT).write_text(json.dumps(made))
+    collect(runs, tmp_path / "out")
+    page = render(tmp_path / "out").read_text(encoding="utf-8")
+    assert "| LoRA, ranks from a file " in page and "| DoRA, rank 16 " in page
+    assert "Training: ranks from a file, " in page and "α 32, from a file," in page
+    assert "rank 64" not in page and "α 4" not in page
+
+
+@pytest.mark.attack("silent error")
+def test_files_of_ranks_are_told_apart():
+    "By their names; and by what holds for the other weights, if that differs alone."
+    label = lambda runs: list(accuracies(runs, pd.concat(answers(r["run"], [1, 0]) for r in runs)).label)
+    each = lambda **by: [
+        asked("lora", **{"ranks": "a.json"} | dict(zip(by, values))) for values in zip(*by.values())
+    ]
+    assert label(each(ranks=["a.json", "b.json"])) == [f"LoRA, ranks from a file, {n}.json" for n in "ab"]
+    assert label(each(rank=[4, 64])) == [f"LoRA, ranks from a file, rank elsewhere {n}" for n in (4, 64)]
+    assert label(each(rank=[4, 64], ranks=["", "a.json"])) == ["LoRA, rank 4", "LoRA, ranks from a file"]
