@@ -1594,7 +1594,7 @@ def reports_in(
     folder: str | Path,  # of reports
 ) -> list[Path]:
     "The reports in a folder, and one folder below them; none in a folder of runs, which may hold the report on them."
-    if any((p.parent / RESULT).exists() or owned(p.parent, "run") for p in Path(folder).glob("*/*")):
+    if any((p / RESULT).exists() or owned(p, "run") for p in Path(folder).glob("*")):
         return []
     return sorted(p.parent for pattern in (f"*/{RESULTS}", f"*/*/{RESULTS}") for p in Path(folder).glob(pattern))
 

@@ -630,7 +630,7 @@ def test_pages_with_a_plain_marker_are_written_over(six, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words",
     (
-        "Our fork. The upstream README says: \"This page is made by `make report`.\"\n",
+        'Our fork. The upstream README says: "This page is made by `make report`."\n',
         "Made from the JSON and parquet files in this folder; and by me.\n",
         "<!-- made by dora-nb report -->\n\nThe line above is quoted.\n",
         "<!-- made by dora-nb report, sha256 0123 -->\n",
@@ -1323,7 +1323,7 @@ def test_a_report_does_not_go_into_a_run_s_folder(six, tmp_path):
 @pytest.mark.attack("silent error")
 def test_a_folder_of_runs_that_holds_a_report_is_one_of_runs(six, tmp_path):
     runs = six[0]
-    shutil.copytree(QUICK, runs / "report")
+    shutil.copytree(QUICK, runs / "report", ignore=shutil.ignore_patterns("*.toml"))
     assert not reports_in(runs)
     with pytest.raises(ValueError, match="holds no reports"):
         check_overview(runs)
