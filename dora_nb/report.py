@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_GEOMETRY', 'ALL_CURVATURE', 'FILES', 'NOTHING', 'KINDS', 'NEEDED', 'PROBED',
-           'PATIENCE', 'MADE', 'MADE_BEFORE', 'PUBLISHED', 'FOOTNOTES', 'PAPER_CORRELATIONS', 'COST_NOTE', 'ONE_WORD',
-           'TEST_NOTE', 'PROVISIONAL_NOTE', 'CHANGE_NOTE', 'CURVATURE_NOTE', 'CERTAIN_NOTE', 'GEOMETRY_NOTE',
-           'MOST_PANELS', 'OVERVIEW', 'Gathered', 'check_result', 'contradictions', 'strangers', 'read_run_files',
-           'collect', 'read_report', 'check_out', 'own_trainings', 'cost_table', 'plot_accuracy', 'sweep', 'plot_sweep',
+           'PATIENCE', 'MADE', 'PUBLISHED', 'FOOTNOTES', 'PAPER_CORRELATIONS', 'COST_NOTE', 'ONE_WORD', 'TEST_NOTE',
+           'PROVISIONAL_NOTE', 'CHANGE_NOTE', 'CURVATURE_NOTE', 'CERTAIN_NOTE', 'GEOMETRY_NOTE', 'MOST_PANELS',
+           'OVERVIEW', 'Gathered', 'id_of', 'check_result', 'contradictions', 'strangers', 'read_run_files', 'collect',
+           'read_report', 'check_out', 'own_trainings', 'cost_table', 'plot_accuracy', 'sweep', 'plot_sweep',
            'sweep_table', 'plot_learning_curves', 'curvature_rows', 'curvature_table', 'plot_sharpness', 'counted',
            'plot_density', 'plot_layers', 'correlation', 'interval', 'partial_rank_correlation', 'geometry_rows',
            'correlations', 'geometry_table', 'geometry_differences', 'plot_geometry', 'stability_table',
@@ -39,11 +39,43 @@ import pandas as pd
 import pyarrow as pa
 from scipy.stats import rankdata
 
+from dora_nb.files import (
+    Lock,
+    check_file,
+    check_replaceable,
+    owned,
+    read_json,
+    read_text,
+    sha256,
+    write_json,
+    write_whole,
+)
+from .files import sweep as remove_leavings
+from .grid import RESULTS, load_grid
+from dora_nb.runs import (
+    CURVATURE,
+    ERROR,
+    GEOMETRY,
+    HISTORY,
+    MANNER,
+    PLACES,
+    PREDICTIONS,
+    RESULT,
+    RunConfig,
+    effective,
+    load,
+    run_name,
+    say,
+)
+
 # %% ../nbs/15_report.ipynb #908830ad
+from . import __version__
 from .assets import TESTED
 from dora_nb.compare import (
     ALWAYS,
     COLORS,
+    CONTENT,
+    FROM_FILE,
     LABELS,
     LOOKS,
     METHODS_APART,
@@ -78,31 +110,6 @@ from dora_nb.compare import (
     task_label,
     value_label,
     verdict,
-)
-from dora_nb.files import (
-    Lock,
-    check_file,
-    check_replaceable,
-    read_json,
-    read_text,
-    sha256,
-    write_json,
-    write_whole,
-)
-from .files import sweep as remove_leavings
-from .grid import RESULTS, load_grid
-from dora_nb.runs import (
-    CURVATURE,
-    ERROR,
-    GEOMETRY,
-    HISTORY,
-    MANNER,
-    PREDICTIONS,
-    RESULT,
-    RunConfig,
-    load,
-    run_name,
-    say,
 )
 
 # %% ../nbs/15_report.ipynb #52a0ccfb
@@ -152,6 +159,17 @@ def _join(
     tables = [pd.concat(each, ignore_index=True) for each in frames]
     return Gathered([r for p in parts for r in p.results], [], *tables, probes)
 
+
+def id_of(
+    params: dict,  # of a run
+    checksums: dict[str, str],  # of its inputs
+    version: str,  # of the package
+) -> str:  # ten hexadecimal digits
+    "Return the identity of a run from its result; no model and no data need be here."
+    config = effective(RunConfig(**params | {"ranks": ""}))  # its file may be gone; what it held is in `checksums`
+    own = {k: v for k, v in vars(config).items() if k not in (*MANNER, *PLACES)}
+    return hashlib.sha256(json.dumps([own, checksums, version], sort_keys=True).encode()).hexdigest()[:10]
+
 # %% ../nbs/15_report.ipynb #76664578
 KINDS = {f.name: (int, type(None)) if f.default is None else type(f.default) for f in dataclasses.fields(RunConfig)}
 NEEDED = {
@@ -186,6 +204,9 @@ def check_result(
         raise ValueError(f"{where}: the parameter {wrong[0]}={params[wrong[0]]!r} is of the wrong type")
     if wrong := [k for k in ("acc", "n", "seconds") if not number(metrics.get(k))]:
         raise ValueError(f"{where}: metrics.{wrong[0]} is missing, or no number")
+    checksums = result.get("checksums", {})
+    if not isinstance(checksums, dict) or not all(isinstance(v, str) for v in checksums.values()):
+        raise ValueError(f"{where}: checksums are not as a run writes them")
     if training is not None and (
         wrong := [k for k in ("items", "steps", "trainable", "total") if not number(training.get(k))]
     ):
@@ -194,6 +215,17 @@ def check_result(
         raise ValueError(f"{where}: machine.{wrong[0]} is missing")
     if wrong := [k for k in ("precision", "eval_precision") if not isinstance(result["precision"].get(k), str)]:
         raise ValueError(f"{where}: precision.{wrong[0]} is missing")
+
+
+def _check_identity(result: dict):
+    "Refuse a result whose parameters are not those that its run was named after, if this version named it: ValueError."
+    if result["versions"].get("dora_nb") == __version__ and "checksums" in result:
+        try:
+            found = id_of(result["params"], result["checksums"], __version__)
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"the params in {RESULT} are of no run: {e}") from None
+        if {found} != {result.get("id"), result["run"].rpartition("-")[2]}:
+            raise ValueError(f"the params or checksums in {RESULT} are not those that the run was made with")
 
 # %% ../nbs/15_report.ipynb #a0bc1e5b
 def contradictions(
@@ -229,10 +261,11 @@ def strangers(
 ) -> dict[str, str]:  # run → what is wrong
     "Return the runs that were asked other items than most runs with the same parameters, or whose items have other right answers."
     found, asked, of = {}, {}, {}
+    which = ("task", "eval_split", "source", *({"data content"} & set(factors(results))))
     items = {run: frame.doc_index.sort_values().to_numpy().tobytes() for run, frame in predictions.groupby("run")}
     for r in results:
         params = parameters(r)
-        of[r["run"]] = " ".join(str(params.get(k)) for k in ("task", "eval_split", "source"))
+        of[r["run"]] = " ".join(str(params.get(k)) for k in which)
         key = (of[r["run"]], params.get("eval_items"), params["dev_cut"])
         asked.setdefault(key, {})[r["run"]] = items.get(r["run"])
     for (task, *_), runs in asked.items():
@@ -293,6 +326,7 @@ def read_run_files(
     folder, run, files = Path(folder), result.get("run"), result.get("files") or {}
     try:
         check_result(result, RESULT)
+        _check_identity(result)
         here = [n for n in (PREDICTIONS, HISTORY, GEOMETRY, CURVATURE) if n in files or (folder / n).exists()]
         if wrong := [n for n in here if n in files and sha256(folder / n) != files[n]]:
             raise ValueError(f"{wrong[0]} is not the file that this run wrote")
@@ -417,6 +451,10 @@ def collect(
         raise ValueError(f"there is no folder {lost[0]}; --known wants that of a report")
     if known and not grid:
         raise ValueError("what other reports hold can be told apart by a grid only; give --grid with --known")
+    if runs.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(
+            f"{out} is in {runs}, the folder of runs; choose a place outside it for the report, with --out"
+        )
     check_out(out)
     loaded = load_grid(grid, scale) if grid else None
     if grid:
@@ -425,22 +463,31 @@ def collect(
     elsewhere = [_read(Path(k)) for k in known if (Path(k) / RESULTS).exists()]
     if not new and not elsewhere and not (out / RESULTS).exists():
         raise ValueError(f"{runs} holds no finished run" + "".join(f"\n  {p}" for p in problems))
+    made = {p.results[0]["run"] for p in new}
+    held = lambda read: read(out) if (out / RESULTS).exists() else NOTHING
+    kept = lambda here: here if grid else _check_kept(here, made, f"{out} holds {{}} runs that are not in {runs}")
+    kept(held(_read))  # a lock is a file too: nothing is left in a folder that is refused
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
-        stored = _stored(out) if (out / RESULTS).exists() else NOTHING
+        stored = kept(held(_stored))
         wanted = {run_name(c) for c in loaded.configs} if grid else None
         return _gather(runs, out, new, [stored, *elsewhere], wanted, problems)
 
 # %% ../nbs/15_report.ipynb #472a047b
+def _check_kept(here: Gathered, made: set[str], words: str) -> Gathered:
+    "Refuse to let go of a report's runs, as nobody has said which grid they are of: ValueError."
+    if lost := {r["run"] for r in here.results} - made:
+        raise ValueError(
+            f"{words.format(len(lost))}; say with --grid which grid it is of, or choose another place with --out"
+        )
+    return here
+
+
 def _gather(
     runs: Path, out: Path, new: list[Gathered], reports: list[Gathered], wanted: set[str] | None, problems: list[str]
 ) -> list[dict]:
     "Put together new runs, what reports hold of the grid, and what else is kept here, the first report's; write it."
     here, made, kept = reports[0], {p.results[0]["run"] for p in new}, []
-    if lost := {r["run"] for r in here.results} - made if wanted is None else ():
-        raise ValueError(
-            f"{out} holds {len(lost)} runs that are not in {runs}; say with --grid which grid it is of, or choose another place with --out"
-        )
     missing = (wanted or made) - made
     for report in reports:
         kept.append(_part(report, missing))
@@ -512,17 +559,12 @@ def _shown(found: Gathered) -> Gathered:
     return own._replace(results=found.results, problems=found.problems, others=found.others)
 
 
-MADE, MADE_BEFORE = (
-    "<!-- made by dora-nb report -->",
-    ("Made from the JSON and parquet files in this folder;", "This page is made by `make report`."),
-)
+MADE = re.compile("<!-- made by dora-nb report(?:, sha256 ([0-9a-f]{16}))? -->")  # the last line of a page
 
 
 def _is_page(path: Path) -> bool:
-    "Return whether a page was made here: by its marker, or, before there was one, by its words."
-    text = read_text(path)
-    lines = text.strip().splitlines() or [""]
-    return MADE in (lines[0], lines[-1]) or any(words in text for words in MADE_BEFORE)
+    "Return whether a page was made here: by its last line."
+    return bool(MADE.fullmatch(read_text(path).strip().rpartition("\n")[2]))
 
 
 def check_out(
@@ -532,6 +574,8 @@ def check_out(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a folder with --out")
+    if owned(out, "run"):
+        raise ValueError(f"{out} is the folder of a run; choose another place for the report with --out")
     if (out / RESULTS).exists():
         read_json(out / RESULTS, ("results",))
     elif not (out / _NEXT / RESULTS).exists():
@@ -576,8 +620,7 @@ def cost_table(
     "What the runs took: parameters, seconds, tokens a second, peak memory; means over seeds, each training once."
     own = own_trainings(results)
     rows = [
-        r["params"]
-        | {
+        {
             k: (r["training"] or {}).get(k, float("nan"))
             for k in ("trainable", "total", "tokens_per_second", "seconds", "items", "steps")
         }
@@ -1204,6 +1247,7 @@ def _settings(results: list[dict]) -> str:
     shared = [p["allocate"] or "the same everywhere" for p in params if p["method"] in ("lora", "dora")]
     more = [f"format {words('format')}"] if each("format") != ["cloze"] else []
     more += [f"trained together: {'; '.join(mixed)}"] if mixed else []
+    more += [f"ranks {FROM_FILE}"] if FROM_FILE in each("rank") else []
     more += [f"ranks by layer: {', '.join(sorted(set(shared)))}"] if len(set(shared)) > 1 else []
     rates = {}  # (method, rate) → tasks
     for p in params:
@@ -1381,6 +1425,23 @@ def experiment(
     return {}, None, None
 
 # %% ../nbs/15_report.ipynb #8046d633
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+
+
+def _write_page(path: Path, text: str):
+    "Write a page, and a last line by which it is known; one that was edited since is kept beside it."
+    if path.exists():
+        body, _, last = read_text(path).strip().rpartition("\n")
+        if (digest := MADE.fullmatch(last)[1]) and digest != _digest(body):
+            names = (f"{path.stem}.edited{f'-{i}' if i > 1 else ''}{path.suffix}" for i in itertools.count(1))
+            kept = next(p for p in map(path.with_name, names) if not p.exists())
+            os.replace(path, kept)
+            say(f"{path} was edited by hand; the edited page is kept as {kept.name}")
+    text = f"{text.strip()}\n\n<!-- made by dora-nb report, sha256 {_digest(text)} -->\n"
+    write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
 def _about(spec: dict, scale: str | None, found: Gathered) -> list[str]:
     "The head of a page: how large, what is claimed, how it is tested."
     trained = [r for r in found.results if r["training"]]
@@ -1408,13 +1469,14 @@ def _about(spec: dict, scale: str | None, found: Gathered) -> list[str]:
 # %% ../nbs/15_report.ipynb #ee05155d
 def _others(found: Gathered) -> list[str]:
     "List the results that are kept here and are not of the grid, with what tells each from the grid's nearest run."
-    rows, apart = [], {*MANNER, *LOOKS}
+    rows, contents = [], {f"{kind} content" for kind in CONTENT}
     for r in found.others:
-        own = parameters(r)
-        differ = lambda o: {k: v for k, v in own.items() if k not in apart and v != parameters(o).get(k)}
+        own, version = parameters(r), r["versions"].get("dora_nb", "–")
+        aside = lambda o: {*MANNER, *LOOKS, *(contents if o["versions"].get("dora_nb", "–") != version else ())}
+        differ = lambda o: {k: v for k, v in own.items() if k not in aside(o) and v != parameters(o).get(k)}
         least = min(map(differ, found.results), key=len, default={})
         words = ", ".join(value_label(k, v) for k, v in least.items())
-        metrics, version = r["metrics"], r["versions"].get("dora_nb", "–")
+        metrics = r["metrics"]
         rows.append(
             {
                 "run": r["run"],
@@ -1449,9 +1511,10 @@ def render(
     _check_there(out)
     check_out(out)
     about = experiment(out)
+    _read(out)  # a lock is a file too: nothing is left in a folder that is refused
     with _alone(out):
         page = _page(out, _shown(_stored(out)), about, title)
-        write_whole(out / "report.md", lambda p: p.write_text("\n".join(page), encoding="utf-8"))
+        _write_page(out / "report.md", "\n".join(page))
     return out / "report.md"
 
 
@@ -1484,7 +1547,7 @@ def _page(out: Path, found: Gathered, about: tuple[dict, Path | None, str | None
         page += _sharpness_section(found)
     page += ["## What was run\n", _settings(found.results), "", "## Cost\n"]
     page += [markdown_table(cost_table(found.results), index=False, disable_numparse=True), "", COST_NOTE]
-    return [*page, *_others(found), "---\n", _source(grid, scale), MADE, ""]
+    return [*page, *_others(found), "---\n", _source(grid, scale)]
 
 # %% ../nbs/15_report.ipynb #11106e1a
 GEOMETRY_NOTE = "ΔM is the mean change of the rows' lengths, ΔD the mean of 1 − cos between a row before and after, per weight. Pearson's correlation as in the paper, over all checkpoints and at the last one; the same with ΔM divided by the length of the rows; then Spearman's partial correlation at the last checkpoint, among weights of a kind and with the length of the rows held constant, averaged over kinds. The third is large for every method, as both sides are then shares of a row's length, and a step of a given size turns and lengthens a short row more; the last takes the length out. Intervals draw weights anew, with all their checkpoints and seeds; seeds are not drawn. A random step turns a row as far in a random direction, a random walk takes AdamW's steps up or down by chance (chapter 15); the medians over weights at the last checkpoint are given. The paper's figures are of VL-BART, six layers and four checkpoints.\n"
@@ -1530,7 +1593,9 @@ def _source(grid: Path | None, scale: str | None) -> str:
 def reports_in(
     folder: str | Path,  # of reports
 ) -> list[Path]:
-    "The reports in a folder, and one folder below them."
+    "The reports in a folder, and one folder below them; none in a folder of runs, which may hold the report on them."
+    if any((p / RESULT).exists() or owned(p, "run") for p in Path(folder).glob("*")):
+        return []
     return sorted(p.parent for pattern in (f"*/{RESULTS}", f"*/*/{RESULTS}") for p in Path(folder).glob(pattern))
 
 # %% ../nbs/15_report.ipynb #0aa2841f
@@ -1566,8 +1631,8 @@ def overview(
         ]
         cells = " | ".join(re.sub(r"(?<!\\)\|", r"\\|", markdown_prose(" ".join(w.split()))) for w in words)
         lines.append((spec.get("number", 99), f"| {cells} |"))
-    text = OVERVIEW + "\n".join(line for _, line in sorted(lines)) + f"\n\n{MADE}\n"
-    write_whole(folder / "README.md", lambda p: p.write_text(text, encoding="utf-8"))
+    text = OVERVIEW + "\n".join(line for _, line in sorted(lines))
+    _write_page(folder / "README.md", text)
     return folder / "README.md"
 
 

@@ -19,7 +19,7 @@ import torch
 from markdown_it import MarkdownIt
 from scipy import stats
 
-from dora_nb import report
+from dora_nb import __version__, report, runs
 from dora_nb.compare import (
     accuracies,
     accuracy_table,
@@ -46,7 +46,7 @@ from dora_nb.compare import (
     verdict,
 )
 from dora_nb.decompose import delta_direction, delta_magnitude
-from dora_nb.files import sha256
+from dora_nb.files import claim, sha256
 from dora_nb.grid import load_grid
 from dora_nb.report import (
     ALL_CURVATURE,
@@ -72,6 +72,7 @@ from dora_nb.report import (
     plot_sweep,
     read_report,
     render,
+    reports_in,
     sharpness_table,
     stability_table,
     sweep,
@@ -609,19 +610,61 @@ def test_an_overview_is_not_written_over_a_readme(six, tmp_path):
             check(root / "reports" / "x")
     assert (root / "README.md").read_text() == FOREIGN
     assert not (root / "reports" / "x" / "README.md").exists()
-    assert overview(root / "reports").read_text(encoding="utf-8").endswith(f"{MADE}\n")
+    assert MADE.search(overview(root / "reports").read_text(encoding="utf-8"))
     overview(root / "reports")  # over its own
 
 
-def test_pages_of_the_first_edition_are_written_over(six, tmp_path):
-    "They have no marker, and are known by their words."
+def test_pages_with_a_plain_marker_are_written_over(six, tmp_path, capsys):
+    "They have no checksum, and count as unedited."
     collect(six[0], tmp_path / "out")
     page = render(tmp_path / "out")
     first = page.read_text(encoding="utf-8")
-    page.write_text(first.replace(f"{MADE}\n", ""), encoding="utf-8")
+    page.write_text("old " + re.sub(", sha256 .*(?= -->)", "", first), encoding="utf-8")
     assert render(tmp_path / "out").read_text(encoding="utf-8") == first
     (tmp_path / "out" / "grid.toml").write_text(SEEDS)  # a user's file beside it disturbs nobody
     render(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.edited*")) and "edited" not in capsys.readouterr().err
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize(
+    "words",
+    (
+        'Our fork. The upstream README says: "This page is made by `make report`."\n',
+        "Made from the JSON and parquet files in this folder; and by me.\n",
+        "<!-- made by dora-nb report -->\n\nThe line above is quoted.\n",
+        "<!-- made by dora-nb report, sha256 0123 -->\n",
+    ),
+)
+def test_a_page_that_quotes_ours_is_not_written_over(six, tmp_path, words):
+    out, root = tmp_path / "reports" / "x", tmp_path / "reports"
+    collect(six[0], out)
+    for path, make in ((out / "report.md", lambda: render(out)), (root / "README.md", lambda: overview(root))):
+        path.write_text(words)
+        with pytest.raises(ValueError, match=f"{path.name} exists, and this command did not write it"):
+            make()
+        assert path.read_text() == words
+
+
+@pytest.mark.attack("data loss")
+def test_an_edited_page_is_kept(six, tmp_path, capsys):
+    "Every time; an untouched one, whatever its line ends, is not."
+    out = tmp_path / "reports" / "x"
+    collect(six[0], out)
+    page = render(out)
+    text = page.read_text(encoding="utf-8")
+    page.write_bytes(text.replace("\n", "\r\n").encode())
+    render(out)
+    assert [p.name for p in out.glob("*.md")] == ["report.md"]
+    for name in ("report.edited.md", "report.edited-2.md"):
+        page.write_text(edited := text.replace("## Cost", f"My note {name}.\n\n## Cost"), encoding="utf-8")
+        assert render(out).read_text(encoding="utf-8") == text
+        assert (out / name).read_text(encoding="utf-8") == edited
+        assert f"report.md was edited by hand; the edited page is kept as {name}" in capsys.readouterr().err
+    readme = overview(out.parent)
+    readme.write_text(edited := "My note.\n" + readme.read_text(encoding="utf-8"), encoding="utf-8")
+    assert "My note" not in overview(out.parent).read_text(encoding="utf-8")
+    assert (out.parent / "README.edited.md").read_text(encoding="utf-8") == edited
 
 
 @pytest.mark.attack("data loss")
@@ -1057,9 +1100,9 @@ def test_a_page_of_hostile_strings(six, tmp_path):
         f'{SEEDS}[report]\ntitle = {spec}\nclaim = {spec}\nverdict = {spec}\ndoubts = [{spec}]\nagainst = "model"\n'
     )
     page = render(out).read_text(encoding="utf-8")
-    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(page.replace(MADE, ""))
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(MADE.sub("", page))
     assert "<script" not in html and not re.search(r"<(b|i|a)>|javascript:f\"", html)
-    assert re.sub("`[^`]*`", "", page).count("<") == page.count(MADE) == 1
+    assert re.sub("`[^`]*`", "", page).count("<") == len(MADE.findall(page)) == 1
     for table in re.findall(r"<table>.*?</table>", html, re.S):
         columns = table.count("<th>") + table.count("<th ")
         assert all(r.count("<td") == columns for r in re.findall(r"<tr>(?:(?!<th).)*?</tr>", table, re.S))
@@ -1067,7 +1110,7 @@ def test_a_page_of_hostile_strings(six, tmp_path):
         p.stat().st_size > 1000 for p in out.glob("*.png")
     )
     text = overview(out.parent).read_text(encoding="utf-8")
-    assert "<" not in text.replace(MADE, "") and "report%20%3Ci%3E/report.md" in text
+    assert "<" not in MADE.sub("", text) and "report%20%3Ci%3E/report.md" in text
 
 
 @pytest.mark.attack("hostile input")
@@ -1129,3 +1172,219 @@ def test_a_report_in_a_locale_that_is_not_utf_8(six, tmp_path):
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
     assert "α 32" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+# --- runs whose inputs were named alike and were not the same
+
+
+def asked(method, seed=0, **params):
+    "A run with parameters that are not checked, as its files are not here."
+    made = result(method, seed)
+    return made | dict(run=f"{made['run']}-{params}", params=made["params"] | params)
+
+
+def of_content(result, version="0.2.0", **checksums):
+    "A run that says what its inputs held."
+    name = "-".join([result["run"], version, *checksums.values()])
+    return result | dict(run=name, versions=dict(dora_nb=version), checksums=checksums)
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("kind", ("model", "data", "mixture", "ranks"))
+def test_seeds_of_different_inputs_are_not_averaged(kind):
+    "The same path, and another model at it: a row for each."
+    named = dict(mixture=dict(mixture="boolq,piqa"), ranks=dict(ranks="r.json")).get(kind, {})
+    run = lambda s, digit: of_content(asked("lora", s, **named), **{kind: digit * 64})
+    runs = [run(s, digit) for s, digit in enumerate("aab")]
+    table = accuracies(runs, pd.concat(answers(r["run"], [1, 0]) for r in runs))
+    assert sorted(table.seeds) == [1, 2]
+    assert [f"{kind} content {digit * 6}" in label for digit, label in zip("ab", sorted(table.label))] == [True] * 2
+    same = [run(s, "a") for s in range(3)]
+    assert list(accuracies(same, pd.concat(answers(r["run"], [1, 0]) for r in same)).seeds) == [3]
+
+
+@pytest.mark.attack("silent error")
+def test_only_runs_of_one_model_are_compared():
+    runs = [of_content(result(m, 0), model=digit * 64) for m, digit in (("lora", "a"), ("dora", "b"))]
+    predictions = lambda runs: pd.concat(answers(r["run"], [1, 0]) for r in runs)
+    assert not len(compare(runs, predictions(runs)))
+    both = [of_content(result(m, 0), model=digit * 64) for m in ("base", "lora", "dora") for digit in "ab"]
+    table = compare(both, predictions(both))
+    assert sorted(table["model content"]) == ["a" * 64, "b" * 64] and list(table.seeds) == [1, 1]
+    table = compare(both, predictions(both), {"method": "base"}, {"method": "lora"})
+    assert sorted(table["model content"]) == ["a" * 64, "b" * 64]
+
+
+def test_another_version_s_checksums_are_no_other_model():
+    "It may compute them in another way; that versions are mixed is said already."
+    runs = [of_content(result("lora", s), v, model=v[2] * 64) for s, v in enumerate(("0.1.0", "0.2.0"))]
+    table = accuracies(runs, pd.concat(answers(r["run"], [1, 0]) for r in runs))
+    assert list(table.seeds) == [2] and table.mixed[0] == "dora_nb 0.1.0 and 0.2.0"
+    runs = [
+        of_content(result("lora", task=t, source=s), data=t + s) for t in ("boolq", "piqa") for s in ("hub", "package")
+    ]
+    assert "data content" not in factors(runs)
+
+
+@pytest.mark.attack("silent error")
+def test_a_report_of_two_models_under_one_path(six, tmp_path):
+    "Its page has a row for each, and compares each with its own."
+    runs, _ = six
+    for folder in dirs(runs):
+        made = json.loads((folder / RESULT).read_text())
+        made["checksums"] = dict(model=("b" if made["params"]["seed"] == 2 else "a") * 64)
+        (folder / RESULT).write_text(json.dumps(made))
+    collect(runs, tmp_path / "out")
+    page = render(tmp_path / "out").read_text(encoding="utf-8")
+    assert all(f"| {m}, rank 16, model content {c * 6}" in page for m in ("LoRA", "DoRA") for c in "ab")
+    assert (
+        len(
+            re.findall(
+                "^- BoolQ, model content a{6}: DoRA − LoRA .* 2 seed|^- BoolQ, model content b{6}.* 1 seed", page, re.M
+            )
+        )
+        == 2
+    )
+
+
+@pytest.mark.attack("silent error")
+def test_data_that_differ_are_a_row_and_no_damage(six, tmp_path):
+    "Other items of the same task: as many runs have them as not."
+    runs, _ = six
+    for folder in dirs(runs):
+        made, other = json.loads((folder / RESULT).read_text()), "-dora-" in folder.name
+        made["checksums"] = dict(data=("b" if other else "a") * 64)
+        (folder / RESULT).write_text(json.dumps(made))
+        table = pd.read_parquet(folder / PREDICTIONS)
+        table.assign(doc_index=table.doc_index + 5 * other).to_parquet(folder / PREDICTIONS)
+    assert len(collect(runs, tmp_path / "out")) == 6 and not read_report(tmp_path / "out").problems
+    page = render(tmp_path / "out").read_text(encoding="utf-8")
+    assert "| LoRA, rank 16, data content aaaaaa" in page and "item by item" not in page
+
+
+@pytest.mark.attack("hostile input")
+@pytest.mark.parametrize("checksums", ([], {"model": 3}, {"model": None}))
+def test_checksums_that_no_run_wrote_are_named(six, tmp_path, checksums):
+    (runs, grid), folder = six, dirs(six[0])[0]
+    made = json.loads((folder / RESULT).read_text())
+    (folder / RESULT).write_text(json.dumps(made | dict(checksums=checksums)))
+    collect(runs, tmp_path / "out", grid)
+    (problem,) = read_report(tmp_path / "out").problems
+    assert problem.startswith(f"{folder.name}: ") and "checksums" in problem
+
+
+@pytest.mark.attack("silent error")
+def test_a_file_of_ranks_is_named_instead_of_rank_and_alpha(six, tmp_path):
+    runs, _ = six
+    for folder in dirs(runs):
+        made = json.loads((folder / RESULT).read_text())
+        if made["params"]["method"] == "lora":
+            made["params"] |= dict(ranks="a.json", rank=64, alpha=4.0)
+        (folder / RESULT).write_text(json.dumps(made))
+    collect(runs, tmp_path / "out")
+    page = render(tmp_path / "out").read_text(encoding="utf-8")
+    assert "| LoRA, ranks from a file " in page and "| DoRA, rank 16 " in page
+    assert "Training: ranks from a file, " in page and "α 32, from a file," in page
+    assert "rank 64" not in page and "α 4" not in page
+
+
+@pytest.mark.attack("silent error")
+def test_files_of_ranks_are_told_apart():
+    "By their names; and by what holds for the other weights, if that differs alone."
+    label = lambda runs: list(accuracies(runs, pd.concat(answers(r["run"], [1, 0]) for r in runs)).label)
+    each = lambda **by: [asked("lora", **{"ranks": "a.json"} | dict(zip(by, values))) for values in zip(*by.values())]
+    assert label(each(ranks=["a.json", "b.json"])) == [f"LoRA, ranks from a file, {n}.json" for n in "ab"]
+    assert label(each(rank=[4, 64])) == [f"LoRA, ranks from a file, rank elsewhere {n}" for n in (4, 64)]
+    assert label(each(rank=[4, 64], ranks=["", "a.json"])) == ["LoRA, rank 4", "LoRA, ranks from a file"]
+
+
+# --- reports and runs in one place
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("place", (".", "report", "a/b", "../runs/report"))
+def test_a_report_does_not_go_into_its_runs(six, tmp_path, place):
+    "The next one would take it for a run, or the runs for a report."
+    runs = six[0]
+    before = sorted(runs.rglob("*"))
+    with pytest.raises(ValueError, match="the folder of runs; choose a place outside it"):
+        collect(runs, runs / place)
+    assert sorted(runs.rglob("*")) == before
+
+
+@pytest.mark.attack("data loss")
+def test_a_report_does_not_go_into_a_run_s_folder(six, tmp_path):
+    claim(tmp_path / "my-run", "run", "x")
+    with pytest.raises(ValueError, match="my-run is the folder of a run; choose another place"):
+        collect(six[0], tmp_path / "my-run")
+    assert [p.name for p in (tmp_path / "my-run").iterdir()] == [".dora-nb.json"]
+
+
+@pytest.mark.attack("silent error")
+def test_a_folder_of_runs_that_holds_a_report_is_one_of_runs(six, tmp_path):
+    runs = six[0]
+    shutil.copytree(QUICK, runs / "report", ignore=shutil.ignore_patterns("*.toml"))
+    assert not reports_in(runs)
+    with pytest.raises(ValueError, match="holds no reports"):
+        check_overview(runs)
+    assert len(collect(runs, tmp_path / "out")) == 6
+    assert reports_in(tmp_path) == [tmp_path / "out", runs / "report"]
+
+
+@pytest.mark.attack("data loss")
+def test_a_refused_report_leaves_no_lock(six, tmp_path, monkeypatch):
+    "In a folder of another program, and in a report of other runs."
+    other, kept = tmp_path / "other", shutil.copytree(QUICK, tmp_path / "kept", ignore=shutil.ignore_patterns(".*"))
+    other.mkdir()
+    (other / RESULTS).write_text('{"results": [3]}')
+    monkeypatch.setattr(report, "PATIENCE", 0.1)
+    before = {p: p.read_bytes() for folder in (other, kept) for p in folder.iterdir()}
+    for make, words in (
+        (lambda: collect(six[0], other), "is damaged"),
+        (lambda: render(other), "is damaged"),
+        (lambda: collect(six[0], kept), "holds 9 runs that are not in"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make()
+    assert {p: p.read_bytes() for folder in (other, kept) for p in folder.iterdir()} == before
+
+
+# --- parameters that a run was not made with
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize(
+    "change",
+    (
+        dict(method="dora"),
+        dict(learning_rate=0.1),
+        dict(seed=7),
+        dict(rank=8.5),
+        dict(twist=2),
+        dict(objective="x"),
+        "checksums",
+        "id",
+    ),
+    ids=str,
+)
+def test_edited_parameters_are_named(tmp_path, monkeypatch, change):
+    "They are part of the run's name; what is no part of it may differ, and so may a file of ranks that is gone."
+    sums = dict(model="a" * 64, data="b" * 64)
+    monkeypatch.setattr(runs, "checksums", lambda _: sums)
+    made = dict(checksums=sums, versions=dict(dora_nb=__version__))
+    for seed in (0, 1):
+        config = RunConfig("boolq", "lora", seed=seed, alpha=32, checkpoint_seconds=5.0)
+        folder = run_dir(tmp_path / "runs", config, [1, 0], **made | dict(id=runs.run_id(config)))
+    assert len(collect(tmp_path / "runs", tmp_path / "out")) == 2 and not read_report(tmp_path / "out").problems
+    found = json.loads((folder / RESULT).read_text())
+    moved = found["params"] | dict(model="elsewhere", processes=2)
+    (folder / RESULT).write_text(json.dumps(found | dict(params=moved)))
+    assert len(collect(tmp_path / "runs", tmp_path / "out")) == 2
+    if isinstance(change, dict):
+        found["params"] |= change
+    else:
+        found |= {"checksums": dict(checksums=sums | dict(model="c" * 64)), "id": dict(id="0123456789")}[change]
+    (folder / RESULT).write_text(json.dumps(found))
+    assert len(collect(tmp_path / "runs", tmp_path / "new")) == 1
+    (problem,) = read_report(tmp_path / "new").problems
+    assert problem.startswith(f"{folder.name}: ") and "make the run again" in problem
