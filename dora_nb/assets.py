@@ -263,7 +263,7 @@ def _listed(names: Sequence[str]) -> str:
 def whole_model(
     folder: Path,  # of the model
     **how,  # further arguments of `from_pretrained`
-) -> transformers.PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     "Load a causal language model: ValueError if its weights are not exactly those that its configuration asks for."
     model, found = transformers.AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **how
