@@ -410,7 +410,8 @@ def adapt(
         raise ValueError(
             f"{coded!r} is quantised ({type(targets[coded].weight).__name__} of {targets[coded].weight.dtype}), and cannot be adapted here; load the model unquantised, and compress it with dora_nb.compress.compress"
         )
-    _warn_of_unreached(model, config)
+    if targets:
+        _warn_of_unreached(model, config)
     learned = [(p, p.requires_grad) for p in model.parameters()]
     try:
         model.requires_grad_(config.method == "full")
