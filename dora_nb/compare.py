@@ -72,7 +72,7 @@ def parameters(
         found |= {f"{k} elsewhere": found.get(k) for k in own} | dict.fromkeys(own, FROM_FILE)
     return found | {f"{k} content": v for k, v in result.get("checksums", {}).items() if k in CONTENT}
 
-
+# %% ../nbs/14_compare.ipynb #fa937335
 def _contents(results: list[dict]) -> list[str]:
     "Return the inputs that runs name alike, and that were not the same. Versions of the package may compute a checksum differently, so each is looked at by itself."
     found = {kind: {} for kind in CONTENT}

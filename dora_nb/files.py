@@ -94,7 +94,7 @@ def _strangers(folder: Path) -> list[str]:
     "List the files of a folder that we did not write."
     return sorted(p.name for p in folder.iterdir() if p.name not in _LOCKS | {MARKER} and not _TEMPORARY.match(p.name))
 
-
+# %% ../nbs/files.ipynb #edcea6b3
 def check_name(
     path: Path,  # where files shall go
 ):

@@ -412,7 +412,7 @@ def start_patiently(
                 ) from e
             say("Ray did not start within its time limit, as the machine is busy; it is tried again")
 
-
+# %% ../nbs/13_grid.ipynb #2b8f1933
 class Ray:
     "Tasks on a Ray cluster, a GPU each where there are any."
 

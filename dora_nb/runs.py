@@ -59,6 +59,8 @@ from dora_nb.adapt import (
 )
 from .assets import load_model
 from .compress import compress, parse_scheme
+
+# %% ../nbs/11_runs.ipynb #200b9543
 from .curvature import check_blocks, probe
 from .decompose import delta_direction, delta_magnitude, row_norm
 from .evaluate import PROTOCOLS, evaluate, format_of
@@ -824,7 +826,7 @@ def check_model(
             f"rank {adapter.at(wrong)[0]} of {wrong!r} is larger than any layer of {config.model} ({widest})"
         )
 
-
+# %% ../nbs/11_runs.ipynb #54d468a9
 def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: Team) -> dict:
     "All of a run but the last word."
     start, device = time.perf_counter(), team.device

@@ -16,7 +16,7 @@ from dora_nb.cli import _check_file, _check_ranks, _is_answers, _is_probe, comme
 from dora_nb.evaluate import PROTOCOLS
 from dora_nb.rank import SCORES
 from dora_nb.runs import RunConfig
-from dora_nb.tasks import SPLITS
+from dora_nb.tasks import DEV_CUTS, SPLITS
 from dora_nb.train import PRECISIONS
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +42,7 @@ def test_names_that_the_parser_repeats_to_spare_an_import():
         protocol=set(PROTOCOLS),
         precision=set(PRECISIONS),
         source=set(SOURCES),
+        dev_cut=set(DEV_CUTS),
     )
     assert all(name in sub("fetch").format_help() for name in ASSETS)
     (score,) = [a.choices for a in sub("ranks")._actions if a.dest == "score"]
