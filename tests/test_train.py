@@ -24,6 +24,7 @@ from dora_nb.train import (
     Diverged,
     Stopped,
     TrainConfig,
+    _sees_masked_tokens,
     _sum_of_bits,
     autocast,
     context_length,
@@ -529,7 +530,7 @@ def test_masks_of_a_model_s_own_are_not_replaced():
             **sizes, num_key_value_heads=4, sliding_window=None, layer_types=["full_attention", "chunked_attention"]
         ),
     ):
-        assert not shares_prompts(transformers.AutoModelForCausalLM.from_config(config))
+        assert _sees_masked_tokens(transformers.AutoModelForCausalLM.from_config(config))
 
 
 @pytest.mark.attack("silent error")
