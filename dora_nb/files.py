@@ -286,7 +286,7 @@ class Lock:
         self.release()
 
     def _abandoned(self) -> bool:
-        "Whether a lock file has not been touched for as long as we have looked, and long enough."
+        "Return whether a lock file has not been touched for as long as we have looked, and long enough."
         if not isinstance(self.lock, SoftFileLock):
             return False  # the system ends its own locks
         try:

@@ -6,7 +6,7 @@
 __all__ = ['ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_GEOMETRY', 'ALL_CURVATURE', 'FILES', 'NOTHING', 'KINDS', 'NEEDED', 'PROBED',
            'PATIENCE', 'MADE', 'PUBLISHED', 'FOOTNOTES', 'PAPER_CORRELATIONS', 'COST_NOTE', 'ONE_WORD', 'TEST_NOTE',
            'PROVISIONAL_NOTE', 'CHANGE_NOTE', 'CURVATURE_NOTE', 'CERTAIN_NOTE', 'GEOMETRY_NOTE', 'MOST_PANELS',
-           'OVERVIEW', 'Gathered', 'id_of', 'check_result', 'contradictions', 'strangers', 'read_run_files', 'collect',
+           'OVERVIEW', 'Gathered', 'check_result', 'contradictions', 'strangers', 'read_run_files', 'collect',
            'read_report', 'check_out', 'own_trainings', 'cost_table', 'plot_accuracy', 'sweep', 'plot_sweep',
            'sweep_table', 'plot_learning_curves', 'curvature_rows', 'curvature_table', 'plot_sharpness', 'counted',
            'plot_density', 'plot_layers', 'correlation', 'interval', 'partial_rank_correlation', 'geometry_rows',
@@ -58,11 +58,10 @@ from dora_nb.runs import (
     GEOMETRY,
     HISTORY,
     MANNER,
-    PLACES,
     PREDICTIONS,
     RESULT,
     RunConfig,
-    effective,
+    id_of,
     load,
     run_name,
     say,
@@ -159,17 +158,6 @@ def _join(
     tables = [pd.concat(each, ignore_index=True) for each in frames]
     return Gathered([r for p in parts for r in p.results], [], *tables, probes)
 
-
-def id_of(
-    params: dict,  # of a run
-    checksums: dict[str, str],  # of its inputs
-    version: str,  # of the package
-) -> str:  # ten hexadecimal digits
-    "Return the identity of a run from its result; no model and no data need be here."
-    config = effective(RunConfig(**params | {"ranks": ""}))  # its file may be gone; what it held is in `checksums`
-    own = {k: v for k, v in vars(config).items() if k not in (*MANNER, *PLACES)}
-    return hashlib.sha256(json.dumps([own, checksums, version], sort_keys=True).encode()).hexdigest()[:10]
-
 # %% ../nbs/15_report.ipynb #76664578
 KINDS = {f.name: (int, type(None)) if f.default is None else type(f.default) for f in dataclasses.fields(RunConfig)}
 NEEDED = {
@@ -221,7 +209,8 @@ def _check_identity(result: dict):
     "Refuse a result whose parameters are not those that its run was named after, if this version named it: ValueError."
     if result["versions"].get("dora_nb") == __version__ and "checksums" in result:
         try:
-            found = id_of(result["params"], result["checksums"], __version__)
+            # the file of ranks may be gone; what it held is in the checksums
+            found = id_of(RunConfig(**result["params"] | {"ranks": ""}), result["checksums"])
         except (TypeError, ValueError) as e:
             raise ValueError(f"the params in {RESULT} are of no run: {e}") from None
         if {found} != {result.get("id"), result["run"].rpartition("-")[2]}:

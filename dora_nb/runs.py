@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RUN_METHODS', 'CHOICES', 'COUNTS', 'IGNORED', 'MANNER', 'PLACES', 'LATER', 'ASKED', 'SCHEMA', 'RESULT', 'HISTORY',
            'PREDICTIONS', 'CURVATURE', 'GEOMETRY', 'RANKS', 'CHECKPOINTS', 'ERROR', 'CALIBRATION', 'LOST', 'RunConfig',
-           'trained_tasks', 'check_params', 'config_from', 'given_parameters', 'effective', 'checksums', 'run_id',
-           'run_name', 'training_id', 'say', 'Damaged', 'check_files', 'read_result', 'load_base', 'check_model', 'run',
-           'ProcessDied', 'ProbeConfig', 'run_probe', 'load']
+           'trained_tasks', 'check_params', 'config_from', 'given_parameters', 'effective', 'checksums', 'id_of',
+           'run_id', 'run_name', 'training_id', 'say', 'Damaged', 'check_files', 'read_result', 'load_base',
+           'check_model', 'run', 'ProcessDied', 'ProbeConfig', 'run_probe', 'load']
 
 # %% ../nbs/11_runs.ipynb #1bcc8cd3
 import contextlib
@@ -372,13 +372,20 @@ PLACES = ("model", "source", "ranks")  # where its inputs are; what they hold is
 LATER = ("compress", "allocate", "mixture", "eval_format", "geometry")  # the first results that were kept lack these
 
 
+def id_of(
+    config: RunConfig,  # a run
+    inputs: dict[str, str],  # as `checksums` gives them
+) -> str:  # ten hexadecimal digits
+    "Return the identity of a run whose inputs are known; no model and no data need be here."
+    params = {k: v for k, v in vars(effective(config)).items() if k not in (*MANNER, *PLACES)}
+    return _digest([params, inputs, dora_nb.__version__])[:10]
+
+
 def run_id(
     config: RunConfig,  # the run
 ) -> str:  # ten hexadecimal digits
     "Return the identity of a run."
-    config = effective(config)
-    params = {k: v for k, v in vars(config).items() if k not in (*MANNER, *PLACES)}
-    return _digest([params, checksums(config), dora_nb.__version__])[:10]
+    return id_of(config, checksums(config))
 
 
 def run_name(

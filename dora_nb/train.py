@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from .adapt import trainable_parameters, whole, whole_tensors
 from . import __version__
-from .files import check_file, check_replaceable, write_whole
+from .files import check_file, check_replaceable, set_aside, write_whole
 from .tasks import Batch, Row, check_items, collate, encode_item, pack
 
 # %% ../nbs/06_train.ipynb #9ae2e7d3
@@ -149,7 +149,7 @@ def context_length(
 
 
 def _sees_masked_tokens(model: nn.Module) -> bool:
-    "Whether a mask with branches would replace a model's own, or parts of it work without a mask."
+    "Return whether a mask with branches would replace a model's own, or parts of it work without a mask."
     config = model.config.get_text_config()
     layers = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ()
     own = getattr(config, "sliding_window", None) or set(layers) - {"full_attention", "global"}
@@ -866,14 +866,6 @@ def _read(path: Path) -> tuple[str, dict, dict[str, Tensor]]:
     return meta["what"], json.loads(meta["facts"]), tensors
 
 
-def _set_aside(path: Path) -> Path:
-    "Rename a damaged file, so that it is neither read again nor lost."
-    new, i = path.with_name(f"damaged-{path.name}"), 1
-    while new.exists():
-        new, i = path.with_name(f"damaged-{i + 1}-{path.name}"), i + 1
-    return path.rename(new)
-
-
 def _holds(tensors: dict[str, Tensor], of: str, what: str) -> bool:
     "Return whether a checkpoint is of the same training, and the model is where it was written: it was stopped, and not loaded anew."
     now = {n.removeprefix("parameter/"): _sum_of_bits(t) for n, t in tensors.items() if n.startswith("parameter/")}
@@ -890,7 +882,7 @@ def _newest(folder: Path | None, what: str) -> Path | None:
             continue
         except (ValueError, KeyError, SafetensorError) as e:
             warnings.warn(
-                f"{path} is damaged ({e}) and is called {_set_aside(path).name} now; the one before it serves",
+                f"{path} is damaged ({e}) and is called {set_aside(path).name} now; the one before it serves",
                 stacklevel=3,
             )
             continue
@@ -1200,7 +1192,7 @@ class Story:
 
 # %% ../nbs/06_train.ipynb #87fa4744
 def _is_history(path: Path) -> bool:
-    "Whether a file is a training's history, or empty."
+    "Return whether a file is a training's history, or empty."
     with open(path, encoding="utf-8") as f:
         return f.read(8) in ("", '{"step":')
 
