@@ -226,10 +226,9 @@ def _check_file(path: str, ours):
 
 def _is_answers(path: Path) -> bool:
     "Return whether a file is empty, or holds what `dora-nb evaluate` wrote."
-    with open(path, encoding="utf-8") as lines:
-        first = lines.readline(1_000_000)
-    record = json.loads(first or "{}")
-    return not first or isinstance(record, dict) and {"doc_index", "gold", "pred"} <= record.keys()
+    from dora_nb.files import read_text
+
+    return all({"doc_index", "gold", "pred"} <= json.loads(line).keys() for line in read_text(path).splitlines())
 
 
 def evaluate_command(args: argparse.Namespace):

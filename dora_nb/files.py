@@ -150,7 +150,7 @@ def check_replaceable(
     path = Path(path)
     try:
         ok = not path.is_symlink() and (not path.exists() or path.is_file() and ours(path))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         ok = False
     if not ok:
         raise ValueError(

@@ -63,6 +63,7 @@ from dora_nb.runs import (
     RunConfig,
     id_of,
     load,
+    names_of,
     run_name,
     say,
 )
@@ -459,8 +460,15 @@ def collect(
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
         stored = kept(held(_stored))
-        wanted = {run_name(c) for c in loaded.configs} if grid else None
-        return _gather(runs, out, new, [stored, *elsewhere], wanted, problems)
+        reports = [stored, *elsewhere]
+        here = [r for part in (*new, *reports) for r in part.results]
+        wanted = set(names_of(loaded.configs, here)) if grid else None
+        results = _gather(runs, out, new, reports, wanted, problems)
+    if grid and loaded.report and not experiment(out)[0]:
+        say(
+            f"the [report] table of {grid} is not shown: a page reads that of a grid.toml in its folder, {out}, or above it"
+        )
+    return results
 
 # %% ../nbs/15_report.ipynb #472a047b
 def _check_kept(here: Gathered, made: set[str], words: str) -> Gathered:

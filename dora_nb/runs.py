@@ -6,7 +6,7 @@
 __all__ = ['RUN_METHODS', 'CHOICES', 'COUNTS', 'IGNORED', 'MANNER', 'PLACES', 'LATER', 'ASKED', 'SCHEMA', 'RESULT', 'HISTORY',
            'PREDICTIONS', 'CURVATURE', 'GEOMETRY', 'RANKS', 'CHECKPOINTS', 'ERROR', 'CALIBRATION', 'LOST', 'RunConfig',
            'trained_tasks', 'check_params', 'config_from', 'given_parameters', 'effective', 'checksums', 'id_of',
-           'run_id', 'run_name', 'training_id', 'say', 'Damaged', 'check_files', 'read_result', 'load_base',
+           'run_id', 'run_name', 'names_of', 'training_id', 'say', 'Damaged', 'check_files', 'read_result', 'load_base',
            'check_model', 'run', 'ProcessDied', 'ProbeConfig', 'run_probe', 'load']
 
 # %% ../nbs/11_runs.ipynb #1bcc8cd3
@@ -388,18 +388,39 @@ def run_id(
     return id_of(config, checksums(config))
 
 
+def _readable(config: RunConfig) -> str:
+    "Return the part of a run's name that a person can read."
+    if config.method == "base":
+        return f"{config.task}-base"
+    rank = f"-r{config.rank}" if config.method != "full" else ""
+    return f"{config.task}-{config.method}{rank}-s{config.seed}"
+
+
 def run_name(
     config: RunConfig,  # the run
 ) -> str:  # for instance winogrande-dora-r16-s0-0f3a9c81d2
-    "A folder name that a person can read and that belongs to one run only."
-    middle = (
-        ""
-        if config.method == "base"
-        else f"-r{config.rank}-s{config.seed}"
-        if config.method != "full"
-        else f"-s{config.seed}"
-    )
-    return f"{config.task}-{config.method}{middle}-{run_id(config)}"
+    "Return a folder name that a person can read and that belongs to one run only."
+    return f"{_readable(config)}-{run_id(config)}"
+
+
+def names_of(
+    configs: Iterable[RunConfig],  # runs
+    made: Iterable[dict],  # results
+) -> list[str]:
+    "Return the names of runs. Where a model is not here, as when runs are reported on another machine, results with the same parameters tell."
+    names, away, made = [], set(), list(made)
+    for config in configs:
+        place = config.model, config.source
+        try:
+            if place not in away:  # the Hub is asked for a model once
+                names.append(run_name(config))
+                continue
+        except assets.FetchError:
+            away.add(place)
+        asked = {k: v for k, v in vars(effective(config)).items() if k not in MANNER}
+        alike = (r["run"] for r in made if all(r["params"].get(k) == v for k, v in asked.items()))
+        names.append(next(alike, f"{_readable(config)}-unknown"))
+    return names
 
 # %% ../nbs/11_runs.ipynb #ae8eb45e
 ASKED = ("eval_split", "eval_items", "protocol", "eval_format", "eval_precision")  # of the trained model
@@ -1078,17 +1099,24 @@ def run_probe(
     return result
 
 # %% ../nbs/11_runs.ipynb #533b1295
+def _results_in(folder: Path, names: list[str]) -> Iterable[dict]:
+    "Read what the runs in a folder say they are, unchecked."
+    for name in names:
+        with contextlib.suppress(OSError, ValueError):
+            result = read_json(folder / name / RESULT, ["run", "params"])
+            if isinstance(result["params"], dict):
+                yield result
+
+
 def load(
     folder: str | Path,  # holds a folder per run
     configs: Sequence[RunConfig] | None = None,  # the runs to read; all that are there if None
 ) -> tuple[list[dict], list[str]]:  # results, sorted by folder; and what is missing or broken, in words
-    "The runs in a folder."
+    "Read the runs in a folder."
     results, problems, folder = [], [], Path(folder)
-    names = (
-        [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
-        if configs is None
-        else map(run_name, configs)
-    )
+    names = [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")] if folder.is_dir() else []
+    if configs is not None:
+        names = names_of(configs, _results_in(folder, names))
     for name in sorted(names):
         try:
             results.append(read_result(folder / name, None if configs is None else name) | {"folder": name})

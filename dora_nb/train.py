@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from .adapt import trainable_parameters, whole, whole_tensors
 from . import __version__
-from .files import check_file, check_replaceable, set_aside, write_whole
+from .files import check_file, check_replaceable, read_text, set_aside, write_whole
 from .tasks import Batch, Row, check_items, collate, encode_item, pack
 
 # %% ../nbs/06_train.ipynb #9ae2e7d3
@@ -1193,8 +1193,10 @@ class Story:
 # %% ../nbs/06_train.ipynb #87fa4744
 def _is_history(path: Path) -> bool:
     "Return whether a file is a training's history, or empty."
-    with open(path, encoding="utf-8") as f:
-        return f.read(8) in ("", '{"step":')
+    lines = read_text(path).splitlines()
+    if lines and lines[-1].startswith('{"step":') and not lines[-1].endswith("}"):
+        lines.pop()  # a training was killed while it wrote this one
+    return all({"step", "loss", "learning_rate"} <= json.loads(line).keys() for line in lines)
 
 
 def train(

@@ -461,3 +461,14 @@ def test_the_first_edition_s_dev_can_be_asked(tiny_model_dir, tmp_path):
         assert main([*command, "--model", str(tiny_model_dir), "--out", str(tmp_path / cut)]) == 0
         found[cut] = [json.loads(line)["doc_index"] for line in (tmp_path / cut).read_text().splitlines()]
     assert found["twins"] != found["items"] and len(found["items"]) == 5
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("more", ["my notes", '{"doc_index": 1}', "[1]", "3"])
+def test_notes_below_our_answers_are_somebody_s(tmp_path, more):
+    ours = '{"doc_index": 0, "gold": 1, "pred": 1}\n'
+    (tmp_path / "a.jsonl").write_text(ours * 2)
+    _check_file(str(tmp_path / "a.jsonl"), _is_answers)
+    (tmp_path / "a.jsonl").write_text(ours + more)
+    with pytest.raises(ValueError, match="this command did not write it"):
+        _check_file(str(tmp_path / "a.jsonl"), _is_answers)

@@ -880,3 +880,19 @@ def test_ray_is_given_another_chance(capsys):
         start_patiently(lambda: (_ for _ in ()).throw(next(never)))
     with pytest.raises(OSError, match="another reason"):
         start_patiently(lambda: (_ for _ in ()).throw(OSError("another reason")))
+
+
+@pytest.mark.attack("crash")
+def test_runs_are_found_where_their_model_is_not(made, tmp_path, monkeypatch):
+    "Runs that were made elsewhere are told by their parameters; those that were not made are missing by name."
+    from dora_nb import assets
+
+    config, folder = made
+    copied(folder, tmp_path / folder.name)
+
+    def away(name, source):
+        raise assets.FetchError(f"{name} is not here")
+
+    monkeypatch.setattr("dora_nb.assets.model_digest", away)
+    results, problems = load(tmp_path, [config, RunConfig(**vars(config) | dict(seed=5))])
+    assert [r["run"] for r in results] == [folder.name] and "winogrande-lora-r2-s5-unknown: not finished" in problems[0]
