@@ -201,7 +201,7 @@ PLAIN |= dict(early_stopping=False, min_length=0, return_dict_in_generate=False)
 
 
 @contextlib.contextmanager
-def _set_aside(model: nn.Module):
+def _plain_generation(model: nn.Module):
     "While this lasts, `model` has no generation_config of its own: `generate` takes from it what it is not told."
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
@@ -263,7 +263,7 @@ def generate_answers(
             batch = _padded([prompts[i] for i in group], pad, model.device)
             nans = _NaNs(len(group))
             options = dict(max_new_tokens=max_new_tokens, logits_processor=[nans], **ends)
-            with _set_aside(model):
+            with _plain_generation(model):
                 written = _write(model, batch, num_beams, **options)
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             outputs |= {i: None if bad else text for i, bad, text in zip(group, nans.found.tolist(), texts)}
