@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
+from dora_nb.files import claim
 from dora_nb.grid import Incomplete, Local, load_grid, make_elsewhere, put_files, run_grid, start_patiently
 from dora_nb.runs import CHECKPOINTS, ERROR, HISTORY, PREDICTIONS, RESULT, SCHEMA, RunConfig, load, run_name
 
@@ -283,7 +285,7 @@ def test_a_result_that_is_none(grid, tmp_path):
     "It is no result, it is put aside, and the run is made."
     file = grid(items=8, method='["lora"]')
     run_dir = tmp_path / "runs" / "tiny" / run_name(load_grid(file).configs[0])
-    run_dir.mkdir(parents=True)
+    claim(run_dir, "run", run_dir.name)
     for content in ("", '{"schema": 1', "[]", '{"schema": 99}'):
         (run_dir / RESULT).write_text(content)
         results, problems = load(run_dir.parent)
@@ -394,13 +396,15 @@ def test_parameters_are_data(grid, tmp_path, monkeypatch):
     "A hostile string in a grid file stays a string all the way to the kernel."
     hostile = "x'); open('pwned', 'w') #\"\"\" {0} $(touch pwned) `touch pwned`"
     text = grid(items=8, method='["base"]').read_text().splitlines()
-    text = [f"model = {json.dumps(hostile)}" if line.startswith("model") else line for line in text]
+    (line,) = [line for line in text if line.startswith("model")]
+    model = shutil.copytree(tomllib.loads(line)["model"], tmp_path / "models" / hostile)
+    text = [f"model = {json.dumps(str(model))}" if each == line else each for each in text]
     (tmp_path / "grid.toml").write_text("\n".join(text))
     body = "(Path(run_dir) / 'model').write_text(model)\nraise SystemExit"
     monkeypatch.setattr("dora_nb.grid.notebook", lambda name: fake(tmp_path, body))
     with pytest.raises(Incomplete):
         run_grid(tmp_path / "grid.toml", tmp_path / "runs")
-    assert next((tmp_path / "runs").rglob("model")).read_text() == hostile
+    assert next((tmp_path / "runs").rglob("model")).read_text() == str(model)
     assert not list(Path.cwd().glob("pwned")) and not list(tmp_path.rglob("pwned"))
 
 

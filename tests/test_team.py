@@ -83,8 +83,9 @@ def test_two_processes_are_as_one(two, one, way, kind):
         assert theirs["doc_index"] == mine["doc_index"]
     (last,) = (two / f"{way}-{kind}" / "checkpoints").iterdir()
     state = load_file(last)
-    for name, p in params.items():
-        torch.testing.assert_close(state[f"parameter/{name}"], p, atol=1e-5, rtol=0)
+    for name, p in params.items():  # where a gradient is nearly 0, Adam makes a part of a step (1e-3) of its rounding error
+        difference = (state[f"parameter/{name}"] - p).abs()
+        assert difference.max() < 1e-4 and difference.square().mean().sqrt() < 1e-7, name
 
 
 @pytest.mark.parametrize("kind", KINDS)
