@@ -4,7 +4,7 @@ import configparser
 import shlex
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 ini = configparser.ConfigParser(delimiters=["="])
@@ -27,9 +27,9 @@ setup(
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={"runs": runs, "ray": runs + ray, "compress": compress, "dev": runs + ray + dev},
     # The papermill notebooks travel inside the package, so that `dora-nb run` works from a wheel too.
-    packages=["dora_nb", "dora_nb.notebooks"],
+    packages=[*find_packages(include=["dora_nb*"]), "dora_nb.notebooks"],
     package_dir={"dora_nb.notebooks": "nbs/runs"},
-    package_data={"dora_nb.notebooks": ["*.ipynb"]},
+    package_data={"dora_nb": ["py.typed"], "dora_nb.notebooks": ["*.ipynb"]},
     entry_points={"console_scripts": shlex.split(cfg["console_scripts"])},
     zip_safe=False,
 )

@@ -1,1 +1,36 @@
+"""DoRA and LoRA for transformers' models: adapt, train, evaluate, probe, merge.
+
+The names below are imported when they are first used, so `import dora_nb` is quick. Everything else is in the parts
+of the package: layers, data, models, training, curvature, runs and results.
+"""
+
+import importlib
+
 __version__ = "0.2.0"
+
+_PUBLIC = {
+    "layers.linear": ("DoRALinear", "LoRALinear"),
+    "data.assets": ("load_model",),
+    "data.tasks": ("check_items", "load_task"),
+    "models.methods": ("AdapterConfig",),
+    "models.adapt": ("adapt", "count_parameters", "merge", "remove_adapter", "trainable_parameters", "unmerge"),
+    "models.adapter_files": ("load_adapter", "save_adapter"),
+    "models.compress": ("compress",),
+    "training.config": ("TrainConfig",),
+    "training.train": ("train",),
+    "training.evaluate": ("evaluate",),
+    "curvature.probe": ("probe",),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

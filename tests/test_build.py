@@ -22,7 +22,7 @@ def dist(tmp_path_factory):
 def test_wheel(dist, tmp_path):
     (wheel,) = dist.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {f"dora_nb/{p.name}" for p in (ROOT / "dora_nb").glob("*.py")} <= names
+    assert {p.relative_to(ROOT).as_posix() for p in (ROOT / "dora_nb").rglob("*.py")} | {"dora_nb/py.typed"} <= names
     assert {"dora_nb/notebooks/finetune.ipynb", "dora_nb/notebooks/report.ipynb"} <= names
     assert not [n for n in names if n.startswith(("tests", "nbs", "reports"))]
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
@@ -32,7 +32,7 @@ def test_wheel(dist, tmp_path):
     ]
 
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path, wheel], check=True)
-    code = "import dora_nb, dora_nb.adapt; from dora_nb.grid import notebook; print(dora_nb.__file__, notebook('finetune'))"
+    code = "import dora_nb; from dora_nb import adapt; from dora_nb.runs.jobs import notebook; print(dora_nb.__file__, notebook('finetune'))"
     said = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -49,7 +49,7 @@ def test_sdist_builds_again(dist, tmp_path):
     with tarfile.open(sdist) as t:
         names = {n.split("/", 1)[-1] for n in t.getnames()}
         t.extractall(tmp_path, filter="data")
-    assert {"settings.ini", "setup.py", "LICENSE", "README.md", "constraints.txt", "nbs/00_decompose.ipynb"} <= names
+    assert {"settings.ini", "setup.py", "LICENSE", "README.md", "constraints.txt", "nbs/1_layers/00_decompose.ipynb"} <= names
     (folder,) = tmp_path.iterdir()
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "again", folder],
