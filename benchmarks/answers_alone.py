@@ -7,8 +7,8 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from dora_nb.evaluate import wilson
-from dora_nb.tasks import load_task
+from dora_nb.data.tasks import load_task
+from dora_nb.training.evaluate import wilson
 
 TASKS = ("social_iqa", "hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa")  # whose choices are texts
 

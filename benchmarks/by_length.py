@@ -5,8 +5,8 @@ import argparse
 import numpy as np
 import pandas as pd
 
-from dora_nb.report import read_report
-from dora_nb.tasks import load_task
+from dora_nb.data.tasks import load_task
+from dora_nb.results.stored import read_report
 
 
 def main():

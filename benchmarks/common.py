@@ -41,7 +41,8 @@ def shape_of(name=""):
 
 def ours(model, method, rank, **options):
     "Our adapter on `model`, away from its start."
-    from dora_nb.adapt import AdapterConfig, adapt
+    from dora_nb.models.adapt import adapt
+    from dora_nb.models.methods import AdapterConfig
 
     return shaken(adapt(model, AdapterConfig(method, rank=rank, alpha=2 * rank, target_modules=TARGETS, **options)))
 
@@ -96,7 +97,9 @@ def peak_bytes(f):
 def alone(f, *args):
     "What a call returns in a process of its own: one that did other work has memory to use again, which no peak shows."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft", "transformers", "dora_nb.adapt"])  # imported once and not for every call
+    context.set_forkserver_preload(
+        ["peft", "transformers", "dora_nb.models.adapt"]
+    )  # imported once and not for every call
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(f, *args).result()
 

@@ -7,13 +7,17 @@ from common import DEVICE, alone, arguments, finish, interleave, peak_bytes, rat
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
 
-from dora_nb.adapt import AdapterConfig, adapt, trainable_parameters
-from dora_nb.assets import load_model
-from dora_nb.curvature import Operator, Part, ggnvp, gradients, hvp, loss_parts, probing, top_eigenpairs
-from dora_nb.dora import DoRALinear
-from dora_nb.lora import LoRALinear
-from dora_nb.tasks import encode_item, load_task
-from dora_nb.train import choice_scores, make_batch
+from dora_nb.curvature.lanczos import top_eigenpairs
+from dora_nb.curvature.operators import Operator, Part, ggnvp, gradients, hvp
+from dora_nb.curvature.probe import loss_parts, probing
+from dora_nb.data.assets import load_model
+from dora_nb.data.rows import encode_item
+from dora_nb.data.tasks import load_task
+from dora_nb.layers.linear import DoRALinear, LoRALinear
+from dora_nb.models.adapt import adapt, trainable_parameters
+from dora_nb.models.methods import AdapterConfig
+from dora_nb.training.batches import make_batch
+from dora_nb.training.objectives import choice_scores
 
 TARGETS = ("q_proj", "v_proj")
 

@@ -8,9 +8,9 @@ from common import DEVICE, arguments, finish, ratio, seconds
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from dora_nb.assets import load_model
-from dora_nb.evaluate import rank_choices
-from dora_nb.tasks import load_task
+from dora_nb.data.assets import load_model
+from dora_nb.data.tasks import load_task
+from dora_nb.training.evaluate import rank_choices
 
 SIZES = (8, 32)  # rows a batch of lm-eval's
 

@@ -7,11 +7,15 @@ import torch
 from common import DEVICE, arguments, finish
 from scipy.stats import spearmanr
 
-from dora_nb.adapt import AdapterConfig, adapt, adapter_layers, trainable_parameters
-from dora_nb.assets import load_model
-from dora_nb.curvature import canonical, ggnvp, item_parts, probing, update_metrics
-from dora_nb.tasks import load_task
-from dora_nb.train import TrainConfig, train
+from dora_nb.curvature.kronecker import canonical, update_metrics
+from dora_nb.curvature.operators import ggnvp
+from dora_nb.curvature.probe import item_parts, probing
+from dora_nb.data.assets import load_model
+from dora_nb.data.tasks import load_task
+from dora_nb.models.adapt import adapt, adapter_layers, trainable_parameters
+from dora_nb.models.methods import AdapterConfig
+from dora_nb.training.config import TrainConfig
+from dora_nb.training.train import train
 
 
 def worth(parts, layer, name, metric):

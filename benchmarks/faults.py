@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from common import arguments, finish
 from safetensors.torch import load_file
 
-from dora_nb.grid import load_grid
-from dora_nb.runs import HISTORY, PREDICTIONS, RESULT, load, run_name
+from dora_nb.runs.folder import HISTORY, PREDICTIONS, RESULT, load
+from dora_nb.runs.grid import load_grid
+from dora_nb.runs.identity import run_name
 
 GRID = """
 name = "faults"
@@ -39,14 +40,14 @@ FAULTS = ("SIGKILL, launcher", "SIGKILL, papermill", "SIGKILL, kernel", "Ctrl-C,
 
 def launch(file, out, workers):
     "The command a user gives."
-    code = "import sys; from dora_nb.cli import main; sys.exit(main())"
+    code = "import sys; from dora_nb.command.main import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "run", file, "--out", out, "--workers", workers]
     return subprocess.Popen(list(map(str, command)), start_new_session=True)
 
 
 def targets(launcher):
     "The launcher, the papermill processes that it started, and their kernels."
-    papermill = [p for p in psutil.Process(launcher.pid).children() if "dora_nb.execute" in " ".join(p.cmdline())]
+    papermill = [p for p in psutil.Process(launcher.pid).children() if "dora_nb.runs.execute" in " ".join(p.cmdline())]
     kernels = [k for p in papermill for k in p.children()]
     return {"launcher": [psutil.Process(launcher.pid)], "papermill": papermill, "kernel": kernels}
 

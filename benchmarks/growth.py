@@ -7,7 +7,7 @@ from common import DEVICE, DTYPES, arguments, finish, interleave, ratio, shaken
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from dora_nb.dora import DoRALinear
+from dora_nb.layers.linear import DoRALinear
 
 # one thing varies at a time; (tokens, rank, width)
 SERIES = {

@@ -35,7 +35,7 @@ def filled(model, batch, length, width, dtype):
 
 def extra_bytes(model, x):
     "What a first call leaves on the adapters, beyond their parameters."
-    from dora_nb.adapt import adapter_layers
+    from dora_nb.models.adapt import adapter_layers
 
     call(model, x, None)
     layers = [m for m in adapter_layers(model).values() if hasattr(m, "_scale")]

@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from common import DEVICE, arguments, machine
 
-from dora_nb.adapt import AdapterConfig, adapt, adapter_layers, remove_adapter, trainable_parameters
-from dora_nb.assets import load_model
-from dora_nb.curvature import gradients, item_parts, kfac, probing, update_metrics
-from dora_nb.evaluate import evaluate
-from dora_nb.rank import (
+from dora_nb.curvature.kronecker import kfac, update_metrics
+from dora_nb.curvature.operators import gradients
+from dora_nb.curvature.probe import item_parts, probing
+from dora_nb.curvature.rank import (
     allocate,
     close_gates,
     component_costs,
@@ -22,17 +21,15 @@ from dora_nb.rank import (
     shuffled,
     truncate,
 )
-from dora_nb.tasks import load_task
-from dora_nb.train import (
-    TrainConfig,
-    autocast,
-    choice_logprobs,
-    context_length,
-    encode_items,
-    make_batch,
-    micro_batches,
-    train,
-)
+from dora_nb.data.assets import load_model
+from dora_nb.data.tasks import load_task
+from dora_nb.models.adapt import adapt, adapter_layers, remove_adapter, trainable_parameters
+from dora_nb.models.methods import AdapterConfig
+from dora_nb.models.scoring import choice_logprobs, context_length
+from dora_nb.training.batches import encode_items, make_batch, micro_batches
+from dora_nb.training.config import TrainConfig, autocast
+from dora_nb.training.evaluate import evaluate
+from dora_nb.training.train import train
 
 TARGETS = ("q_proj", "v_proj")
 WIDE, NARROW = 8, 2

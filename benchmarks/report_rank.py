@@ -13,7 +13,8 @@ from factors import off
 from rank import CUTS, NARROW, WIDE
 from scipy import stats
 
-from dora_nb.compare import TASK_LABELS, mean_interval
+from dora_nb.results.accuracy import mean_interval
+from dora_nb.results.labels import TASK_LABELS
 
 HERE = Path(__file__).parent.parent / "reports" / "rank"
 WORDS = {

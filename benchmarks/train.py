@@ -11,10 +11,13 @@ from common import DEVICE, TARGETS, arguments, finish, ratio, seconds
 from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
-from dora_nb.adapt import AdapterConfig, adapt
-from dora_nb.assets import load_model
-from dora_nb.tasks import encode_pair, load_task
-from dora_nb.train import TrainConfig, train
+from dora_nb.data.assets import load_model
+from dora_nb.data.rows import encode_pair
+from dora_nb.data.tasks import load_task
+from dora_nb.models.adapt import adapt
+from dora_nb.models.methods import AdapterConfig
+from dora_nb.training.config import TrainConfig
+from dora_nb.training.train import train
 
 RANK, RATE = 16, 1e-3
 

@@ -7,7 +7,7 @@ __all__ = ['MARKER', 'STALE', 'BEAT', 'HERE', 'write_whole', 'write_json', 'swee
            'check_claim', 'claim', 'check_replaceable', 'check_writable', 'check_file', 'read_text', 'read_json',
            'sha256', 'Lock', 'start_code', 'python_command', 'child_environment']
 
-# %% ../nbs/files.ipynb #f1911c7f
+# %% ../nbs/files.ipynb #bda4c479
 import contextlib
 import functools
 import hashlib
@@ -309,14 +309,14 @@ runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
 
 
 def start_code(
-    module: str,  # to be run, for instance dora_nb.execute
+    module: str,  # to be run, for instance dora_nb.runs.execute
 ) -> str:  # Python code
     "Return the code that runs a module as a program, with this very package loaded."
     return _START.format(init=str(HERE / "__init__.py"), here=str(HERE), module=module)
 
 
 def python_command(
-    module: str,  # to be run, for instance dora_nb.execute
+    module: str,  # to be run, for instance dora_nb.runs.execute
     *arguments: str,  # of it
 ) -> list[str]:
     "Return the command that runs a module in a process of its own, with this very package loaded."

@@ -14,8 +14,8 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dora_nb.adapt import adapter_layers
-from dora_nb.assets import load_model
+from dora_nb.data.assets import load_model
+from dora_nb.models.adapt import adapter_layers
 
 
 def pytest_collection_modifyitems(items):

@@ -78,8 +78,8 @@ eval_split = ["validation", "dev"]
 
 
 def test_a_slice_and_what_it_brings_back(tmp_path, tiny_model_dir):
-    from dora_nb.assets import cache_dir
-    from dora_nb.runs import load
+    from dora_nb.data.cache import cache_dir
+    from dora_nb.runs.folder import load
 
     (tmp_path / "stage").mkdir()
     (tmp_path / "stage" / "cache").symlink_to(cache_dir().resolve())

@@ -49,7 +49,14 @@ def test_sdist_builds_again(dist, tmp_path):
     with tarfile.open(sdist) as t:
         names = {n.split("/", 1)[-1] for n in t.getnames()}
         t.extractall(tmp_path, filter="data")
-    assert {"settings.ini", "setup.py", "LICENSE", "README.md", "constraints.txt", "nbs/1_layers/00_decompose.ipynb"} <= names
+    assert {
+        "settings.ini",
+        "setup.py",
+        "LICENSE",
+        "README.md",
+        "constraints.txt",
+        "nbs/1_layers/00_decompose.ipynb",
+    } <= names
     (folder,) = tmp_path.iterdir()
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "again", folder],

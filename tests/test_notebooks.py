@@ -14,7 +14,5 @@ BOOK = sorted([*(ROOT / "nbs").glob("[0-9]*/*.ipynb"), *(ROOT / "nbs").glob("*.i
 @pytest.mark.parametrize("path", BOOK, ids=lambda p: p.stem)
 def test_chapter(path):
     command = [Path(sys.executable).parent / "nbdev_test", "--path", path, "--n_workers", "0", "--do_print"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"MPLBACKEND": "Agg"}
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"MPLBACKEND": "Agg"})
     assert done.returncode == 0, done.stderr[-4000:]

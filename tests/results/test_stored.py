@@ -1,0 +1,95 @@
+"What was measured stays what it was: every stored report, from its files as the first edition left them."
+
+import json
+import shutil
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from dora_nb.results import page as chapter
+from dora_nb.results.overview import check_overview, overview, reports_in
+from dora_nb.results.page import render
+from dora_nb.results.stored import ALL_GEOMETRY, FILES, MADE, read_report
+from dora_nb.runs.grid import RESULTS
+
+REPORTS = Path(__file__).parents[2] / "reports"
+STORED = reports_in(REPORTS)
+
+
+def first_edition(folder, to):
+    "Copy a report's data without the pages, and without what the first edition did not write."
+    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.md", "*.png", ".*"))
+    for grid in folder.parent.glob("*.toml"):
+        shutil.copy(grid, to.parent)
+    about = json.loads((to / RESULTS).read_text(encoding="utf-8"))
+    kept = {k: v for k, v in about.items() if k in ("results", "problems")}
+    (to / RESULTS).write_text(json.dumps(kept, indent=2), encoding="utf-8")
+    return to
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda p: str(p.relative_to(REPORTS)))
+def test_a_stored_report_keeps_its_numbers(tmp_path, folder, monkeypatch):
+    "The committed page, word for word, from the data alone; figures are compared elsewhere."
+    drawn = set()
+    for name in [n for n in vars(chapter) if n.startswith("plot_")]:
+        monkeypatch.setattr(chapter, name, lambda *_: None)
+    monkeypatch.setattr(chapter, "_savefig", lambda _, path: drawn.add(path.name))
+    made = first_edition(folder, tmp_path / folder.relative_to(REPORTS))
+    page = render(made).read_text(encoding="utf-8")
+    assert page == (folder / "report.md").read_text(encoding="utf-8"), f"run `dora-nb report reports/{made.name}`"
+    assert MADE.fullmatch(page.splitlines()[-1])[1] and drawn == {p.name for p in folder.glob("*.png")}
+
+
+SMALL = ("quick", "sizes/medium", "geometry/medium")  # every kind of figure is among theirs
+NAMES = [str(p.relative_to(REPORTS)) for p in STORED]
+
+
+@pytest.mark.parametrize("name", [n if n in SMALL else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+def test_a_stored_report_keeps_its_figures(tmp_path, name):
+    "As they are committed, from the data alone."
+    made = first_edition(REPORTS / name, tmp_path / name)
+    render(made)
+    for path in made.glob("*.png"):
+        new, old = (plt.imread(p).astype(float) for p in (path, REPORTS / name / path.name))
+        assert new.shape == old.shape and abs(new - old).mean() < 0.01, (
+            f"{path.name}: run `dora-nb report reports/{name}`"
+        )
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda p: str(p.relative_to(REPORTS)))
+def test_a_stored_report_s_files_belong_together(folder):
+    files = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["files"]
+    assert set(files) == {name for name in FILES if (folder / name).exists()}
+    found = read_report(folder)
+    assert set(found.predictions.run) == {r["run"] for r in found.results} and not found.others
+
+
+def test_the_committed_overview_is_what_the_code_makes(tmp_path):
+    shutil.copytree(REPORTS, tmp_path / "reports", ignore=shutil.ignore_patterns("*.parquet", "*.png"))
+    check_overview(tmp_path / "reports")
+    made = overview(tmp_path / "reports").read_text(encoding="utf-8")
+    assert made == (REPORTS / "README.md").read_text(encoding="utf-8"), "run `make report`"
+
+
+@pytest.mark.attack("crash")
+def test_the_report_notebook_shows_a_stored_report(tmp_path):
+    "One with ΔM and ΔD, and with probes."
+    import papermill
+
+    from dora_nb.runs.jobs import notebook
+
+    made = first_edition(REPORTS / "quick", tmp_path / "quick")
+    moved = [
+        dict(run=r["run"], step=r["training"]["steps"], steps=r["training"]["steps"], inputs=576, weight=f"{i}.q_proj")
+        | dict(delta_m=0.01 + 0.001 * i, delta_d=1e-4 * (1 + i % 3), m0=4.0)
+        for r in read_report(made).results
+        if r["training"]
+        for i in range(6)
+    ]
+    pd.DataFrame(moved).to_parquet(made / ALL_GEOMETRY)
+    given = dict(runs_dir=None, out=str(made))
+    nb = papermill.execute_notebook(notebook("report"), None, given, progress_bar=False, log_output=False)
+    text = json.dumps(nb.cells, ensure_ascii=False)
+    assert "ΔM / row length" in text and "GGN: λmax" in text and (made / "geometry.png").exists()

@@ -1,0 +1,112 @@
+"""The same items through lm-evaluation-harness itself: its tasks, its templates, its scoring.
+
+Its task files name data sets on the Hub, so they are pointed at the original validation rows on disk instead.
+"""
+
+import json
+from pathlib import Path
+
+import lm_eval
+import pytest
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from dora_nb.command.main import main
+from dora_nb.data.assets import load_items
+from dora_nb.data.sources import splits_of
+
+FOLDER = Path(lm_eval.__file__).parent / "tasks"
+FILES = {
+    "boolq": "super_glue/boolq/default.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "social_iqa": "siqa/siqa.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+}
+
+
+def lettered(row, question):
+    "A row with letters for its choices."
+    letters = list("ABCDE")[: len(row["choices"])]
+    choices = {"text": row["choices"], "label": letters}
+    return {question: row["question"], "choices": choices, "answerKey": letters[row["label"]]}
+
+
+def social(row):
+    "A row of SIQA; context and question are one text here, cut anywhere."
+    context, question = row["question"].split(" ", 1)
+    answers = dict(zip(("answerA", "answerB", "answerC"), row["choices"]))
+    return {"context": context, "question": question, "label": str(row["label"] + 1)} | answers
+
+
+ORIGINAL = {  # one of our rows, in the columns of the original data set
+    "winogrande": lambda r: {k: v for k, v in r.items() if k != "label"} | {"answer": str(r["label"] + 1)},
+    "piqa": lambda r: {"goal": r["question"], "label": r["label"]} | dict(zip(("sol1", "sol2"), r["choices"])),
+    "social_iqa": social,
+    "arc_easy": lambda r: lettered(r, "question"),
+    "openbookqa": lambda r: lettered(r, "question_stem"),
+}
+N, SUM, MARGIN = 8, 2e-3, 4e-3
+
+
+def harness_task(name, tmp_path):
+    "lm-eval's own task over our parquet, in the columns of the original data set."
+    rows = map(ORIGINAL.get(name, dict), load_items(name, splits_of(name)[-1]).to_list())
+    file = tmp_path / "validation.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config = load_yaml(FOLDER / FILES[name])
+    config |= dict(
+        dataset_path="json",
+        dataset_name=None,
+        dataset_kwargs={"data_files": {"validation": str(file)}},
+        training_split=None,
+        test_split=None,
+        validation_split="validation",
+    )
+    config.pop("tag", None)
+    config["should_decontaminate"] = False
+    if name == "hellaswag":  # rows are cleaned already (test_tasks checks by lm-eval's own function)
+        config.pop("process_docs")
+        config |= dict(doc_to_target="label")
+    return ConfigurableTask(config=config)
+
+
+def margin(scores):
+    first, second = sorted(scores, reverse=True)[:2]
+    return first - second
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_log_likelihoods_are_the_harness_s(name, tmp_path, smollm, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    assert main(["evaluate", "--task", name, "--limit", str(N), "--out", str(tmp_path / "ours.jsonl")]) == 0
+    ours = [json.loads(line) for line in (tmp_path / "ours.jsonl").read_text().splitlines()]
+    assert len(ours) == N
+
+    task, harness = (
+        harness_task(name, tmp_path),
+        HFLM(pretrained=smollm[0], tokenizer=smollm[1], device="cpu", batch_size=4),
+    )
+    docs = [task.eval_docs[r["doc_index"]] for r in ours]
+    requests = [
+        (r, k, q)
+        for r, (i, doc) in zip(ours, enumerate(docs))
+        for k, q in enumerate(task.construct_requests(doc, task.fewshot_context(doc, 0), doc_id=i))
+    ]
+    theirs = harness.loglikelihood([q for _, _, q in requests], disable_tqdm=True)
+    by_item = {}
+    for (record, k, _), (score, _) in zip(requests, theirs):
+        assert record["loglikelihood"][k] == pytest.approx(score, abs=SUM), f"item {record['doc_index']}, choice {k}"
+        by_item.setdefault(record["doc_index"], []).append(score)
+    for record, doc in zip(ours, docs):
+        metrics = task.process_results(doc, [(s, False) for s in by_item[record["doc_index"]]])
+        if margin(by_item[record["doc_index"]]) >= MARGIN:
+            assert metrics["acc"] == (record["pred"] == record["gold"])
+        if (
+            name == "hellaswag"
+            and margin([s / len(c) for s, c in zip(by_item[record["doc_index"]], doc["choices"])]) >= MARGIN
+        ):
+            assert metrics["acc_norm"] == (record["pred_norm"] == record["gold"])
