@@ -655,7 +655,7 @@ def test_the_digest_of_data(cache, monkeypatch):
         fetch("tasks", "hub", force=True)
         digests.append(data_digest("boolq", "hub"))
     assert digests[0] == digests[1] != digests[2] and data_digest("winogrande", "hub") != digests[2]
-    monkeypatch.setattr(assets, "manifest", lambda folder: {"origin": assets.origin_of(sources.DATA_WHEEL)})
+    monkeypatch.setattr(caching, "manifest", lambda folder: {"origin": assets.origin_of(sources.DATA_WHEEL)})
     folder = cache / "package" / "tasks"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps({"origin": assets.origin_of(sources.DATA_WHEEL), "files": {}}))
