@@ -31,9 +31,9 @@ reproduce: $(READY) ## LoRA against DoRA on three tasks, from nothing to reports
 
 report: $(READY) ## every page, table and figure in reports/ again, from the stored results
 	$(BIN)/dora-nb report reports
-	$(BIN)/python benchmarks/report.py
-	$(BIN)/python benchmarks/report_rank.py
-	$(BIN)/python benchmarks/report_reliability.py
+	$(BIN)/python -m benchmarks.speed.report
+	$(BIN)/python -m reports.rank.report
+	$(BIN)/python -m benchmarks.reliability.report
 
 test: $(READY) ## everything that CI runs
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal
@@ -43,18 +43,18 @@ test-slow: $(READY) ## faults at many moments, minutes each
 
 speed: $(READY) ## every benchmark, an hour on two cores, and reports/speed/report.md
 	for name in step where memory train evaluate inference growth curvature; do \
-	  $(BIN)/python -W ignore benchmarks/$$name.py --out reports/speed/$$name.json || exit 1; done
-	$(BIN)/python benchmarks/report.py
+	  $(BIN)/python -W ignore -m benchmarks.speed.$$name --out reports/speed/$$name.json || exit 1; done
+	$(BIN)/python -m benchmarks.speed.report
 
 reliability: $(READY) ## every fault and attack, a real grid that is killed, a soak, an hour; and reports/reliability/report.md
 	$(BIN)/python -m pytest tests -m 'slow or not slow' -k 'faults or team or train or assets' --junitxml reports/reliability/tests.xml
 	$(BIN)/python -m pytest tests -m attack --junitxml reports/reliability/attacks.xml
 	for name in faults soak; do \
-	  $(BIN)/python -W ignore benchmarks/$$name.py --out reports/reliability/$$name.json || exit 1; done
-	$(BIN)/python benchmarks/report_reliability.py reports/reliability/tests.xml reports/reliability/attacks.xml
+	  $(BIN)/python -W ignore -m benchmarks.reliability.$$name --out reports/reliability/$$name.json || exit 1; done
+	$(BIN)/python -m benchmarks.reliability.report reports/reliability/tests.xml reports/reliability/attacks.xml
 
 notebooks: $(READY) ## format, export and clean: run after editing a notebook
-	$(BIN)/ruff format -q nbs tests benchmarks setup.py
+	$(BIN)/ruff format -q nbs tests benchmarks reports setup.py
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 

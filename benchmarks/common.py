@@ -150,7 +150,7 @@ def arguments(doc, **defaults):
     parser = argparse.ArgumentParser(description=doc)
     for name, value in defaults.items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value, help=f"default {value}")
-    parser.add_argument("--out", type=Path, help="also write the rows here, for benchmarks/report.py")
+    parser.add_argument("--out", type=Path, help="also write the rows here, for the report")
     return parser.parse_args()
 
 

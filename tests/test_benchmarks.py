@@ -17,8 +17,8 @@ QUICK = {"step": (*SMALL, "--ranks", "4"), "memory": (*SMALL, "--ranks", "4"), "
 
 @pytest.mark.parametrize("name", QUICK)
 def test_it_runs_and_leaves_its_rows(name, tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", *QUICK[name], "--out", tmp_path / "rows.json"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", f"benchmarks.speed.{name}", *QUICK[name], "--out", tmp_path / "rows.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "rows.json").read_text())
     assert result["rows"] and result["machine"]["torch"] in done.stdout
@@ -26,10 +26,10 @@ def test_it_runs_and_leaves_its_rows(name, tmp_path):
 
 
 def test_the_page_is_made_from_the_results(tmp_path):
-    code = f"import report; from pathlib import Path; import shutil; shutil.copytree(report.HERE, r'{tmp_path}', dirs_exist_ok=True); report.HERE = Path(r'{tmp_path}'); report.main()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    code = f"from benchmarks.speed import report; from pathlib import Path; import shutil; shutil.copytree(report.HERE, r'{tmp_path}', dirs_exist_ok=True); report.HERE = Path(r'{tmp_path}'); report.main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    stored, again = ROOT / "reports" / "speed", "run `python benchmarks/report.py`"
+    stored, again = ROOT / "reports" / "speed", "run `python -m benchmarks.speed.report`"
     assert (tmp_path / "report.md").read_text() == (stored / "report.md").read_text(), again
     new, old = (plt.imread(folder / "growth.png").astype(float) for folder in (tmp_path, stored))
     assert new.shape == old.shape and np.abs(new - old).mean() < 0.01, again
@@ -38,7 +38,7 @@ def test_the_page_is_made_from_the_results(tmp_path):
 def printed(monkeypatch, capsys, name, *options):
     "What a benchmark prints, run in this process: imports take longer than it does."
     monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
-    runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "reports" / f"{name}.py"), run_name="__main__")
     return capsys.readouterr().out
 
 
@@ -49,7 +49,7 @@ def test_answers_alone(monkeypatch, capsys):
 
 def test_lengths_of_what_is_chosen(monkeypatch, capsys):
     "The shares are those that reports/LOG.md gives, and the right answers' are the same for every method."
-    said = printed(monkeypatch, capsys, "by_length", "--report", ROOT / "reports" / "main" / "large")
+    said = printed(monkeypatch, capsys, "main/by_length", "--report", ROOT / "reports" / "main" / "large")
     rows = [[word.strip() for word in line.split("|")[1:-1]] for line in said.splitlines()[2:]]
     shares = {(method, metric): (float(short), float(long)) for method, metric, short, long in rows}
     assert len({shares[method, "right"] for method in ("base", "lora", "dora", "full")}) == 1
@@ -87,7 +87,7 @@ def test_a_slice_and_what_it_brings_back(tmp_path, tiny_model_dir):
     (tmp_path / "same.toml").write_text(SLICE.format(model=tiny_model_dir).replace('"x"', '"y"'))  # not made twice
     broken = SLICE.format(model=tiny_model_dir).replace('"x"', '"z"').replace('["base", "lora"]', '["lora"]')
     (tmp_path / "broken.toml").write_text(broken.replace("rank = 2", "rank = 4\nlearning_rate = 1e30"))
-    tool = [sys.executable, ROOT / "benchmarks" / "slices.py"]
+    tool = [sys.executable, ROOT / "benchmarks" / "gpu" / "slices.py"]
 
     def go(out, seconds):
         command = [*tool, "run", tmp_path / "stage", tmp_path / out, tmp_path / "grid.toml"]

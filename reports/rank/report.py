@@ -1,4 +1,4 @@
-"Writes reports/rank/report.md and its figures from what benchmarks/rank.py left there."
+"Writes reports/rank/report.md and its figures from what rank.py left there."
 
 import json
 from pathlib import Path
@@ -8,15 +8,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from common import table
-from factors import off
-from rank import CUTS, NARROW, WIDE
 from scipy import stats
 
+from benchmarks.common import table
 from dora_nb.results.accuracy import mean_interval
 from dora_nb.results.labels import TASK_LABELS
+from reports.rank.factors import off
+from reports.rank.rank import CUTS, NARROW, WIDE
 
-HERE = Path(__file__).parent.parent / "reports" / "rank"
+HERE = Path(__file__).parent
 WORDS = {
     "wide": f"rank {WIDE} everywhere ({WIDE // NARROW}× the parameters)",
     "uniform": f"rank {NARROW} everywhere",
@@ -237,7 +237,7 @@ def main():
     if (HERE / "notes.md").exists():
         parts.insert(1, (HERE / "notes.md").read_text().strip())
     parts.append(
-        "---\n\nMeasured by `python benchmarks/rank.py`, a line of JSON for each measurement beside this page, and `python benchmarks/factors.py --out reports/rank/factors.json`; `python benchmarks/report_rank.py` makes the page again."
+        "---\n\nMeasured by `python -m reports.rank.rank`, a line of JSON for each measurement beside this page, and `python -m reports.rank.factors --out reports/rank/factors.json`; `python benchmarks/report_rank.py` makes the page again."
     )
     (HERE / "report.md").write_text("\n\n".join(parts) + "\n")
 

@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 
 import torch
-from common import DEVICE, arguments, machine
 
+from benchmarks.common import DEVICE, arguments, machine
 from dora_nb.curvature.kronecker import kfac, update_metrics
 from dora_nb.curvature.operators import gradients
 from dora_nb.curvature.probe import item_parts, probing
@@ -287,7 +287,7 @@ def main():
         rates="4e-3,8e-3,1.6e-2,3.2e-2",
         prices="0.5,2",
     )
-    options.out = options.out or Path(__file__).parent.parent / "reports" / "rank" / f"{options.method}.jsonl"
+    options.out = options.out or Path(__file__).parent / f"{options.method}.jsonl"
     options.out.parent.mkdir(parents=True, exist_ok=True)
     lab = Lab(options)
     given = {k: str(v) for k, v in vars(options).items() if k != "out"}

@@ -3,7 +3,20 @@
 import itertools
 
 import torch
-from common import DEVICE, DTYPES, TARGETS, alone, arguments, blocks, finish, ours, peak_bytes, peft, shape_of
+
+from benchmarks.common import (
+    DEVICE,
+    DTYPES,
+    TARGETS,
+    alone,
+    arguments,
+    blocks,
+    finish,
+    ours,
+    peak_bytes,
+    peft,
+    shape_of,
+)
 
 MODELS = {
     "frozen": lambda model, rank: model,

@@ -1,9 +1,9 @@
 """Experiments on a machine with a GPU, no network, and an end to every command: prepare, run a slice, bring results back.
 
-    python benchmarks/slices.py pack build/slice          # here: what the other machine lacks, in parts
-    python benchmarks/slices.py unpack build/slice STAGE   # there: parts to a cache; again after every trip
-    python benchmarks/slices.py run STAGE OUT --seconds 540 --scale full GRID.toml …   # there, until all is done
-    python benchmarks/slices.py fetch OUT runs             # here: archives to folders of runs, for `dora-nb report`
+    python benchmarks/gpu/slices.py pack build/slice          # here: what the other machine lacks, in parts
+    python benchmarks/gpu/slices.py unpack build/slice STAGE   # there: parts to a cache; again after every trip
+    python benchmarks/gpu/slices.py run STAGE OUT --seconds 540 --scale full GRID.toml …   # there, until all is done
+    python benchmarks/gpu/slices.py fetch OUT runs             # here: archives to folders of runs, for `dora-nb report`
 
 The wheels go to a folder that PYTHONPATH names: `python -m pip install --no-index --no-deps --target SITE wheels/*.whl`.
 A slice that is killed loses nothing that was finished: archives are written anew, whole, after every run, and what an
@@ -25,7 +25,7 @@ import time
 import zipfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package is not installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # where the package is not installed
 
 WHEELS = ("datasets", "dill", "multiprocess", "xxhash", "gguf")  # that a machine with torch and transformers may lack
 SOURCES = ("hqq", "termcolor")  # that come as source: pure Python, so built here
@@ -53,7 +53,7 @@ def pack(options):
     for i, part in enumerate(parts, 1):
         (out / "model" / f"part-{i:02}-of-{len(parts):02}").write_bytes(part)
     (out / "wheels").mkdir()
-    constraints = Path(__file__).parent.parent / "constraints.txt"
+    constraints = Path(__file__).parents[2] / "constraints.txt"
     platforms = [f"manylinux_2_{n}_x86_64" for n in (17, 27, 28)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
     command = [
         sys.executable,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
-from common import arguments, finish
 from safetensors.torch import load_file
 
+from benchmarks.common import arguments, finish
 from dora_nb.runs.folder import HISTORY, PREDICTIONS, RESULT, load
 from dora_nb.runs.grid import load_grid
 from dora_nb.runs.identity import run_name

@@ -4,8 +4,9 @@ import statistics
 from collections import defaultdict
 
 import torch
-from common import DTYPES, SMALL, arguments, blocks, finish, ours, peft
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.common import DTYPES, SMALL, arguments, blocks, finish, ours, peft
 
 KINDS = {
     "products with W₀": lambda op, narrow: op in ("mm", "addmm_", "addmm") and not narrow,

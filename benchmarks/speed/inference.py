@@ -3,9 +3,10 @@
 import contextlib
 
 import torch
-from common import DEVICE, DTYPES, arguments, blocks, finish, interleave, ours, peft, ratio, shape_of
 from peft.helpers import DoraCaching
 from transformers import DynamicCache
+
+from benchmarks.common import DEVICE, DTYPES, arguments, blocks, finish, interleave, ours, peft, ratio, shape_of
 
 WORK = {
     "scoring 16 × 128": (16, 128, 0),

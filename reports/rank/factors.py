@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import torch
-from common import DEVICE, arguments, finish
 from scipy.stats import spearmanr
 
+from benchmarks.common import DEVICE, arguments, finish
 from dora_nb.curvature.kronecker import canonical, update_metrics
 from dora_nb.curvature.operators import ggnvp
 from dora_nb.curvature.probe import item_parts, probing

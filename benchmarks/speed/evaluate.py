@@ -4,10 +4,10 @@ import itertools
 import logging
 import statistics
 
-from common import DEVICE, arguments, finish, ratio, seconds
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from benchmarks.common import DEVICE, arguments, finish, ratio, seconds
 from dora_nb.data.assets import load_model
 from dora_nb.data.tasks import load_task
 from dora_nb.training.evaluate import rank_choices

@@ -7,9 +7,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from common import PACKAGES, table
 
-HERE = Path(__file__).parent.parent / "reports" / "speed"
+from benchmarks.common import PACKAGES, table
+
+HERE = Path(__file__).parents[2] / "reports" / "speed"
 TITLES = {
     "step": "Forward and backward of a Llama-shaped model",
     "where": "Where the time of a step goes",
@@ -161,7 +162,10 @@ def figure(rows, path):
 def section(data):
     "How a benchmark was called, and its tables."
     options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in data["options"].items() if v not in (None, ""))
-    parts = [f"`python benchmarks/{data['name']} {options}`", table(data["rows"], data["columns"])]
+    parts = [
+        f"`python -m benchmarks.speed.{data['name'].removesuffix('.py')} {options}`",
+        table(data["rows"], data["columns"]),
+    ]
     for heading, rows in data.get("tables", {}).items():
         parts += [f"### {heading}", table(rows, list(dict.fromkeys(k for r in rows for k in r)))]
     return parts

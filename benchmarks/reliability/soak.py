@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import psutil
-from common import arguments, finish, resident
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common import arguments, finish, resident
 from dora_nb.data.assets import load_model
 from dora_nb.files import write_json
 from dora_nb.runs.folder import load

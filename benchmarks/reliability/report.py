@@ -6,9 +6,9 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from common import table
+from benchmarks.common import table
 
-HERE = Path(__file__).parent.parent / "reports" / "reliability"
+HERE = Path(__file__).parents[2] / "reports" / "reliability"
 TINY = {  # test → the fault that it injects, and what it checks besides
     r"test_killed.*(launcher|moments\[(0|3|6|9|12|15|18)\])": "SIGKILL of the launcher at a random moment",
     r"test_killed.*(papermill|moments\[(1|4|7|10|13|16|19)\])": "SIGKILL of a papermill process at a random moment",
@@ -93,7 +93,7 @@ def main(junit=()):
     after = float(row["a run, s"]) / float(row["bare papermill, before and after, s"].split(", ")[1])
     text = f"""# Reliability
 
-*Faults, injected on purpose: nothing finished may be lost, nothing half-done may count, and what comes out must be what an undisturbed grid gives. This page is written by `python benchmarks/report_reliability.py` from the JSON files beside it; `make reliability` makes them anew.*
+*Faults, injected on purpose: nothing finished may be lost, nothing half-done may count, and what comes out must be what an undisturbed grid gives. This page is written by `python benchmarks/reliability/report.py` from the JSON files beside it; `make reliability` makes them anew.*
 
 ## The real model
 
@@ -101,7 +101,7 @@ SmolLM2-135M-Instruct on three tasks, two methods and two seeds ({len(faults["ac
 
 {table(faults["rows"], faults["columns"])}
 
-{same} of {len(faults["accuracy"])} accuracies are equal, {len(faults["wrong"])} runs differ in anything at all, {faults["processes_left"]} processes were left behind. The undisturbed grid took {calm / 60:.0f} min, the disturbed one {stormy / 60:.0f} min. ({where["device"]}, {where["count"]} threads, torch {where["torch"]}; `benchmarks/faults.py`.)
+{same} of {len(faults["accuracy"])} accuracies are equal, {len(faults["wrong"])} runs differ in anything at all, {faults["processes_left"]} processes were left behind. The undisturbed grid took {calm / 60:.0f} min, the disturbed one {stormy / 60:.0f} min. ({where["device"]}, {where["count"]} threads, torch {where["torch"]}; `benchmarks/reliability/faults.py`.)
 
 {table([r | {"disturbed": f"{r['disturbed']:.4f}", "undisturbed": f"{r['undisturbed']:.4f}"} for r in faults["accuracy"]], ["run", "undisturbed", "disturbed"])}
 

@@ -7,10 +7,10 @@ import statistics
 import tempfile
 
 import torch
-from common import DEVICE, TARGETS, arguments, finish, ratio, seconds
 from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
+from benchmarks.common import DEVICE, TARGETS, arguments, finish, ratio, seconds
 from dora_nb.data.assets import load_model
 from dora_nb.data.rows import encode_pair
 from dora_nb.data.tasks import load_task

@@ -3,10 +3,10 @@
 import functools
 
 import torch
-from common import DEVICE, DTYPES, arguments, finish, interleave, ratio, shaken
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from benchmarks.common import DEVICE, DTYPES, arguments, finish, interleave, ratio, shaken
 from dora_nb.layers.linear import DoRALinear
 
 # one thing varies at a time; (tokens, rank, width)

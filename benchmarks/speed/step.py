@@ -4,7 +4,20 @@ import itertools
 import statistics
 
 import torch
-from common import DEVICE, DTYPES, arguments, blocks, finish, interleave, ours, peak_bytes, peft, ratio, shape_of
+
+from benchmarks.common import (
+    DEVICE,
+    DTYPES,
+    arguments,
+    blocks,
+    finish,
+    interleave,
+    ours,
+    peak_bytes,
+    peft,
+    ratio,
+    shape_of,
+)
 
 
 def candidates(shape, layers, dtype, rank, dropout, checkpointing, tokens, length):

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import DEVICE, alone, arguments, finish, interleave, peak_bytes, ratio
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
 
+from benchmarks.common import DEVICE, alone, arguments, finish, interleave, peak_bytes, ratio
 from dora_nb.curvature.lanczos import top_eigenpairs
 from dora_nb.curvature.operators import Operator, Part, ggnvp, gradients, hvp
 from dora_nb.curvature.probe import loss_parts, probing
