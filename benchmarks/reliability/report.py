@@ -93,7 +93,7 @@ def main(junit=()):
     after = float(row["a run, s"]) / float(row["bare papermill, before and after, s"].split(", ")[1])
     text = f"""# Reliability
 
-*Faults, injected on purpose: nothing finished may be lost, nothing half-done may count, and what comes out must be what an undisturbed grid gives. This page is written by `python benchmarks/reliability/report.py` from the JSON files beside it; `make reliability` makes them anew.*
+*Faults, injected on purpose: nothing finished may be lost, nothing half-done may count, and what comes out must be what an undisturbed grid gives. This page is written by `python -m benchmarks.reliability.report` from the JSON files beside it; `make reliability` makes them anew.*
 
 ## The real model
 

@@ -237,7 +237,7 @@ def main():
     if (HERE / "notes.md").exists():
         parts.insert(1, (HERE / "notes.md").read_text().strip())
     parts.append(
-        "---\n\nMeasured by `python -m reports.rank.rank`, a line of JSON for each measurement beside this page, and `python -m reports.rank.factors --out reports/rank/factors.json`; `python benchmarks/report_rank.py` makes the page again."
+        "---\n\nMeasured by `python -m reports.rank.rank`, a line of JSON for each measurement beside this page, and `python -m reports.rank.factors --out reports/rank/factors.json`; `python -m reports.rank.report` makes the page again."
     )
     (HERE / "report.md").write_text("\n\n".join(parts) + "\n")
 
