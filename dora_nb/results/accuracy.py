@@ -4,16 +4,28 @@
 
 # %% auto #0
 __all__ = ['FEW', 'mean_squares', 'standard_error', 'freedom', 'mean_interval', 'share_interval', 'rights', 'conditions',
-           'accuracies', 'majority', 'cell', 'mixed_note', 'accuracy_table', 'choice_losses', 'loss_table']
+           'differing', 'mixed_words', 'telling', 'accuracies', 'majority', 'percent', 'cell', 'mixed_note',
+           'column_labels', 'accuracy_table', 'choice_losses', 'loss_table']
 
 # %% ../../nbs/7_results/42_accuracy.ipynb #1a3da84f
 import itertools
 import json
 import math
+from collections.abc import Callable, Collection
 
 import numpy as np
 import pandas as pd
-from .labels import factors, parameters, place, run_label, task_label
+from dora_nb.results.labels import (
+    ALWAYS,
+    factors,
+    kind,
+    parameters,
+    place,
+    run_labels,
+    task_label,
+    value_label,
+    without_repeats,
+)
 from ..training.evaluate import wilson
 from scipy import stats
 from scipy.special import logsumexp
@@ -113,28 +125,45 @@ def conditions(
         found["revision"] = result["revision"] or "unknown"
     return {k: str(v) for k, v in (found | result.get("versions", {})).items() if v is not None}
 
-
-def _mixed(results: list[dict]) -> str:
-    "Return the conditions in which runs of one cell differ, in words; nothing if they do not."
-    each = [conditions(r) for r in results]
+# %% ../../nbs/7_results/42_accuracy.ipynb #e4e26ab8
+def differing(
+    each: list[dict[str, str]],  # `conditions` of runs
+) -> dict[str, list[str]]:  # condition → its values
+    "Return the conditions in which runs differ."
     values = {k: sorted({c[k] for c in each if k in c}) for k in dict.fromkeys(itertools.chain(*each))}
-    return ", ".join(f"{k} {' and '.join(v)}" for k, v in values.items() if len(v) > 1)
+    return {k: v for k, v in values.items() if len(v) > 1}
 
 
+def mixed_words(
+    each: list[dict[str, str]],  # `conditions` of runs
+) -> str:
+    "Return the conditions in which runs differ in words; nothing if they do not."
+    return ", ".join(f"{k} {' and '.join(v)}" for k, v in differing(each).items())
+
+
+def telling(
+    result: dict,  # of a run
+    aside: Collection[str] = (),  # more conditions to leave out
+) -> dict[str, str]:
+    "Return the `conditions` that may change what a run came to: all but the revision of the source tree."
+    return {k: v for k, v in conditions(result).items() if k not in {"revision", *aside}}
+
+# %% ../../nbs/7_results/42_accuracy.ipynb #77c20f65
 def accuracies(
     results: list[dict],  # of runs
     predictions: pd.DataFrame,  # their answers
     metric: str = "acc",  # acc or acc_norm
 ) -> pd.DataFrame:  # a row per combination of factors: n, seeds, share, low, high, spread, label, mixed
-    "Accuracy over seeds, with the interval that its items and seeds allow."
+    "Return the accuracy over seeds, with the interval that its items and seeds allow."
+    results = without_repeats(results)
     names, groups = factors(results), {}
-    for r in results:
+    for r, label in zip(results, run_labels([parameters(r) for r in results], names)):
         if metric in r["metrics"]:
             params = parameters(r)
-            key = json.dumps([params.get(k) for k in names] + [r["metrics"]["n"]])
-            groups.setdefault(key, []).append((params, r))
+            key = json.dumps([*(params[k] for k in ALWAYS[:3]), kind(params, names), r["metrics"]["n"]])
+            groups.setdefault((key, label), []).append((params, r))
     rows = []
-    for group in groups.values():
+    for (_, label), group in groups.items():
         params, n = group[0][0], group[0][1]["metrics"]["n"]
         shares, seeds = [r["metrics"][metric] for _, r in group], {p["seed"] for p, _ in group}
         if len(seeds) < len(group):
@@ -148,7 +177,7 @@ def accuracies(
             low, high = share_interval(rights([r["run"] for _, r in group], predictions, answer).to_numpy(float))
         found = dict(n=n, seeds=len(group), share=np.mean(shares), low=low, high=high)
         spread = np.std(shares, ddof=1) if len(group) > 1 else math.nan
-        found |= dict(spread=spread, label=run_label(params, names), mixed=_mixed([r for _, r in group]))
+        found |= dict(spread=spread, label=label, mixed=mixed_words([conditions(r) for _, r in group]))
         rows.append({k: params.get(k) for k in names} | found)
     return _frame(sorted(rows, key=lambda row: place(row, names)), names)
 
@@ -156,13 +185,25 @@ def accuracies(
 def majority(
     results: list[dict],  # of runs
     predictions: pd.DataFrame,  # their answers
-) -> dict[str, float]:  # task → share of the most frequent right answer among the items that were asked
-    "What always giving the same answer would score."
-    tasks = {r["run"]: r["params"]["task"] for r in results}
-    gold = predictions.assign(task=predictions.run.map(tasks)).drop_duplicates(["task", "doc_index"])
-    return gold.groupby("task").gold.agg(lambda g: g.value_counts(normalize=True).iloc[0]).to_dict()
+) -> dict[
+    tuple, list[float]
+]:  # task, split and n → share of the most frequent right answer among these items; several shares if runs were asked different items
+    "Return what always giving the same answer would score."
+    columns = {r["run"]: (r["params"]["task"], r["params"]["eval_split"], r["metrics"]["n"]) for r in results}
+    gold = predictions[predictions.run.isin(columns.keys())].groupby("run").gold
+    found = {}
+    for run, share in gold.agg(lambda g: g.value_counts(normalize=True).iloc[0]).items():
+        found.setdefault(columns[run], set()).add(share)
+    return {column: sorted(shares) for column, shares in found.items()}
 
-# %% ../../nbs/7_results/42_accuracy.ipynb #10f76252
+
+def percent(
+    shares: Collection[float],  # one, or several in order
+) -> str:
+    "Return a share in percent; the lowest and the highest if there are several."
+    return " to ".join(dict.fromkeys(f"{100 * x:.1f}" for x in (shares[0], shares[-1])))
+
+# %% ../../nbs/7_results/42_accuracy.ipynb #89092fe2
 def cell(
     r,  # a row of `accuracies`
     most: int = 1,  # seeds of any row
@@ -175,31 +216,46 @@ def cell(
 
 
 def mixed_note(
-    table: pd.DataFrame,  # as `accuracies` makes it
+    table: pd.DataFrame,  # with columns task, label and mixed, as `accuracies` makes it
+    which: str = "The seeds of such a cell",
 ) -> str:  # a line for below the table; nothing if it needs none
     "Return what † stands for: which cells average over runs that were not made alike, and in what these differ."
     found = {}
     for r in table.itertuples() if "mixed" in table else ():
         if r.mixed:
             found.setdefault(r.mixed, []).append(f"{task_label(r.task)}, {r.label}")
-    which = lambda cells: f" ({'; '.join(cells)})" if len(found) > 1 else ""
-    words = "; ".join(f"{mixed}{which(cells)}" for mixed, cells in found.items())
-    return f"† The seeds of such a cell were not made alike: {words}." if found else ""
+    where = lambda cells: f" ({'; '.join(cells)})" if len(found) > 1 else ""
+    words = "; ".join(f"{mixed}{where(cells)}" for mixed, cells in found.items())
+    return f"† {which} were not made alike: {words}." if found else ""
+
+# %% ../../nbs/7_results/42_accuracy.ipynb #cf540eb2
+def column_labels(
+    table: pd.DataFrame,  # as `accuracies` makes it
+) -> Callable:  # row → for instance BoolQ (n = 3270)
+    "Return what names the column of a row: its task and items, and its split and protocol where there are several."
+    several = [k for k in ("task", "eval_split", "protocol") if k == "task" or table[k].nunique() > 1]
+    words = lambda r: ", ".join(value_label(k, getattr(r, k), list(table[k].unique())) for k in several)
+    return lambda r: f"{words(r)} (n = {r.n})"
 
 
 def accuracy_table(
-    table: pd.DataFrame,  # as `accuracies` makes it, of one protocol and split
-    constant: dict[str, float] | None = None,  # as `majority` makes it, for a last row
+    table: pd.DataFrame,  # as `accuracies` makes it
+    constant: dict[tuple, list[float]] | None = None,  # as `majority` makes it, for a last row
 ) -> pd.DataFrame:  # text, methods × tasks
-    "Return accuracy in percent with its 95 % interval."
-    column = lambda r: f"{task_label(r.task)} (n = {r.n})"
-    found = {(r.label, column(r)): cell(r, table.seeds.max()) for r in table.itertuples()}
+    "Return accuracy in percent with its 95 % interval; ValueError if two rows have one place."
+    column, found = column_labels(table), {}
+    for r in table.itertuples():
+        if (spot := (r.label, column(r))) in found:
+            raise ValueError(
+                f"two kinds of runs are both called {r.label!r} under {spot[1]}; report them in two folders"
+            )
+        found[spot] = cell(r, table.seeds.max())
     columns = list(dict.fromkeys(column(r) for r in table.itertuples()))
     labels = list(dict.fromkeys(table.label))
     wide = pd.DataFrame([[found.get((x, c), "–") for c in columns] for x in labels], labels, columns)
     if constant:
         wide.loc["always the most frequent answer"] = {
-            column(r): f"{100 * constant[r.task]:.1f}" for r in table.itertuples()
+            column(r): percent(constant[r.task, r.eval_split, r.n]) for r in table.itertuples()
         }
     return wide.rename_axis(index="method")
 
@@ -218,18 +274,30 @@ def loss_table(
     results: list[dict],  # of runs that ranked
     predictions: pd.DataFrame,  # their answers
 ) -> pd.DataFrame:  # text, kinds of runs × tasks
-    "Cross-entropy over the choices in nats, mean over seeds; the best of a method in bold."
+    "Return the cross-entropy over the choices in nats, mean over seeds, the best of a method in bold; and in `attrs` a note on the cells with †, if there are any."
     names, losses = factors(results), choice_losses(predictions[predictions.run.isin([r["run"] for r in results])])
+    each = sorted(results, key=lambda r: place(parameters(r), names))
     rows = [
-        {"task": p["task"], "method": p["method"], "label": run_label(p, names), "loss": losses[r["run"]]}
-        for r, p in sorted(((r, parameters(r)) for r in results), key=lambda x: place(x[1], names))
+        {
+            "task": r["params"]["task"],
+            "method": r["params"]["method"],
+            "label": label,
+            "loss": losses[r["run"]],
+            "mixed": telling(r),
+        }
+        for r, label in zip(each, run_labels([parameters(r) for r in each], names))
     ]
-    mean = pd.DataFrame(rows).groupby(["task", "method", "label"], as_index=False, sort=False).loss.mean()
+    kinds = pd.DataFrame(rows).groupby(["task", "method", "label"], as_index=False, sort=False)
+    mean = kinds.agg({"loss": "mean", "mixed": lambda each: mixed_words(list(each))})
     best = (mean.groupby(["task", "method"]).loss.transform("min") == mean.loss) & (mean.method != "base")
-    mean["text"] = [f"**{x:.3f}**" if b else f"{x:.3f}" for x, b in zip(mean.loss, best)]
+    text = [f"**{x:.3f}**" if b else f"{x:.3f}" for x, b in zip(mean.loss, best)]
+    mean["text"] = [f"{x} †" if mixed else x for x, mixed in zip(text, mean.mixed)]
     wide = mean.pivot(index="label", columns="task", values="text").fillna("–").loc[list(dict.fromkeys(mean.label))]
     tasks = {r["run"]: r["params"]["task"] for r in results}
     own = predictions[predictions.run.isin(tasks.keys())]
     guess = own.loglikelihood.map(lambda each: math.log(np.isfinite(each).sum())).groupby(own.run.map(tasks)).mean()
     wide.loc["guessing"] = guess.map("{:.3f}".format)
-    return wide.rename(columns=task_label).rename_axis(index="kind", columns=None)
+    called = lambda task: value_label("task", task, list(mean.task.unique()))
+    wide = wide.rename(columns=called).rename_axis(index="kind", columns=None)
+    wide.attrs["note"] = mixed_note(mean)
+    return wide

@@ -11,12 +11,13 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from .accuracy import _by_item, _frame, mean_interval, rights
-from .labels import factors, ignored, in_order, parameters, value_label
+from .accuracy import _by_item, _frame, differing, mean_interval, mixed_words, rights, telling
+from .labels import CALIBRATION, factors, ignored, in_order, parameters, value_label, without_repeats
 from ..runs.config import RunConfig, check_params
 from scipy import stats
 
@@ -75,8 +76,11 @@ METHODS_APART = ({"method": "lora"}, {"method": "dora"})
 
 
 def _pairs(results: list[dict], a: dict, b: dict) -> list[tuple[dict, dict[int, tuple[str, str]]]]:
-    "Every combination of the other factors, and by seed the run of either side."
-    names, sides = [k for k in factors(results) if k not in a.keys() | b.keys()], ({}, {})
+    "Return every combination of the other factors, and by seed the run of either side."
+    results, given = without_repeats(results), a.keys() | b.keys()
+    known, sides = [k for k in factors(results) if k not in given], ({}, {})
+    names = list(dict.fromkeys([*known, CALIBRATION]))
+    free = bool(given & {CALIBRATION, "task", "mixture"})  # these say what the calibration is
     blind = [ignored(side["method"]) if "method" in side else set() for side in (a, b)]
     for r in results:
         params = parameters(r)
@@ -89,13 +93,16 @@ def _pairs(results: list[dict], a: dict, b: dict) -> list[tuple[dict, dict[int, 
     found = []
     for (key, one), (other, two) in itertools.product(sides[0].items(), sides[1].items()):
         each = list(zip(names, json.loads(key), json.loads(other)))
-        if any(x != y and k not in blind[0] | blind[1] for k, x, y in each):
+        if any(x != y and k != CALIBRATION and k not in blind[0] | blind[1] for k, x, y in each):
             continue
+        if not free and len({x for k, *xs in each if k == CALIBRATION for x in xs if x}) > 1:
+            continue  # pruned on other items
         one = dict.fromkeys(two, *one.values()) if "seed" in blind[0] else one
         two = dict.fromkeys(one, *two.values()) if "seed" in blind[1] else two
         if seeds := sorted(one.keys() & two.keys()):
-            found.append(({k: x if k in blind[1] else y for k, x, y in each}, {s: (one[s], two[s]) for s in seeds}))
-    return sorted(found, key=lambda pair: [in_order(pair[0][k]) for k in names])
+            where = {k: x if k in blind[1] or y is None else y for k, x, y in each if k in known}
+            found.append((where, {s: (one[s], two[s]) for s in seeds}))
+    return sorted(found, key=lambda pair: [in_order(pair[0][k]) for k in known])
 
 
 def _apart(runs: dict[int, tuple[str, str]], predictions: pd.DataFrame) -> pd.DataFrame:
@@ -108,6 +115,18 @@ def _apart(runs: dict[int, tuple[str, str]], predictions: pd.DataFrame) -> pd.Da
     apart = pd.DataFrame(two[items].to_numpy(float) - one[items].to_numpy(float), list(runs), items)
     apart.attrs["others"] = len(one.columns) + len(two.columns) - 2 * len(items)
     return apart
+
+# %% ../../nbs/7_results/43_compare.ipynb #f014d26d
+_RESOLVED = {"precision": "training in", "eval_precision": "evaluation in"}  # parameter → the condition it sets
+
+
+def _unlike(results: list[dict], groups: Iterable[tuple[str, ...]], asked: Collection[str]) -> str:
+    "Return the conditions in which runs that are held against each other differ, in words, without those that the comparison is about."
+    aside, groups = [_RESOLVED.get(k, k) for k in asked], list(groups)
+    made = {r["run"]: telling(r, aside) for r in results}
+    odd = {k for group in groups for k in differing([made[run] for run in group])}
+    runs = dict.fromkeys(itertools.chain(*groups))
+    return mixed_words([{k: v for k, v in made[run].items() if k in odd} for run in runs])
 
 
 def _on(row: dict) -> str:
@@ -134,22 +153,25 @@ def compare(
     predictions: pd.DataFrame,  # their answers
     a: dict = METHODS_APART[0],  # parameters of one side
     b: dict = METHODS_APART[1],  # and of the other
-) -> pd.DataFrame:  # a row per combination of the other factors: n, seeds, others (items that one side alone was asked), difference (b − a), low, high, only_a, only_b, g, mcnemar, p, same, same_seeds
+) -> pd.DataFrame:  # a row per combination of the other factors: n, seeds, others (items that one side alone was asked), difference (b − a), low, high, only_a, only_b, g, mcnemar, p, same, same_seeds, unlike (in which conditions the sides differ)
     "Two kinds of runs on the same items and seeds: the paired difference in accuracy, its interval and its test. What a side's method ignores, the base model its seed for instance, keeps nothing apart."
     alike = lambda runs: dict(zip(("same", "same_seeds"), agreement(runs, predictions)))
     rows = []
     for where, runs in _pairs(results, a, b):
         d = _apart(runs, predictions)
-        rows.append(where | _difference(d.to_numpy()) | d.attrs | alike(runs))
+        unlike = {"unlike": _unlike(results, runs.values(), a.keys() | b.keys())}
+        rows.append(where | _difference(d.to_numpy()) | d.attrs | alike(runs) | unlike)
     return _frame(rows, [k for k in factors(results) if k in rows[0]]) if rows else pd.DataFrame()
 
 
 def side_labels(
     a: dict,  # parameters of one side
     b: dict,  # and of the other
+    names: dict[str, list] | None = None,  # the experiment's `factors`
 ) -> tuple[str, str]:
-    "What the two sides of a comparison are called."
-    words = lambda side: ", ".join(value_label(k, v) for k, v in side.items())
+    "Return what the two sides of a comparison are called."
+    has = lambda k: [*(names or {}).get(k, ()), *(side[k] for side in (a, b) if k in side)]
+    words = lambda side: ", ".join(value_label(k, v, has(k)) for k, v in side.items())
     return words(a), words(b)
 
 
@@ -160,6 +182,11 @@ def clear(
     return (row["low"] > 0 or row["high"] < 0) and row.get("p_holm", row["p"]) < 0.05
 
 # %% ../../nbs/7_results/43_compare.ipynb #f21c2bb2
+def _made_unlike(row: dict, who: str) -> str:
+    "Return a sentence on what else than the sides may have made a difference; nothing if all was alike."
+    return f" {who} under different conditions: {row['unlike']}." if row.get("unlike") else ""
+
+
 def verdict(
     row: dict,  # of `compare`
     labels: tuple[str, str] = ("LoRA", "DoRA"),  # of its sides
@@ -170,6 +197,7 @@ def verdict(
     head = head or ", ".join(value_label(k, row[k]) for k in ("task", "rank") if k in row)
     several = f" (McNemar, seeds taken for independent: {row['mcnemar']:.2g})" if row["seeds"] > 1 else ""
     seeds = "" if math.isnan(row["same_seeds"]) else f", two seeds of one of them to {100 * row['same_seeds']:.1f} %"
+    made = _made_unlike(row, f"{a} and {b} were measured")
     text = (
         f"{head}: {b} − {a} is {100 * row['difference']:+.1f} points [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}] {_on(row)}; "
         f"{b} alone is right {row['only_b']} times, {a} alone {row['only_a']} times, g = {row['g']:+.2f}, p = {row.get('p_holm', row['p']):.2g}{several}. "
@@ -177,8 +205,8 @@ def verdict(
     )
     if not clear(row):
         most = 100 * max(-row["low"], row["high"])
-        return f"{text} These data cannot tell the two apart; a difference of more than {most:.1f} points is outside the interval."
-    return f"{text} {b if row['difference'] > 0 else a} is ahead here, on these items and settings."
+        return f"{text} These data cannot tell the two apart; a difference of more than {most:.1f} points is outside the interval.{made}"
+    return f"{text} {b if row['difference'] > 0 else a} is ahead here, on these items and settings.{made}"
 
 # %% ../../nbs/7_results/43_compare.ipynb #6a08f712
 def changes(
@@ -187,22 +215,25 @@ def changes(
     start: dict,  # a factor and its value that the others are held against, {"compress": ""} for instance
     a: dict = METHODS_APART[0],  # parameters of one side
     b: dict = METHODS_APART[1],  # and of the other
-) -> pd.DataFrame:  # a row per combination of factors but the start: n, seeds, others, change, low, high, p
+) -> pd.DataFrame:  # a row per combination of factors but the start: n, seeds, others, change, low, high, p, unlike
     "How much larger b − a is than at the start, on the items and seeds that both have."
-    apart = {json.dumps(where): (where, _apart(runs, predictions)) for where, runs in _pairs(results, a, b)}
+    pairs = {json.dumps(where): (where, runs, _apart(runs, predictions)) for where, runs in _pairs(results, a, b)}
     rows = []
-    for where, here in apart.values():
-        home = apart.get(json.dumps(where | start), (None, None))[1]
-        if home is None or home is here:
+    for where, runs, here in pairs.values():
+        unpruned = dict.fromkeys({CALIBRATION} & where.keys())
+        homes = [json.dumps(where | start), json.dumps(where | start | unpruned)]
+        _, others, home = next((pairs[h] for h in homes if h in pairs), (None, {}, here))
+        if home is here:
             continue
         seeds, items = (x.intersection(y) for x, y in zip(here.axes, home.axes))
         if not len(seeds) or not len(items):
             continue
-        others = max(here.attrs["others"], home.attrs["others"], len(here.columns) + len(home.columns) - 2 * len(items))
+        unlike = _unlike(results, [(*runs[s], *others[s]) for s in seeds], a.keys() | b.keys() | start.keys())
+        odd = max(here.attrs["others"], home.attrs["others"], len(here.columns) + len(home.columns) - 2 * len(items))
         d = here.loc[seeds, items].to_numpy() - home.loc[seeds, items].to_numpy()
         low, high, p = mean_interval(_with_a_tie(d)) if len(d) > 1 else _student(_with_a_tie(d)[0])
-        found = dict(n=len(items), seeds=len(seeds), others=others, change=d.mean(), low=low, high=high, p=p)
-        rows.append(where | found)
+        found = dict(n=len(items), seeds=len(seeds), others=odd, change=d.mean(), low=low, high=high, p=p)
+        rows.append(where | found | {"unlike": unlike})
     return _frame(rows, [k for k in factors(results) if k in rows[0]]) if rows else pd.DataFrame()
 
 
@@ -220,13 +251,14 @@ def change_verdict(
 ) -> str:
     "What a change of a difference lets us say."
     (a, b), most = labels, 100 * max(-row["low"], row["high"])
+    made = _made_unlike(row, "The runs behind it were measured")
     text = (
         f"{head} against {start}: {b} − {a} changes by {100 * row['change']:+.1f} points [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}] "
         f"{_on(row)}, p = {row.get('p_holm', row['p']):.2g}."
     )
     if not clear(row):
-        return f"{text} These data show no change; one of more than {most:.1f} points is outside the interval."
-    return f"{text} {b if row['change'] > 0 else a} gains on the other."
+        return f"{text} These data show no change; one of more than {most:.1f} points is outside the interval.{made}"
+    return f"{text} {b if row['change'] > 0 else a} gains on the other.{made}"
 
 # %% ../../nbs/7_results/43_compare.ipynb #07aff846
 SPEC = {

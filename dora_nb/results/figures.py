@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
 import pandas as pd
-from .accuracy import cell
+from .accuracy import cell, column_labels
 from .collect import own_trainings
 from dora_nb.results.labels import (
     ALWAYS,
@@ -27,7 +27,7 @@ from dora_nb.results.labels import (
     method_label,
     parameters,
     place,
-    run_label,
+    run_labels,
     task_label,
     value_label,
 )
@@ -35,35 +35,29 @@ from dora_nb.results.labels import (
 # %% ../../nbs/7_results/47_figures.ipynb #ca7e50c6
 def plot_accuracy(
     table: pd.DataFrame,  # as `accuracies` makes it, of one protocol and split
-    constant: dict[str, float],  # as `majority` makes it, drawn as a dotted line
+    constant: dict[tuple, list[float]],  # as `majority` makes it, drawn as a dotted line
 ) -> matplotlib.figure.Figure:
-    "Accuracy with its 95 % interval, a panel per task."
-    tasks = list(dict.fromkeys(table.task))
+    "Return accuracy with its 95 % interval, a panel per task and number of items."
+    column = column_labels(table)
+    panels = {}  # what each is called → its rows
+    for r in table.itertuples():
+        panels.setdefault(column(r), []).append(r)
     under = lambda label: figure_text(
         label.replace(", ", "\n").replace("full ", "full\n").replace("ranks by ", "ranks by\n")
     )
-    wide = max(2.6, 0.8 * table.groupby("task").size().max() - 0.8)  # room for the words under the ticks
-    size = (wide * len(tasks) + 1, 2.6 + 0.15 * max(0, *(under(t).count("\n") - 1 for t in table.label)))
-    fig, axes = plt.subplots(1, len(tasks), figsize=size, dpi=110, sharey=True, squeeze=False)
-    for ax, task in zip(axes[0], tasks):
-        rows = (
-            table[table.task == task]
-            .sort_values("method", key=lambda c: c.map(lambda m: among(LABELS, m)))
-            .to_dict("records")
-        )
+    wide = max(2.6, 0.8 * max(map(len, panels.values())) - 0.8)  # room for the words under the ticks
+    size = (wide * len(panels) + 1, 2.6 + 0.15 * max(0, *(under(t).count("\n") - 1 for t in table.label)))
+    fig, axes = plt.subplots(1, len(panels), figsize=size, dpi=110, sharey=True, squeeze=False)
+    for ax, (panel, rows) in zip(axes[0], panels.items()):
+        rows = sorted(rows, key=lambda r: among(LABELS, r.method))
         for x, r in enumerate(rows):
-            ax.plot(
-                [x, x],
-                [100 * r["low"], 100 * r["high"]],
-                color=method_color(r["method"]),
-                lw=7,
-                alpha=0.35,
-                solid_capstyle="butt",
-            )
-            ax.plot(x, 100 * r["share"], "o", ms=3.5, color=method_color(r["method"]))
-        line = ax.axhline(100 * constant[task], ls=":", color="0.6", lw=1)
-        ax.set_xticks(range(len(rows)), [under(r["label"]) for r in rows], fontsize=8)
-        ax.set(title=figure_text(f"{task_label(task)} (n = {rows[0]['n']})"), xlim=(-0.5, len(rows) - 0.5))
+            style = dict(color=method_color(r.method), lw=7, alpha=0.35, solid_capstyle="butt")
+            ax.plot([x, x], [100 * r.low, 100 * r.high], **style)
+            ax.plot(x, 100 * r.share, "o", ms=3.5, color=method_color(r.method))
+        for share in constant[rows[0].task, rows[0].eval_split, rows[0].n]:
+            line = ax.axhline(100 * share, ls=":", color="0.6", lw=1)
+        ax.set_xticks(range(len(rows)), [under(r.label) for r in rows], fontsize=8)
+        ax.set(title=figure_text(panel), xlim=(-0.5, len(rows) - 0.5))
         ax.margins(y=0.12)
     axes[0, 0].set_ylabel("accuracy (%), 95 % interval")
     words = ["always the most frequent answer"]
@@ -82,6 +76,14 @@ def _degree(scheme: str) -> str:
     return f"{100 * size:g}\u00a0% zeros" if size < 1 else f"{size:g} bits"
 
 
+def _at(against: str, value, values: list) -> str:
+    "Return what a value of a factor is called along it."
+    schemes = [v for v in values if v]
+    if against == "compress" and value and len({_degree(v) for v in schemes}) == len(schemes):
+        return _degree(value)
+    return value_label(against, value, values)
+
+# %% ../../nbs/7_results/47_figures.ipynb #9fa6fa45
 def sweep(
     table: pd.DataFrame,  # as `accuracies` makes it, of one protocol and split
     against: str,  # a factor
@@ -95,11 +97,12 @@ def sweep(
     rows = sorted(rows, key=lambda r: place(r, own))  # lines in their order, whichever value they begin at
     moves = lambda r: against not in ignored(r["method"])
     several = len({r["task"] for r in rows}) > 1
+    has = {k: list(table[k].unique()) for k in own}
     for r in rows:
         aside = {"task", "method", *ignored(r["method"])}
         rest = {k: r[k] for k in own if k not in aside and r[k] not in ("", None)}
-        r["line"] = ", ".join([method_label(r["method"]), *(value_label(k, v) for k, v in rest.items())])
-        words = [task_label(r["task"])] if several or "family" not in r else []
+        r["line"] = ", ".join([method_label(r["method"]), *(value_label(k, v, has[k]) for k, v in rest.items())])
+        words = [value_label("task", r["task"], has["task"])] if several or "family" not in r else []
         r["panel"] = ", ".join([*words, *([r["family"]] if "family" in r else [])])
     values = {
         r["panel"]: sorted({o[against] for o in rows if moves(o) and o["panel"] == r["panel"]}, key=in_order)
@@ -108,8 +111,8 @@ def sweep(
     for r in rows:
         r["x"], r["at"] = math.nan, ""
         if moves(r):
-            at = _degree(r["compress"]) if r.get("family") and r["compress"] else value_label(against, r[against])
-            r["x"], r["at"] = values[r["panel"]].index(r[against]), at
+            there = values[r["panel"]]
+            r["x"], r["at"] = there.index(r[against]), _at(against, r[against], there)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/7_results/47_figures.ipynb #da0ef087
@@ -152,7 +155,11 @@ def plot_sweep(
 def sweep_table(
     rows: pd.DataFrame,  # as `sweep` makes them
 ) -> pd.DataFrame:  # text, panel and value × line
-    "Accuracy in percent along a factor."
+    "Return accuracy in percent along a factor; ValueError if two rows have one place."
+    if (twice := rows[rows.duplicated(["panel", "at", "line"])]).size:
+        raise ValueError(
+            f"two kinds of runs are both called {twice.line.iloc[0]!r} at {twice['at'].iloc[0]!r}; report them in two folders"
+        )
     lines, moving = list(dict.fromkeys(rows.line)), rows.dropna(subset="x").sort_values(["panel", "x"])
     still = {(r.panel, r.line): cell(r) for r in rows[rows.x.isna()].itertuples()}
     most = moving.seeds.max()
@@ -168,9 +175,9 @@ def _if_one(names: list[str]) -> tuple[str, ...]:
     return () if "rank" in names else ("rank",)
 
 
-def _trained_on(params: dict) -> str:
-    "What a run trains on, for a person."
-    return value_label("mixture", params["mixture"]) if params["mixture"] else task_label(params["task"])
+def _trained_on(params: dict, mixtures: list[str]) -> str:
+    "Return what a run trains on, for a person."
+    return value_label("mixture", params["mixture"], mixtures) if params["mixture"] else task_label(params["task"])
 
 
 def plot_learning_curves(
@@ -180,9 +187,11 @@ def plot_learning_curves(
     "Training loss by step, mean over seeds and a tenth of the steps, a panel per task or mixture, a line per kind of run, paler for earlier ones; and a band between the seeds where there is room."
     names, panels, labels = factors(results), {}, {}
     trained = [(parameters(r), r["run"]) for r in own_trainings(results) if r["training"]]
-    for params, run in sorted(trained, key=lambda t: (bool(t[0]["mixture"]), place(t[0], names))):
-        label = run_label(params, names, (*ALWAYS[:3], *_if_one(names), "mixture"))
-        panels.setdefault(_trained_on(params), {}).setdefault((params["method"], label), []).append(run)
+    trained = sorted(trained, key=lambda t: (bool(t[0]["mixture"]), place(t[0], names)))
+    each = run_labels([params for params, _ in trained], names, (*ALWAYS[:3], *_if_one(names), "mixture"))
+    mixtures = [params["mixture"] for params, _ in trained]
+    for (params, run), label in zip(trained, each):
+        panels.setdefault(_trained_on(params, mixtures), {}).setdefault((params["method"], label), []).append(run)
         labels.setdefault(params["method"], {})[label] = None
     fig, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels) + 2.4, 2.6), dpi=110, squeeze=False)
     for ax, (panel, kinds) in zip(axes[0], panels.items()):

@@ -21,6 +21,7 @@ from .collect import own_trainings
 from .figures import _if_one
 from dora_nb.results.labels import (
     ALWAYS,
+    CALIBRATION,
     factors,
     figure_text,
     ignored,
@@ -28,7 +29,7 @@ from dora_nb.results.labels import (
     method_color,
     parameters,
     place,
-    run_label,
+    run_labels,
     task_label,
     value_label,
 )
@@ -106,9 +107,10 @@ def geometry_rows(
 ) -> pd.DataFrame:  # geometry with task, method, seed, part (of the training), and ΔM against three yardsticks
     "ΔM and ΔD with the parameters of their runs, what these are called, and how far ΔM is of the length, of a random step and of a random walk."
     keys, names = ("task", "method", "seed"), factors(results)
-    label = lambda r: run_label(parameters(r), names, (*ALWAYS[:3], "eval_format", *_if_one(names)))
     own = own_trainings(results)
-    runs = pd.DataFrame([{"run": r["run"], "label": label(r)} | {k: r["params"][k] for k in keys} for r in own])
+    labels = run_labels([parameters(r) for r in own], names, (*ALWAYS[:3], "eval_format", *_if_one(names)))
+    runs = [{"run": r["run"], "label": x} | {k: r["params"][k] for k in keys} for r, x in zip(own, labels)]
+    runs = pd.DataFrame(runs)
     rows = geometry.merge(runs, on="run")
     order = {r["run"]: i for i, r in enumerate(sorted(results, key=lambda r: place(parameters(r), names)))}
     rows = rows.sort_values(["run", "step"], key=lambda c: c.map(order) if c.name == "run" else c, kind="stable")
@@ -151,7 +153,7 @@ def geometry_table(
         )
     return pd.DataFrame(table)
 
-
+# %% ../../nbs/7_results/49_geometry.ipynb #70047095
 def geometry_differences(
     rows: pd.DataFrame,  # as `geometry_rows` makes them
     looked: dict | None = None,  # their `correlations`; computed if None
@@ -215,7 +217,7 @@ def stability_table(
     names = factors(found.results)
     ranked = [r for r in found.results if r["params"]["protocol"] == "loglikelihood"]
     losses = choice_losses(found.predictions[found.predictions.run.isin([r["run"] for r in ranked])])
-    place_of = lambda p: json.dumps([p.get(k) for k in names if k != "method" and k not in ignored("base")])
+    place_of = lambda p: json.dumps([p.get(k) for k in (*names, CALIBRATION) if k not in ("method", *ignored("base"))])
     several = len({r["params"]["eval_split"] for r in ranked}) > 1
     start = {place_of(parameters(r)): losses[r["run"]] for r in ranked if r["params"]["method"] == "base"}
     each = [(parameters(r), losses[r["run"]]) for r in ranked if r["training"]]
@@ -223,11 +225,11 @@ def stability_table(
         [*each, *((parameters({"params": p}), math.nan) for p in broken)],
         key=lambda x: (x[0]["task"], place(x[0], names)),
     )
-    cells, values = {}, {}
-    for params, loss in each:
+    cells, values, has = {}, {}, [p[against] for p, _ in each]
+    for (params, loss), kind in zip(each, run_labels([p for p, _ in each], names, (*ALWAYS[:3], against))):
         split = f", {params['eval_split']}" if several else ""
-        label = f"{task_label(params['task'])}{split}, {run_label(params, names, (*ALWAYS[:3], against))}"
-        values[params[against]] = value_label(against, params[against])
+        label = f"{task_label(params['task'])}{split}, {kind}"
+        values[params[against]] = value_label(against, params[against], has)
         worse = not loss <= start[place_of(params)] if place_of(params) in start else None
         cells.setdefault((label, params[against]), []).append((loss, worse))
     known = lambda c: all(worse is not None for _, worse in c)

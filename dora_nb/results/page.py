@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from ..data.sources import TESTED
 from ..files import read_text, write_whole
-from .accuracy import accuracies, accuracy_table, loss_table, majority, mixed_note
+from .accuracy import accuracies, accuracy_table, loss_table, majority, mixed_note, percent
 from .collect import experiment
 from .compare import METHODS_APART, change_verdict, changes, compare, holm, side_labels, verdict
 from .figures import plot_accuracy, plot_learning_curves, plot_sweep, sweep, sweep_table
@@ -48,7 +48,7 @@ from dora_nb.results.labels import (
     markdown_text,
     method_label,
     parameters,
-    run_label,
+    run_labels,
     task_label,
     value_label,
 )
@@ -121,6 +121,11 @@ def _savefig(fig: matplotlib.figure.Figure, path: Path):
 ONE_WORD = ("boolq", "winogrande")  # whose choices differ by a word, so that their lengths say nothing
 
 
+def _note(words: str) -> list[str]:
+    "Return the lines of a note below a table; none if it has none."
+    return [f"{markdown_text(words)}\n"] if words else []
+
+
 def _accuracy_section(out: Path, found: Gathered, protocol: str, split: str, against: str) -> list[str]:
     "Tables and figure of one protocol on one split."
     results = [r for r in found.results if (r["params"]["protocol"], r["params"]["eval_split"]) == (protocol, split)]
@@ -137,28 +142,30 @@ def _accuracy_section(out: Path, found: Gathered, protocol: str, split: str, aga
     losses = []
     if split == "dev" and protocol == "loglikelihood":
         losses = ["Cross-entropy over the choices (nats); the lowest of each method in bold:\n"]
-        losses += [markdown_table(loss_table(results, predictions), own=True, disable_numparse=True), ""]
+        lost = loss_table(results, predictions)
+        losses += [markdown_table(lost, own=True, disable_numparse=True), "", *_note(lost.attrs["note"])]
     along, constant = against in table.columns, majority(results, predictions)
     # some of a page's tasks may hold one value of the factor only
     wide = lambda t, *last: sweep_table(sweep(t, against)) if against in t.columns else accuracy_table(t, *last)
     _savefig(plot_sweep(sweep(table, against)) if along else plot_accuracy(table, constant), out / figure)
     what = "along the experiment's factor" if along else "by method and task, with intervals"
-    note = lambda t: [f"{markdown_text(words)}\n"] if (words := mixed_note(t)) else []
-    lines += [markdown_table(wide(table, constant)), "", *note(table)]
+    lines += [markdown_table(wide(table, constant)), "", *_note(mixed_note(table))]
     if along:
-        order = sorted(constant, key=lambda t: among(TASK_LABELS, t))
-        shares = ", ".join(f"{task_label(t)} {100 * constant[t]:.1f}" for t in order)
+        order = sorted(constant, key=lambda c: (among(TASK_LABELS, c[0]), c[2]))
+        tasks = [task for task, *_ in order]
+        where = lambda c: f"{task_label(c[0])} (n = {c[2]})" if tasks.count(c[0]) > 1 else task_label(c[0])
+        shares = ", ".join(f"{where(c)} {percent(constant[c])}" for c in order)
         lines += [f"Always the most frequent answer: {markdown_text(shares)}.\n"]
     lines += [f"![Accuracy {what}]({figure})\n", *losses]
     normed = [r for r in results if r["params"]["task"] not in ONE_WORD and "acc_norm" in r["metrics"]]
     if normed:
         lines += ["The same by length-normalised log-likelihood (acc_norm), which does not favour short answers:\n"]
         other = accuracies(normed, predictions, "acc_norm")
-        lines += [markdown_table(wide(other)), "", *note(other)]
+        lines += [markdown_table(wide(other)), "", *_note(mixed_note(other))]
     if protocol == "generate":
         names, unread = factors(results), {}
-        for r in results:
-            label = f"{task_label(r['params']['task'])}, {run_label(parameters(r), names)}"
+        for r, called in zip(results, run_labels([parameters(r) for r in results], names)):
+            label = f"{task_label(r['params']['task'])}, {called}"
             unread.setdefault(label, []).append(100 * r["metrics"].get("unparsed", math.nan))
         words = ", ".join(f"{label} {np.mean(shares):.1f}" for label, shares in unread.items())
         lines += [f"Answers that name no choice, and count as wrong, in percent: {markdown_text(words)}.\n"]
@@ -172,22 +179,22 @@ CHANGE_NOTE = "The difference of the differences, by the same items and seeds; i
 
 def _comparisons(found: Gathered, contrasts: list[tuple[dict, dict]], start: dict) -> list[str]:
     "Every contrast, and how it changes from the start, with p corrected for all of them."
-    rows, moved = [], []
+    rows, moved, has = [], [], factors(found.results)
     for a, b in contrasts:
-        add = lambda table: [r | {"labels": side_labels(a, b)} for r in table.to_dict("records")]
+        add = lambda table: [r | {"labels": side_labels(a, b, has)} for r in table.to_dict("records")]
         rows += add(compare(found.results, found.predictions, a, b))
         moved += add(changes(found.results, found.predictions, start, a, b)) if start else []
     if not rows:
         return []
-    names = [k for k in factors(found.results) if any(k in r and r[k] != rows[0].get(k) for r in rows)]
-    head = lambda r: ", ".join(value_label(k, r[k]) for k in dict.fromkeys(["task", *names]) if k in r)
+    names = [k for k in has if any(k in r and r[k] != rows[0].get(k) for r in rows)]
+    head = lambda r: ", ".join(value_label(k, r[k], has[k]) for k in dict.fromkeys(["task", *names]) if k in r)
     for r, p in zip((*rows, *moved), holm(np.array([r["p"] for r in (*rows, *moved)]))):
         r["p_holm"] = p
     title = "DoRA against LoRA" if contrasts == [METHODS_APART] else "Compared"
     page = [f"## {title}, item by item\n", TEST_NOTE, *([PROVISIONAL_NOTE] if found.problems else [])]
     page += [*(f"- {markdown_text(verdict(r, r['labels'], head(r)))}" for r in rows), ""]
     if moved:
-        place = ", ".join(value_label(k, v) for k, v in start.items())
+        place = ", ".join(value_label(k, v, has.get(k, ())) for k, v in start.items())
         page += ["## Does the difference change?\n", CHANGE_NOTE]
         page += [*(f"- {markdown_text(change_verdict(r, r['labels'], place, head(r)))}" for r in moved), ""]
     return page
@@ -357,7 +364,8 @@ def _page(out: Path, found: Gathered, about: tuple[dict, Path | None, str | None
         page += _curvature_section(out, found.results, found.probes)
         page += _sharpness_section(found)
     page += ["## What was run\n", _settings(found.results), "", "## Cost\n"]
-    page += [markdown_table(cost_table(found.results), index=False, disable_numparse=True), "", COST_NOTE]
+    costs = cost_table(found.results)
+    page += [markdown_table(costs, index=False, disable_numparse=True), "", *_note(costs.attrs["note"]), COST_NOTE]
     return [*page, *_others(found), "---\n", _source(grid, scale)]
 
 # %% ../../nbs/7_results/50_page.ipynb #11106e1a

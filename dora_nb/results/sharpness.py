@@ -21,7 +21,7 @@ from dora_nb.results.labels import (
     method_color,
     parameters,
     place,
-    run_label,
+    run_labels,
     task_label,
 )
 
@@ -33,10 +33,10 @@ def curvature_rows(
     "The probes, with the parameters of their runs."
     keys, names = ("task", "method", "rank", "seed", "eval_split", "learning_rate"), factors(results)
     order = lambda r: (among(TASK_LABELS, r["params"]["task"]), place(parameters(r), names), r["params"]["seed"])
+    each = sorted(own_trainings(results), key=order)
     rows = [
-        {k: r["params"][k] for k in keys}
-        | {"label": run_label(parameters(r), names), "at": p["at"], "step": p["step"], "probe": p}
-        for r in sorted(own_trainings(results), key=order)
+        {k: r["params"][k] for k in keys} | {"label": label, "at": p["at"], "step": p["step"], "probe": p}
+        for r, label in zip(each, run_labels([parameters(r) for r in each], names))
         for p in probes.get(r["run"], [])
         if "error" not in p
     ]

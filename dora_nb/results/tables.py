@@ -6,11 +6,13 @@
 __all__ = ['PUBLISHED', 'FOOTNOTES', 'cost_table']
 
 # %% ../../nbs/7_results/46_tables.ipynb #043aa07d
+import json
 import math
 
 import pandas as pd
+from .accuracy import mixed_note, mixed_words, telling
 from .collect import own_trainings
-from .labels import factors, parameters, place, run_label, task_label
+from .labels import ALWAYS, factors, kind, parameters, place, run_labels, task_label
 
 # %% ../../nbs/7_results/46_tables.ipynb #27ee7658
 PUBLISHED = pd.DataFrame(
@@ -30,10 +32,16 @@ FOOTNOTES = """\
 The paper trains LLaMA-7B on a mixture of eight tasks, 170,000 examples, and counts by generate-and-match; the poster trains one task at a time. Neither is comparable with the table above in model, data or metric: they are here for the claim, DoRA above LoRA, not as targets."""
 
 # %% ../../nbs/7_results/46_tables.ipynb #15884990
+def _made(result: dict) -> dict[str, str]:
+    "Return what costs depend on and a row's runs should have in common."
+    trainable = (result["training"] or {}).get("trainable")
+    return telling(result) | ({} if trainable is None else {"trained parameters": f"{trainable:,}"})
+
+# %% ../../nbs/7_results/46_tables.ipynb #645ef282
 def cost_table(
     results: list[dict],  # as `collect` returns them
 ) -> pd.DataFrame:  # text, a row per task and method
-    "What the runs took: parameters, seconds, tokens a second, peak memory; means over seeds, each training once."
+    "Return what the runs took: parameters, seconds, tokens a second, peak memory; means over seeds, each training once; and in `attrs` a note on the rows with †, if there are any."
     own = own_trainings(results)
     rows = [
         {
@@ -44,18 +52,21 @@ def cost_table(
         | ({} if r in own else dict.fromkeys(("tokens_per_second", "seconds", "memory"), math.nan))
         for r in results
     ]
-    names = factors(results)
-    keys = list(dict.fromkeys(["protocol", "task", "method", *names]))
-    table = pd.DataFrame(rows).assign(label=[run_label(parameters(r), names) for r in results])
-    table[keys] = pd.DataFrame([[parameters(r).get(k) for k in keys] for r in results], columns=keys)
-    mean = table.groupby([*keys, "label"], as_index=False, dropna=False, sort=False).mean(numeric_only=True)
-    rows = sorted(mean.to_dict("records"), key=lambda r: (r["task"], place(r, names)))
+    names, kinds = factors(results), {}
+    params = [parameters(r) for r in results]
+    for i, (p, label) in enumerate(zip(params, run_labels(params, names))):
+        kinds.setdefault((json.dumps([*(p[k] for k in ALWAYS[:3]), kind(p, names)]), label), []).append(i)
+    numbers, means = pd.DataFrame(rows), []
+    for (_, label), own_rows in kinds.items():
+        mixed = {"label": label, "mixed": mixed_words([_made(results[i]) for i in own_rows])}
+        means.append(params[own_rows[0]] | numbers.iloc[own_rows].mean().to_dict() | mixed)
+    rows = sorted(means, key=lambda r: (r["task"], place(r, names)))
     number = lambda v, spec: "–" if pd.isna(v) else format(v, spec)
-    return pd.DataFrame(
+    table = pd.DataFrame(
         [
             {
                 "task": task_label(r["task"]),
-                "method": r["label"],
+                "method": r["label"] + (" †" if r["mixed"] else ""),
                 "trained parameters": "–"
                 if pd.isna(r["trainable"])
                 else f"{r['trainable']:,.0f} ({r['trainable'] / r['total']:.2%})",
@@ -68,3 +79,5 @@ def cost_table(
             for r in rows
         ]
     )
+    table.attrs["note"] = mixed_note(pd.DataFrame(rows), "The runs of such a row")
+    return table

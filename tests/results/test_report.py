@@ -27,6 +27,7 @@ from dora_nb.results.accuracy import (
     accuracies,
     accuracy_table,
     freedom,
+    loss_table,
     majority,
     mean_interval,
     mean_squares,
@@ -36,7 +37,7 @@ from dora_nb.results.accuracy import (
 )
 from dora_nb.results.collect import collect, experiment
 from dora_nb.results.compare import agreement, change_verdict, changes, check_page, compare, holm, verdict
-from dora_nb.results.figures import plot_learning_curves, plot_sweep, sweep, sweep_table
+from dora_nb.results.figures import plot_accuracy, plot_learning_curves, plot_sweep, sweep, sweep_table
 from dora_nb.results.geometry import (
     correlation,
     geometry_differences,
@@ -46,7 +47,16 @@ from dora_nb.results.geometry import (
     sharpness_table,
     stability_table,
 )
-from dora_nb.results.labels import factors, figure_text, in_order, markdown_code, markdown_text, parameters, value_label
+from dora_nb.results.labels import (
+    factors,
+    figure_text,
+    in_order,
+    markdown_code,
+    markdown_text,
+    parameters,
+    run_labels,
+    value_label,
+)
 from dora_nb.results.overview import check_overview, overview, reports_in
 from dora_nb.results.page import render
 from dora_nb.results.sharpness import curvature_rows
@@ -115,8 +125,9 @@ def test_what_follows_from_something_else_is_no_factor():
         for s in (0, 1)
         for t in ("boolq", "winogrande")
     ]
-    assert factors(runs) == ["protocol", "eval_split", "task", "method"]
-    assert factors([*runs, result("dora", 2, learning_rate=5e-3, train_items=5)])[-1] == "learning_rate"
+    assert list(factors(runs)) == ["protocol", "eval_split", "task", "method"]
+    assert factors(runs)["method"] == ["lora", "dora"]
+    assert list(factors([*runs, result("dora", 2, learning_rate=5e-3, train_items=5)]))[-1] == "learning_rate"
     assert "probe" not in factors([*runs, result("dora", 3, learning_rate=2e-3, train_items=5, probe=True)])
 
 
@@ -163,10 +174,11 @@ def test_holm():
 
 
 def test_the_most_frequent_answer():
-    results = [result("lora"), result("dora")]
+    results = [result("lora", n=4), result("dora", n=4)]
     predictions = pd.concat([answers(r["run"], [1, 0, 1, 1]).assign(gold=[0, 1, 1, 1]) for r in results])
-    assert majority(results, predictions) == {"boolq": 0.75}
-    assert accuracy_table(accuracies(results, predictions), {"boolq": 0.75}).iloc[-1, 0] == "75.0"
+    found = majority(results, predictions)
+    assert found == {("boolq", "validation", 4): [0.75]}
+    assert accuracy_table(accuracies(results, predictions), found).iloc[-1, 0] == "75.0"
 
 
 def test_items_count_not_seeds():
@@ -1375,3 +1387,266 @@ def test_edited_parameters_are_named(tmp_path, monkeypatch, change):
     assert len(collect(tmp_path / "runs", tmp_path / "new")) == 1
     (problem,) = read_report(tmp_path / "new").problems
     assert problem.startswith(f"{folder.name}: ") and "make the run again" in problem
+
+
+# --- what tells runs apart, and what they were made with
+
+MIXTURES = {"boolq,hellaswag": 0.2, "boolq,winogrande": 0.9}  # as many tasks in both
+
+
+def gathered(shares, n=10, seeds=(0, 1)):
+    "Runs that trained, parameters → accuracy; as a report reads them, with answers by ranking."
+    training = dict(items=32, steps=2, trainable=10, total=100, tokens_per_second=9.0, seconds=1.0)
+    runs, frames = [], []
+    for params, acc in shares:
+        for seed in seeds if params["method"] != "base" else (0,):
+            own = result(**params, seed=seed, acc=acc, n=n) | {"run": f"run-{len(runs)}"}
+            runs.append(own | ({"training": training} if params["method"] != "base" else {}))
+            right = np.arange(n) < round(acc * n)
+            scores = [[-2.0, -1.0] if r else [-1.0, -2.0] for r in right]
+            frames.append(answers(runs[-1]["run"], right).assign(loglikelihood=scores))
+    steps = [dict(run=r["run"], step=i, loss=1.0, learning_rate=1e-3) for r in runs if r["training"] for i in (1, 2)]
+    return NOTHING._replace(results=runs, predictions=pd.concat(frames), history=pd.DataFrame(steps))
+
+
+@pytest.mark.attack("data loss")
+def test_mixtures_of_as_many_tasks_keep_their_own_rows():
+    found = gathered([(dict(method=m, mixture=mix), acc) for m in ("lora", "dora") for mix, acc in MIXTURES.items()])
+    words = ["BoolQ + HellaSwag together", "BoolQ + WinoGrande together"]
+    names = [f"{m}, rank 16, {w}" for m in ("LoRA", "DoRA") for w in words]
+    table = accuracy_table(accuracies(found.results, found.predictions))
+    assert list(table.index) == names
+    assert [cell.split()[0] for cell in table.iloc[:, 0]] == ["20.0", "90.0", "20.0", "90.0"]
+    losses = loss_table(found.results, found.predictions)
+    low, high = (np.log1p(np.exp(-1)) + (1 - acc) for acc in (0.9, 0.2))
+    assert losses.iloc[:4, 0].tolist() == [f"{high:.3f}", f"**{low:.3f}**"] * 2
+    assert list(cost_table(found.results).method) == names
+    rows = sweep(accuracies(found.results, found.predictions), "mixture")
+    wide = sweep_table(rows)
+    assert [x.partition(", ")[2] for x in wide.index] == words and wide.iloc[:, 0].str.split().str[0].tolist() == [
+        "20.0",
+        "90.0",
+    ]
+    fig = plot_learning_curves(found.results, found.history)
+    assert [ax.get_title() for ax in fig.axes] == words
+    plt.close(fig)
+
+
+@pytest.mark.attack("silent error")
+def test_a_verdict_says_which_mixture(tmp_path):
+    for mix, acc in MIXTURES.items():
+        for method in ("lora", "dora"):
+            run_dir(tmp_path / "runs", RunConfig("boolq", method, mixture=mix), np.arange(200) < 200 * acc)
+    collect(tmp_path / "runs", tmp_path / "out")
+    page = render(tmp_path / "out").read_text(encoding="utf-8")
+    for words in ("BoolQ + HellaSwag together", "BoolQ + WinoGrande together"):
+        assert f"- BoolQ, {words}: DoRA − LoRA is" in page
+
+
+@pytest.mark.attack("data loss")
+def test_rates_that_agree_in_six_digits_keep_their_own_rows():
+    found = gathered([(dict(method="lora", learning_rate=x), a) for x, a in ((0.0012345671, 0.2), (0.0012345672, 0.9))])
+    table = accuracy_table(accuracies(found.results, found.predictions))
+    assert list(table.index) == [f"LoRA, rank 16, rate {x}" for x in (0.0012345671, 0.0012345672)]
+    assert [cell.split()[0] for cell in table.iloc[:, 0]] == ["20.0", "90.0"]
+    base = gathered([(dict(method="base"), 0.5)])
+    both = found._replace(results=[*found.results, *(r | {"run": "base"} for r in base.results)])
+    answered = pd.concat([found.predictions, base.predictions.assign(run="base")])
+    table = stability_table(both._replace(predictions=answered), "learning_rate")
+    assert list(table.columns) == ["rate 0.0012345671", "rate 0.0012345672"]
+    assert table.iloc[0].str.partition(", ")[2].tolist() == ["2 of 2", "0 of 2"]
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize(
+    "name,values",
+    [
+        ("mixture", ["boolq,piqa", "boolq, piqa", "boolq,winogrande", ""]),
+        ("learning_rate", [0.0012345671, 0.0012345672]),
+        ("model content", ["abcdef0", "abcdef1"]),
+        ("model", ["a\nb", "a b"]),
+        ("task", ["boolq", "BoolQ"]),
+        ("rank", [1, 1.0, True]),
+    ],
+)
+def test_two_values_never_have_one_label(name, values):
+    assert len({markdown_text(value_label(name, v, values)) for v in values}) == len(values)
+
+
+@pytest.mark.attack("silent error")
+def test_a_label_that_would_stand_for_two_kinds_of_runs_is_refused():
+    "Two parameters may have the same words; nothing is averaged over."
+    found = gathered([(dict(method="lora", model=name), 0.5) for name in "abcd"], seeds=(0,))
+    for r, pair in zip(found.results, (("x", ""), ("", "x"), ("x", "z"), ("", "z"))):
+        r["params"] |= dict(zip(("model", "source"), pair))
+    with pytest.raises(ValueError, match="both called 'LoRA, rank 16, x', one with model 'x', source '' and one with"):
+        accuracies(found.results, found.predictions)
+    with pytest.raises(ValueError, match="report them in two folders"):
+        run_labels([parameters(r) for r in found.results], factors(found.results))
+    table = accuracies(found.results[:1], found.predictions)
+    with pytest.raises(ValueError, match="both called 'LoRA, rank 16'"):
+        accuracy_table(pd.concat([table, table]))
+    ranks = gathered([(dict(method="lora", rank=r), 0.5) for r in (4, 8)])
+    table = accuracies(ranks.results, ranks.predictions)
+    with pytest.raises(ValueError, match="both called 'LoRA' at 'rank 4'"):
+        sweep_table(sweep(pd.concat([table, table]), "rank"))
+
+
+PRUNED = {"boolq,hellaswag": 0.2, "hellaswag,boolq,piqa": 0.9}
+
+
+def pruned(mixtures):
+    return gathered(
+        [
+            (dict(method=m, mixture=mix, compress="wanda-0.5"), acc)
+            for mix, acc in mixtures.items()
+            for m in ("base", "lora")
+        ]
+    )
+
+
+@pytest.mark.attack("data loss")
+def test_bases_pruned_on_other_items_are_two_bases():
+    found = pruned(PRUNED)
+    table = accuracy_table(accuracies(found.results, found.predictions))
+    assert list(table.index)[:2] == ["base model, pruned on BoolQ", "base model, pruned on HellaSwag"]
+    assert [cell.split()[0] for cell in table.iloc[:, 0]] == ["20.0", "90.0", "20.0", "90.0"]
+    pairs = compare(found.results, found.predictions, {"method": "base"}, {"method": "lora"})
+    assert pairs.mixture.tolist() == list(PRUNED) and pairs.difference.tolist() == [0, 0]  # none is crossed
+
+
+@pytest.mark.attack("silent error")
+def test_what_counts_of_a_pruned_base_s_mixture_is_its_first_task():
+    found = pruned({"boolq,hellaswag": 0.2, "boolq,winogrande": 0.2})
+    table = accuracies(found.results, found.predictions)
+    assert table[table.method == "base"].label.tolist() == ["base model"]
+    pairs = compare(found.results, found.predictions, {"method": "base"}, {"method": "lora"})
+    assert pairs.mixture.tolist() == ["boolq,hellaswag", "boolq,winogrande"] and pairs.seeds.tolist() == [2, 2]
+    odd = pruned({"boolq,hellaswag": 0.2, "boolq,winogrande": 0.9})
+    with pytest.raises(ValueError, match="differ in nothing that could tell them apart"):
+        accuracies(odd.results, odd.predictions)
+    base, lora = (
+        gathered([(dict(method=m, compress="wanda-0.5", mixture=x), 0.5)])
+        for m, x in (("base", ""), ("lora", "hellaswag,boolq"))
+    )
+    runs = [base.results[0] | {"run": "base"}, *lora.results]
+    both = pd.concat([base.predictions.assign(run="base"), lora.predictions])
+    assert not len(compare(runs, both, {"method": "base"}, {"method": "lora"}))  # it was pruned on HellaSwag
+
+
+@pytest.mark.attack("silent error")
+def test_a_change_from_the_unpruned_model_finds_it_for_every_calibration():
+    unpruned = [(dict(method=m, mixture=mix), acc) for mix, acc in PRUNED.items() for m in ("base", "lora")]
+    squeezed = [(params | {"compress": "wanda-0.5"}, 1 - acc) for params, acc in unpruned]
+    found = gathered([unpruned[0], unpruned[1], unpruned[3], *squeezed])
+    found.results[0]["params"]["mixture"] = ""
+    rows = changes(found.results, found.predictions, {"compress": ""}, {"method": "base"}, {"method": "lora"})
+    assert rows.mixture.tolist() == list(PRUNED)
+    assert rows.change.tolist() == pytest.approx([0, -0.7])
+
+
+GPU = dict(machine=dict(cpu="c", gpu="g", threads=1))
+BFLOAT = dict(precision=dict(precision="bfloat16", eval_precision="float32"))
+ASKED_BFLOAT = dict(precision=dict(precision="float32", eval_precision="bfloat16"))
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        (GPU, "on a CPU and a GPU"),
+        (BFLOAT, "training in bfloat16 and float32"),
+        (ASKED_BFLOAT, "evaluation in bfloat16 and float32"),
+        (dict(versions=dict(dora_nb="9")), "dora_nb 0.1.0 and 9"),
+        (dict(revision="other"), ""),  # says nothing of what a run came to
+    ],
+)
+def test_sides_that_were_measured_unlike_are_named_beside_the_verdict(tmp_path, change, said):
+    for seed in (0, 1):
+        run_dir(tmp_path / "runs", RunConfig("boolq", "lora", seed=seed), np.arange(200) < 80)
+        run_dir(tmp_path / "runs", RunConfig("boolq", "dora", seed=seed), np.arange(200) < 160, **change)
+    results = collect(tmp_path / "runs", tmp_path / "out")
+    page = render(tmp_path / "out").read_text(encoding="utf-8")
+    sentence = f"DoRA is ahead here, on these items and settings. LoRA and DoRA were measured under different conditions: {said}.\n"
+    assert (sentence in page) == bool(said) and ("different conditions" in page) == bool(said)
+    predictions = read_report(tmp_path / "out").predictions
+    assert compare(results, predictions).unlike.tolist() == [said]
+
+
+@pytest.mark.attack("silent error")
+def test_only_what_differs_within_a_pair_counts():
+    "Seeds on two machines, and both methods of a seed on one; and a precision that is what is compared."
+    found = gathered([(dict(method=m), 0.5) for m in ("lora", "dora")])
+    seeds = [
+        r | (GPU if r["params"]["seed"] else dict(machine=dict(cpu="c", gpu=None, threads=1))) for r in found.results
+    ]
+    assert compare(seeds, found.predictions).unlike.tolist() == [""]
+    found = gathered([(dict(method="lora", precision=p), 0.5) for p in ("float32", "bfloat16")])
+    made = [
+        r | dict(precision=dict(precision=r["params"]["precision"], eval_precision="float32")) for r in found.results
+    ]
+    sides = [{"precision": p} for p in ("float32", "bfloat16")]
+    assert compare(made, found.predictions, *sides).unlike.tolist() == [""]
+
+
+@pytest.mark.attack("silent error")
+def test_a_change_between_runs_that_were_made_unlike_says_so():
+    found = gathered([(dict(method=m, compress=c), 0.5) for m in ("lora", "dora") for c in ("", "rtn-4")])
+    machine = lambda r: GPU if r["params"]["compress"] else dict(machine=dict(cpu="c", gpu=None, threads=1))
+    rows = changes([r | machine(r) for r in found.results], found.predictions, {"compress": ""})
+    assert rows.unlike.tolist() == ["on a CPU and a GPU"]
+    text = change_verdict(rows.iloc[0].to_dict(), head="rtn-4")
+    assert text.endswith(" The runs behind it were measured under different conditions: on a CPU and a GPU.")
+
+
+@pytest.mark.attack("silent error")
+def test_costs_and_losses_of_runs_that_were_made_unlike_are_marked(tmp_path):
+    for seed in (0, 1):
+        for method in ("lora", "dora"):
+            odd = seed and method == "lora"
+            config = RunConfig("boolq", method, seed=seed, eval_split="dev")
+            folder = run_dir(tmp_path / "runs", config, np.arange(200) < 80, **(GPU if odd else {}))
+            about = json.loads((folder / RESULT).read_text())
+            about["training"]["trainable"] = 1000 if seed and method == "dora" else 10
+            (folder / RESULT).write_text(json.dumps(about))
+    results = collect(tmp_path / "runs", tmp_path / "out")
+    costs = cost_table(results)
+    assert list(costs.method) == ["LoRA, rank 16 †", "DoRA, rank 16 †"]
+    page = render(tmp_path / "out").read_text(encoding="utf-8")
+    words = "on a CPU and a GPU (BoolQ, LoRA, rank 16); trained parameters 1,000 and 10 (BoolQ, DoRA, rank 16)"
+    assert f"† The runs of such a row were not made alike: {words}." in page
+    losses = loss_table(results, read_report(tmp_path / "out").predictions)
+    assert [x.endswith(" †") for x in losses.iloc[:2, 0]] == [True, False]
+    assert losses.attrs["note"] == "† The seeds of such a cell were not made alike: on a CPU and a GPU."
+
+
+@pytest.mark.attack("silent error")
+def test_the_most_frequent_answer_is_of_the_column_s_own_items():
+    small, large = (result("base", acc=0.9, n=n, eval_items=i) | {"run": f"of-{n}"} for n, i in ((20, 20), (200, None)))
+    gold = np.where(np.arange(200) < 18, 1, np.arange(200) % 2)  # of the first 20 one answer is right 19 times
+    frames = [answers(f"of-{n}", np.ones(n)).assign(gold=gold[:n], pred=gold[:n]) for n in (20, 200)]
+    few, all_of_them = (np.bincount(gold[:n]).max() / n for n in (20, 200))
+    assert few == 0.95 and round(all_of_them, 3) == 0.545
+    predictions = pd.concat(frames)
+    found = majority([small, large], predictions)
+    assert found == {("boolq", "validation", 20): [few], ("boolq", "validation", 200): [all_of_them]}
+    table = accuracies([small, large], predictions)
+    last = accuracy_table(table, found).loc["always the most frequent answer"]
+    assert last.to_dict() == {"BoolQ (n = 20)": "95.0", "BoolQ (n = 200)": "54.5"}
+    fig = plot_accuracy(table, found)
+    lines = {
+        ax.get_title(): [y for line in ax.get_lines() if line.get_ls() == ":" for y in set(line.get_ydata())]
+        for ax in fig.axes
+    }
+    assert lines == {"BoolQ (n = 20)": pytest.approx([95]), "BoolQ (n = 200)": pytest.approx([54.5])}
+    plt.close(fig)
+
+
+@pytest.mark.attack("silent error")
+def test_the_most_frequent_answer_of_two_sets_of_items_is_a_range():
+    runs = [result("lora", n=4), result("dora", n=4)]
+    asked = [answers(r["run"], [1] * 4).assign(gold=gold) for r, gold in zip(runs, ([0, 1, 1, 1], [0, 0, 1, 1]))]
+    found = majority(runs, pd.concat([asked[0], asked[1].assign(doc_index=range(4, 8))]))
+    assert found == {("boolq", "validation", 4): [0.5, 0.75]}
+    table = accuracies(runs, pd.concat(asked))
+    assert accuracy_table(table, found).iloc[-1, 0] == "50.0 to 75.0"
