@@ -154,6 +154,15 @@ class _NaNs(LogitsProcessor):
         return scores
 
 
+def _one_prompt(items: list[dict]):
+    "Refuse items whose choices have contexts of their own: ValueError. A model that writes an answer is given one."
+    for place, item in enumerate(items):
+        if len(set(item["contexts"])) > 1:
+            raise ValueError(
+                f"item {item['doc_index']} (at place {place}) has a context for each choice, and a model that writes its answer is given one prompt; put the same context before all choices, or use the protocol loglikelihood"
+            )
+
+
 def _padded(prompts: list[list[int]], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
     "Prompts as a batch, padded on the left, so that each ends where generation begins."
     width = max(map(len, prompts))
@@ -228,7 +237,7 @@ def generate_answers(
     if context is not None and max_new_tokens >= context:
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves nothing of the model's context of {context}")
     limit = max_tokens if context is None else min(max_tokens, context - max_new_tokens)
-    items = plain_items(items)
+    _one_prompt(items := plain_items(items))
     check_causal(model.eval())
     answers, encoded = [answers_of(item) for item in items], [encode_text(tokenizer, i["contexts"][0]) for i in items]
     prompts, outputs = [ids[-limit:] for ids in encoded], {}

@@ -309,6 +309,16 @@ def test_impossible_options(tiny_model_dir, protocol, wrong, message, monkeypatc
 
 
 @pytest.mark.attack("silent error")
+def test_a_model_that_writes_is_given_one_prompt(tiny_model_dir, monkeypatch):
+    model, tokenizer = load_model(str(tiny_model_dir))
+    same = dict(doc_index=7, contexts=["Cats are"] * 2, continuations=[" one", " two"], gold=1)
+    items = [same, same | dict(doc_index=9, contexts=["Cats are", "Dogs are"])]
+    monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("work has begun"))
+    with pytest.raises(ValueError, match=r"item 9 \(at place 1\) has a context for each choice"):
+        generate_answers(model, tokenizer, items, progress=False)
+
+
+@pytest.mark.attack("silent error")
 @pytest.mark.parametrize(
     "name, value",
     [
