@@ -96,9 +96,8 @@ def choice_logprobs(
     batch: Batch,  # on the model's device
 ) -> Tensor:  # (items, choices), float32; −inf where an item has fewer choices
     "Summed log-probability of every choice of every item."
-    sums = torch.zeros(batch.items * batch.choices, device=batch.owner.device).index_add(
-        0, batch.owner, token_logprobs(model, batch)
-    )
+    each = token_logprobs(model, batch)
+    sums = each.new_zeros(batch.items * batch.choices).index_add(0, batch.owner, each)
     absent = torch.ones_like(sums, dtype=torch.bool).index_fill(0, batch.owner, False)
     return sums.masked_fill(absent, -math.inf).view(batch.items, batch.choices)
 

@@ -28,6 +28,7 @@ from ..files import check_replaceable, read_text
 from ..models.adapt import trainable_parameters, whole
 from ..models.scoring import context_length, shares_prompts
 from dora_nb.training.batches import (
+    check_differentiable,
     check_ids,
     check_learning,
     encode_items,
@@ -234,6 +235,7 @@ class Training:
         self.model, self.team, device = model, team, next(model.parameters()).device
         items = plain_items(items, least=2 if config.objective in OVER_CHOICES else 1, unique=False)
         self.gold, self.docs = ([item[k] for item in items] for k in ("gold", "doc_index"))
+        check_differentiable(model)
         check_learning(trainable_parameters(model))
         self.rows = encode_items(tokenizer, items, config, shares_prompts(model), context_length(model))
         check_ids(model, (r.ids + r.target for item in self.rows for r in item))
@@ -338,6 +340,7 @@ def _is_history(path: Path) -> bool:
     return all({"step", "loss", "learning_rate"} <= json.loads(line).keys() for line in lines)
 
 
+@torch.inference_mode(False)  # wherever it is called
 def train(
     model: nn.Module,  # adapted, or with all weights trainable; changed in place
     tokenizer,  # its tokenizer

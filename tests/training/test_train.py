@@ -885,3 +885,65 @@ def test_items_as_a_list_or_in_another_format(tiny, how):
         (record,) = train(model, tokenizer, data, SHORT, progress=False)
         made.append((record["loss"], rank_choices(model, tokenizer, data, progress=False)[1]))
     assert made[0] == made[1] and type(made[1][1][0]["gold"]) is int
+
+
+def newer(part):
+    "PyTorch's newer setting of a backend's products."
+    return getattr(getattr(torch.backends, part), "matmul", None)
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.skipif(not hasattr(newer("mkldnn"), "fp32_precision"), reason="this PyTorch has the older setting only")
+@pytest.mark.parametrize("setting", ["bf16", "tf32", "ieee", "none"])
+@pytest.mark.parametrize("older", ["highest", "medium"])
+def test_float32_is_float32_by_whichever_setting_it_was_changed(setting, older):
+    "Of two settings that disagree PyTorch tells none; both are what they were, afterwards."
+    now = torch.get_float32_matmul_precision
+    x, y = torch.randn(64, 64), torch.randn(64, 64)
+    exact = x @ y
+    try:
+        torch.set_float32_matmul_precision(older)
+        newer("mkldnn").fp32_precision = setting
+        before = [newer(part).fp32_precision for part in ("mkldnn", "cuda")]
+        with tf32("float32", torch.device("cpu")):
+            assert now() == "highest" and torch.equal(x @ y, exact)
+        assert [newer(part).fp32_precision for part in ("mkldnn", "cuda")] == before
+        for part in ("mkldnn", "cuda"):
+            newer(part).fp32_precision = "ieee"
+        assert now() == older
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for part in ("mkldnn", "cuda"):
+            newer(part).fp32_precision = "none"
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_pytorch_s_default_dtype_changes_nothing(tiny, dtype):
+    data, config = items(n=8), TrainConfig(precision="float32", batch_size=4)
+
+    def ask(default):
+        model, tokenizer = tiny(dropout=0.1)
+        torch.set_default_dtype(default)
+        try:
+            history = train(model, tokenizer, data, config, progress=False)
+            return [r["loss"] for r in history], rank_choices(model, tokenizer, data, progress=False)[1]
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    assert ask(dtype) == ask(torch.float32)
+
+
+@pytest.mark.attack("crash")
+def test_training_inside_inference_mode(tiny):
+    data, config = items(n=8), TrainConfig(precision="float32", batch_size=4)
+    histories = []
+    for inside in (False, True):
+        model, tokenizer = tiny()
+        with torch.inference_mode(inside):
+            histories.append([r["loss"] for r in train(model, tokenizer, data, config, progress=False)])
+    assert histories[0] == histories[1]
+    with torch.inference_mode():
+        model, tokenizer = tiny()
+    with pytest.raises(ValueError, match=r"was made inside torch\.inference_mode\(\)"):
+        train(model, tokenizer, data, config, progress=False)
