@@ -23,10 +23,11 @@ def scored_only(
 ):
     "While this lasts, `head` sees the hidden states at `source` only, as (1, n, width), and works in its own dtype."
     plain, own = head.forward, "forward" in vars(head)
+    dtype = getattr(head, "base_layer", head).weight.dtype  # an adapter's weight is worked out when it is read
 
     def narrowed(hidden):
         with torch.autocast(hidden.device.type, enabled=False):
-            return plain(hidden.flatten(0, 1)[source][None].to(head.weight.dtype))
+            return plain(hidden.flatten(0, 1)[source][None].to(dtype))
 
     head.forward = narrowed
     try:

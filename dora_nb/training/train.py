@@ -25,7 +25,7 @@ import torch
 from accelerate.utils import set_seed
 from ..data.rows import Batch, Row
 from ..files import check_replaceable, read_text
-from ..models.adapt import trainable_parameters, whole
+from ..models.adapt import adapter_layers, trainable_parameters, whole
 from ..models.scoring import context_length, shares_prompts
 from dora_nb.training.batches import (
     check_differentiable,
@@ -91,6 +91,10 @@ def train_step(
         for batch, gold in batches:
             with autocast(config.precision, device):
                 loss = summed_loss(model, batch.to(device), gold.to(device), config.objective) / divisor
+            if not loss.requires_grad:
+                raise ValueError(
+                    "nothing that learns has a part in the loss: the model uses none of the layers that are adapted; choose others by target_modules"
+                )
             loss.backward()
             total += loss.item()
     return total
@@ -272,6 +276,13 @@ class Training:
         share = dict(items=len(batch), tokens=int(tokens), padding=1 - tokens / inputs)
         return record | share | dict(batch_tokens=self.config.batch_tokens)
 
+    def idle(self) -> list[str]:  # their names
+        "Return the adapted layers that never got a gradient."
+        state = self.optimizer.state
+        moved = lambda p: p in state and bool(whole(state[p]["exp_avg_sq"]).any())
+        learning = {n: [p for p in m.parameters() if p.requires_grad] for n, m in adapter_layers(self.model).items()}
+        return [n for n, params in learning.items() if params and not any([moved(p) for p in params])]
+
     def move(
         self,
         rate: float,  # learning rate
@@ -340,6 +351,16 @@ def _is_history(path: Path) -> bool:
     return all({"step", "loss", "learning_rate"} <= json.loads(line).keys() for line in lines)
 
 
+def _warn_of_idle(layers: list[str]):
+    "Warn of adapted layers that learnt nothing, as nothing of them was used."
+    if layers:
+        more = f", nor did {len(layers) - 1} more adapted layers" if layers[1:] else ""
+        warnings.warn(
+            f"{layers[0]!r} never got a gradient{more}: the model does not use it, or, if it is an expert of a mixture, sent it no token. Leave out of target_modules what a model does not use",
+            stacklevel=4,
+        )
+
+
 @torch.inference_mode(False)  # wherever it is called
 def train(
     model: nn.Module,  # adapted, or with all weights trainable; changed in place
@@ -393,6 +414,7 @@ def train(
                     story.finish()
                     speed = f"loss {record['loss']:.3f}, {story.tokens / story.seconds:.0f} tokens/s"
                     bar.set_postfix_str(speed, refresh=False)
+            _warn_of_idle(training.idle())
             with signals.together():
                 kept.write()
         except Stopped:
