@@ -60,7 +60,7 @@ def probing(
             vars(layer).update(own)
         model.train(training)
 
-
+# %% ../../nbs/5_curvature/26_probe.ipynb #35250543
 class _Asked(nn.Module):
     "A model and a question to it, as one module whose parameters can be replaced."
 
@@ -198,7 +198,7 @@ def _ggn_summaries(parts: Sequence[Part], params: Params, blocks: dict[str, list
     damping = 0.01 * gram_eigenvalues(grams)[0].item()
     return {name: _summary(gram_eigenvalues(grams, block), damping) for name, block in blocks.items()}, damping
 
-
+# %% ../../nbs/5_curvature/26_probe.ipynb #f9bd4d28
 @torch.inference_mode(False)  # wherever it is called
 def probe(
     model: nn.Module,  # adapted, its adapter trainable

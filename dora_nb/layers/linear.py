@@ -27,6 +27,19 @@ class _Holder(nn.Module):
     in_features = property(lambda self: self.base_layer.in_features)
     out_features = property(lambda self: self.base_layer.out_features)
 
+    @property
+    def weight(self) -> Tensor:
+        "What the layer multiplies by, in the dtype of W₀: some models read it and do not call the layer. New every time."
+        W0 = self.base_layer.weight
+        if W0.is_meta:  # offloaded, so that there is only its shape and dtype to be read
+            return W0
+        with torch.autocast(W0.device.type, enabled=False):
+            return self.adapted_weight().to(W0.dtype)
+
+    def merged_weight(self) -> Tensor:
+        "What `weight` gives, without a graph."
+        return self.weight.detach()
+
     def _apply(self, fn, recurse=True):
         # Called by `.to`, `.half`, `.cuda` and the like: follow the device, but never below float32.
         def keep_precision(t):
@@ -95,26 +108,9 @@ class LoRALinear(_Holder):
         "This layer as the product sees it, for an input of (…, in)."
         return Term(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
 
-    def direction(self) -> Tensor:
-        "W₀ + s·BA, (out, in), in float32 or better; with a graph."
-        return self.base_layer.weight + self.scaling * (self.lora_B @ self.lora_A)
-
     def adapted_weight(self) -> Tensor:
-        "The matrix that the layer multiplies by, (out, in), in float32 or better; with a graph."
-        return self.direction()
-
-    @property
-    def weight(self) -> Tensor:
-        "The same in the dtype of W₀: some models read it and do not call the layer. It is a new tensor every time."
-        W0 = self.base_layer.weight
-        if W0.is_meta:  # offloaded, so that there is only its shape and dtype to be read
-            return W0
-        with torch.autocast(W0.device.type, enabled=False):
-            return self.adapted_weight().to(W0.dtype)
-
-    def merged_weight(self) -> Tensor:
-        "What `weight` gives, without a graph."
-        return self.weight.detach()
+        "W₀ + s·BA, the matrix that the layer multiplies by, (out, in), in float32 or better; with a graph."
+        return self.base_layer.weight + self.scaling * (self.lora_B @ self.lora_A)
 
     def extra_repr(self) -> str:
         return f"rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"
@@ -299,4 +295,4 @@ class DoRALinear(LoRALinear):
 
     def adapted_weight(self) -> Tensor:
         "diag(m/n)(W₀ + s·BA), (out, in), in float32 or better; with a graph."
-        return self.scale()[:, None] * self.direction()
+        return self.scale()[:, None] * super().adapted_weight()

@@ -116,7 +116,7 @@ def plain_items(
     items = check_items(items, **how)
     return list(items.with_format(None) if isinstance(items, datasets.Dataset) else items)
 
-
+# %% ../../nbs/4_training/18_batches.ipynb #1f7c932e
 def check_differentiable(
     model: nn.Module,  # about to be differentiated
 ):

@@ -276,13 +276,6 @@ class Training:
         share = dict(items=len(batch), tokens=int(tokens), padding=1 - tokens / inputs)
         return record | share | dict(batch_tokens=self.config.batch_tokens)
 
-    def idle(self) -> list[str]:  # their names
-        "Return the adapted layers that never got a gradient."
-        state = self.optimizer.state
-        moved = lambda p: p in state and bool(whole(state[p]["exp_avg_sq"]).any())
-        learning = {n: [p for p in m.parameters() if p.requires_grad] for n, m in adapter_layers(self.model).items()}
-        return [n for n, params in learning.items() if params and not any([moved(p) for p in params])]
-
     def move(
         self,
         rate: float,  # learning rate
@@ -342,7 +335,20 @@ class Story:
         self.log.write(json.dumps(record) + "\n")
         self.log.flush()
 
-# %% ../../nbs/4_training/21_train.ipynb #87fa4744
+# %% ../../nbs/4_training/21_train.ipynb #08b82fa9
+def _warn_of_idle(training: Training):
+    "Warn of adapted layers that never got a gradient."
+    state = training.optimizer.state
+    moved = lambda p: p in state and bool(whole(state[p]["exp_avg_sq"]).any())
+    layers = {n: [p for p in m.parameters() if p.requires_grad] for n, m in adapter_layers(training.model).items()}
+    if idle := [n for n, params in layers.items() if params and not any([moved(p) for p in params])]:
+        more = f", nor did {len(idle) - 1} more adapted layers" if idle[1:] else ""
+        warnings.warn(
+            f"{idle[0]!r} never got a gradient{more}: the model does not use it, or, if it is an expert of a mixture, sent it no token. Leave out of target_modules what a model does not use",
+            stacklevel=4,
+        )
+
+
 def _is_history(path: Path) -> bool:
     "Return whether a file is a training's history, or empty."
     lines = read_text(path).splitlines()
@@ -350,17 +356,7 @@ def _is_history(path: Path) -> bool:
         lines.pop()  # a training was killed while it wrote this one
     return all({"step", "loss", "learning_rate"} <= json.loads(line).keys() for line in lines)
 
-
-def _warn_of_idle(layers: list[str]):
-    "Warn of adapted layers that learnt nothing, as nothing of them was used."
-    if layers:
-        more = f", nor did {len(layers) - 1} more adapted layers" if layers[1:] else ""
-        warnings.warn(
-            f"{layers[0]!r} never got a gradient{more}: the model does not use it, or, if it is an expert of a mixture, sent it no token. Leave out of target_modules what a model does not use",
-            stacklevel=4,
-        )
-
-
+# %% ../../nbs/4_training/21_train.ipynb #87fa4744
 @torch.inference_mode(False)  # wherever it is called
 def train(
     model: nn.Module,  # adapted, or with all weights trainable; changed in place
@@ -414,7 +410,7 @@ def train(
                     story.finish()
                     speed = f"loss {record['loss']:.3f}, {story.tokens / story.seconds:.0f} tokens/s"
                     bar.set_postfix_str(speed, refresh=False)
-            _warn_of_idle(training.idle())
+            _warn_of_idle(training)
             with signals.together():
                 kept.write()
         except Stopped:
