@@ -43,7 +43,7 @@ class _Krylov:
         fresh = norm > 100 * torch.finfo(w.dtype).eps * scale  # otherwise it is what rounding left
         if not fresh:  # the space is closed under the matrix: go on elsewhere
             self.closed = True
-            _, new = self._orthogonal(torch.randn(self.n, generator=_generator(10**9 + self.size)).to(w))
+            _, new = self._orthogonal(_random(10**9 + self.size, self.n).to(w))
         _, new = self._orthogonal(F.normalize(new, dim=0))
         self.Q[self.size] = F.normalize(new, dim=0)
         self.size += 1
@@ -74,6 +74,11 @@ class _Krylov:
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def _random(seed: int, *shape: int) -> Tensor:
+    "Return normal numbers, drawn in float32 whatever PyTorch's default is: another dtype would give others."
+    return torch.randn(shape, dtype=torch.float32, generator=_generator(seed))
 
 # %% ../../nbs/5_curvature/23_lanczos.ipynb #dd929409
 ENDS = ("top", "bottom", "both")
@@ -118,9 +123,9 @@ def top_eigenpairs(
         raise ValueError(f"ends={ends!r} does not exist; choose one of {', '.join(ENDS)}")
     if not 1 <= k <= n or not 1 <= block <= n:
         raise ValueError(f"k={k} and block={block} must be between 1 and {n}, the number of parameters")
-    start = torch.randn(block, n, generator=_generator(seed)).to(matrix.device, matrix.dtype)
+    start = _random(seed, block, n).to(matrix.device, matrix.dtype)
     krylov = _Krylov(matrix, start, max_products or 10 * k + 30)
-    wanted, values = ("top", "bottom") if ends == "both" else (ends,), torch.empty(0)
+    wanted, values = ("top", "bottom") if ends == "both" else (ends,), torch.empty(0, dtype=torch.float64)
     while not krylov.done:
         krylov.grow()
         before, (values, S, residuals) = values, krylov.pairs()
@@ -163,7 +168,7 @@ def spectral_density(
     "The density of eigenvalues, by stochastic Lanczos quadrature."
     nodes, weights, n = [], [], matrix.shape[0]
     for i in range(probes):
-        start = torch.randn(1, n, generator=_generator(1000 * seed + i)).to(matrix.device, matrix.dtype)
+        start = _random(1000 * seed + i, 1, n).to(matrix.device, matrix.dtype)
         krylov = _Krylov(matrix, start, steps)
         while not krylov.done:
             krylov.grow()

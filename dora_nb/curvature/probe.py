@@ -20,6 +20,7 @@ from ..data.rows import Batch
 from ..models.adapt import adapter_layers, trainable_parameters
 from ..models.scoring import context_length, shares_prompts, token_logits
 from dora_nb.training.batches import (
+    check_differentiable,
     check_ids,
     encode_items,
     make_batch,
@@ -27,7 +28,7 @@ from dora_nb.training.batches import (
     plain_items,
     resolve_batch_tokens,
 )
-from ..training.config import OVER_CHOICES, TrainConfig
+from ..training.config import OVER_CHOICES, TrainConfig, autocast, tf32
 from ..training.objectives import choice_scores, terms
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,21 +45,22 @@ def probing(
         raise ValueError(
             f"{low!r} is below float32, which is too coarse for second derivatives; load the model in float32"
         )
+    check_differentiable(model)
     layers, training = list(adapter_layers(model).values()), model.training
     wanted = {"plan": "plain", "detach_norm": False}
     before = [{k: v for k, v in vars(layer).items() if k in wanted} for layer in layers]
     try:
         for layer, own in zip(layers, before):
             vars(layer).update({k: wanted[k] for k in own})
-        device = next(model.parameters()).device.type
-        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), torch.autocast(device, enabled=False):
+        device = next(model.parameters()).device
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), autocast("float32", device), tf32("float32", device):
             yield model.eval()
     finally:
         for layer, own in zip(layers, before):
             vars(layer).update(own)
         model.train(training)
 
-
+# %% ../../nbs/5_curvature/26_probe.ipynb #35250543
 class _Asked(nn.Module):
     "A model and a question to it, as one module whose parameters can be replaced."
 
@@ -196,7 +198,8 @@ def _ggn_summaries(parts: Sequence[Part], params: Params, blocks: dict[str, list
     damping = 0.01 * gram_eigenvalues(grams)[0].item()
     return {name: _summary(gram_eigenvalues(grams, block), damping) for name, block in blocks.items()}, damping
 
-
+# %% ../../nbs/5_curvature/26_probe.ipynb #f9bd4d28
+@torch.inference_mode(False)  # wherever it is called
 def probe(
     model: nn.Module,  # adapted, its adapter trainable
     tokenizer,  # its tokenizer

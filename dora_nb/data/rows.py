@@ -46,7 +46,7 @@ def encode_pair(
     before = encode_text(tokenizer, context)
     if before:
         whole, n = encode_text(tokenizer, context + continuation), len(before)
-        if len(whole) > n:
+        if len(whole) > n and whole[:n] == before:
             return whole[:n], whole[n:]
     after = tokenizer(continuation, add_special_tokens=False).input_ids
     if not after:

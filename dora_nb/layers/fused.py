@@ -93,7 +93,7 @@ def draw_dropped(
 ) -> Tensor:  # positions in the flattened input, int64; on a GPU a mask of that shape, True where dropped
     "Draw which inputs are dropped, each independently with probability `p`."
     if device.type != "cpu":
-        return torch.rand(shape, device=device) < p
+        return torch.rand(shape, dtype=torch.float32, device=device) < p
     n = math.prod(shape)
     draws = int(n * p + 8 * math.sqrt(n * p)) + 32
     while True:  # eight standard deviations more than needed: a second round is for the textbooks

@@ -23,10 +23,22 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 class _Holder(nn.Module):
     "What a layer that holds a linear layer needs to pass for one; its own parameters stay float32 or better."
 
-    weight = property(lambda self: self.base_layer.weight)  # some models look at these of their layers
-    bias = property(lambda self: self.base_layer.bias)
+    bias = property(lambda self: self.base_layer.bias)  # some models look at these of their layers
     in_features = property(lambda self: self.base_layer.in_features)
     out_features = property(lambda self: self.base_layer.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        "What the layer multiplies by, in the dtype of W₀: some models read it and do not call the layer. New every time."
+        W0 = self.base_layer.weight
+        if W0.is_meta:  # offloaded, so that there is only its shape and dtype to be read
+            return W0
+        with torch.autocast(W0.device.type, enabled=False):
+            return self.adapted_weight().to(W0.dtype)
+
+    def merged_weight(self) -> Tensor:
+        "What `weight` gives, without a graph."
+        return self.weight.detach()
 
     def _apply(self, fn, recurse=True):
         # Called by `.to`, `.half`, `.cuda` and the like: follow the device, but never below float32.
@@ -96,11 +108,9 @@ class LoRALinear(_Holder):
         "This layer as the product sees it, for an input of (…, in)."
         return Term(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
 
-    def merged_weight(self) -> Tensor:
-        "W₀ + s·BA as a new (out, in) tensor, computed in float32 and returned in the dtype of W₀."
-        W0 = self.base_layer.weight.detach()
-        with torch.autocast(W0.device.type, enabled=False):
-            return (W0 + self.scaling * (self.lora_B @ self.lora_A).detach()).to(W0.dtype)
+    def adapted_weight(self) -> Tensor:
+        "W₀ + s·BA, the matrix that the layer multiplies by, (out, in), in float32 or better; with a graph."
+        return self.base_layer.weight + self.scaling * (self.lora_B @ self.lora_A)
 
     def extra_repr(self) -> str:
         return f"rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"
@@ -283,9 +293,6 @@ class DoRALinear(LoRALinear):
         n = self.norm() if torch.is_grad_enabled() and not self.detach_norm else n
         return super().term(x)._replace(magnitude=self.magnitude, norm=n, scale=g, change=change)
 
-    def merged_weight(self) -> Tensor:
-        "diag(m/n)(W₀ + s·BA) as a new (out, in) tensor, computed in float32 and returned in the dtype of W₀."
-        W0 = self.base_layer.weight.detach()
-        with torch.autocast(W0.device.type, enabled=False):
-            V = W0 + self.scaling * (self.lora_B @ self.lora_A).detach()
-            return (self.scale().detach()[:, None] * V).to(W0.dtype)
+    def adapted_weight(self) -> Tensor:
+        "diag(m/n)(W₀ + s·BA), (out, in), in float32 or better; with a graph."
+        return self.scale()[:, None] * super().adapted_weight()

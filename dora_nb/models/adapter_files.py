@@ -120,8 +120,8 @@ def _from_peft(peft: dict, source: Path) -> AdapterConfig:
     return config
 
 # %% ../../nbs/3_models/14_adapter_files.ipynb #3b4c4ab2
-def _base_digest(model: nn.Module) -> str:
-    "Return a checksum of the base weights' first rows in bfloat16, whatever their dtype; empty where they are coded or sharded."
+def _first_rows(model: nn.Module) -> str:
+    "Return what earlier versions noted: a checksum of the adapted weights' first rows in bfloat16; empty where they are coded or sharded."
     digest = hashlib.sha256()
     for name, layer in adapter_layers(model).items():
         weight = layer.base_layer._parameters.get("weight")
@@ -130,6 +130,36 @@ def _base_digest(model: nn.Module) -> str:
         row = weight[0].detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(name.encode() + row.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _sampled(t: Tensor, n: int = 1024) -> bytes:
+    "Return some values of a tensor, evenly spaced, the first and the last among them, as bfloat16."
+    flat = t.detach().reshape(-1)
+    places = torch.arange(min(n, len(flat)), device=flat.device) * (len(flat) - 1) // max(1, min(n, len(flat)) - 1)
+    return flat[places].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+
+
+def _all_weights(model: nn.Module) -> str:
+    "Return a checksum of values from every weight of the base model, whatever their dtype; empty where they are sharded or offloaded."
+    layers = adapter_layers(model)
+    changed = layers.keys() | (getattr(model, "dora_nb_merged", None) or {}).keys()
+    changed |= {
+        n for n, m in _inner(model).named_modules() if getattr(m, "pruned", 0)
+    }  # by which depends on the device
+    owner = lambda name: name.rpartition(".")[0].removesuffix(".base_layer")
+    weights = {n: p for n, p in _inner(model).named_parameters() if owner(n) not in changed}
+    for name, layer in layers.items():
+        own = {} if getattr(layer.base_layer, "pruned", 0) else dict(layer.base_layer.named_parameters())
+        weights |= {f"{name}.{key}": p for key, p in own.items()}
+    if any(p.is_meta or hasattr(p, "full_tensor") for p in weights.values()):
+        return ""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(f"{name} {list(weights[name].shape)}".encode() + _sampled(weights[name]))
+    return digest.hexdigest()
+
+
+_DIGESTS = {"weights": _all_weights, "base": _first_rows}  # what a file may hold of its base model, the best first
 
 # %% ../../nbs/3_models/14_adapter_files.ipynb #16ecfda2
 @contextlib.contextmanager
@@ -172,7 +202,7 @@ def save_adapter(
         return path
     ours = {k: getattr(config, k) for k in _OURS} | {
         "compress": getattr(model, "dora_nb_compressed", ""),
-        "base": _base_digest(model),
+        "weights": _all_weights(model),
     }
     metadata = {"format": "pt", "dora_nb": json.dumps(ours)}
     with _saving(path):
@@ -361,8 +391,8 @@ def load_adapter(
         for name, layer in adapter_layers(model).items():
             for key, p in layer.named_parameters(recurse=False):
                 p.copy_(tensors[f"base_model.model.{name}.{_SUFFIX[key]}"])
-    digest = _base_digest(model)
-    if base == here and digest and ours.get("base", digest) not in ("", digest):
+    noted = next((key for key in _DIGESTS if key in ours), None)
+    if base == here and noted and ours[noted] and _DIGESTS[noted](model) not in ("", ours[noted]):
         warnings.warn(
             f"{path} was trained on another base model: of the same shapes, and with other weights than this one's",
             stacklevel=2,

@@ -171,7 +171,10 @@ def input_norms(
     layers: dict[str, nn.Module],  # name → linear layer of the model
 ) -> dict[str, Tensor]:  # name → (in,), ‖x_j‖₂ over all positions of the items
     "How large the inputs of linear layers are."
-    squares = {name: torch.zeros(layer.in_features, device=layer.weight.device) for name, layer in layers.items()}
+    squares = {
+        name: torch.zeros(layer.in_features, dtype=torch.float32, device=layer.weight.device)
+        for name, layer in layers.items()
+    }
 
     def add(name, layer, args):
         "A hook, once it knows the name."

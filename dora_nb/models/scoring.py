@@ -23,10 +23,11 @@ def scored_only(
 ):
     "While this lasts, `head` sees the hidden states at `source` only, as (1, n, width), and works in its own dtype."
     plain, own = head.forward, "forward" in vars(head)
+    dtype = getattr(head, "base_layer", head).weight.dtype  # an adapter's weight is worked out when it is read
 
     def narrowed(hidden):
         with torch.autocast(hidden.device.type, enabled=False):
-            return plain(hidden.flatten(0, 1)[source][None].to(head.weight.dtype))
+            return plain(hidden.flatten(0, 1)[source][None].to(dtype))
 
     head.forward = narrowed
     try:
@@ -96,9 +97,8 @@ def choice_logprobs(
     batch: Batch,  # on the model's device
 ) -> Tensor:  # (items, choices), float32; −inf where an item has fewer choices
     "Summed log-probability of every choice of every item."
-    sums = torch.zeros(batch.items * batch.choices, device=batch.owner.device).index_add(
-        0, batch.owner, token_logprobs(model, batch)
-    )
+    each = token_logprobs(model, batch)
+    sums = each.new_zeros(batch.items * batch.choices).index_add(0, batch.owner, each)
     absent = torch.ones_like(sums, dtype=torch.bool).index_fill(0, batch.owner, False)
     return sums.masked_fill(absent, -math.inf).view(batch.items, batch.choices)
 

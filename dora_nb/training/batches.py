@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['epoch_batches', 'resolve_batch_tokens', 'micro_batches', 'make_batch', 'encode_items', 'check_ids', 'plain_items',
-           'check_learning']
+           'check_differentiable', 'check_learning']
 
 # %% ../../nbs/4_training/18_batches.ipynb #3781e75a
 import random
@@ -115,6 +115,16 @@ def plain_items(
     "Check items, and return them as a list: ValueError names the first one that cannot be trained on or scored."
     items = check_items(items, **how)
     return list(items.with_format(None) if isinstance(items, datasets.Dataset) else items)
+
+# %% ../../nbs/4_training/18_batches.ipynb #1f7c932e
+def check_differentiable(
+    model: nn.Module,  # about to be differentiated
+):
+    "Refuse weights that PyTorch differentiates nothing with: ValueError for those made inside torch.inference_mode()."
+    if made := next((n for n, p in model.named_parameters() if p.is_inference()), None):
+        raise ValueError(
+            f"{made!r} was made inside torch.inference_mode(), and PyTorch gives no gradient to what is computed with it; load the model, and adapt it, outside"
+        )
 
 
 def check_learning(

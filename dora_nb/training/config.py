@@ -54,12 +54,19 @@ def tf32(
     device: torch.device,  # of the model
 ):
     "While this lasts, products of float32 matrices are made in TF32 where that was asked for, and in float32 elsewhere, whatever was set before; forward and backward ones."
+    wanted = "high" if resolve_precision(precision, device) == "tf32" else "highest"
+    parts = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
+    own = [(p, p.fp32_precision) for p in parts if hasattr(p, "fp32_precision")]  # newer settings, since PyTorch 2.9
+    for part, _ in own:
+        part.fp32_precision = "ieee"  # PyTorch does not tell its older setting while a newer one disagrees with it
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if resolve_precision(precision, device) == "tf32" else "highest")
+    torch.set_float32_matmul_precision(wanted)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        for part, setting in own:
+            part.fp32_precision = setting
 
 # %% ../../nbs/4_training/16_config.ipynb #082346ea
 OVER_CHOICES = ("choices", "choices_mean")

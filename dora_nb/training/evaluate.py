@@ -11,6 +11,7 @@ import contextlib
 import math
 import re
 import time
+import warnings
 from statistics import NormalDist
 
 import datasets
@@ -154,6 +155,15 @@ class _NaNs(LogitsProcessor):
         return scores
 
 
+def _one_prompt(items: list[dict]):
+    "Refuse items whose choices have contexts of their own: ValueError. A model that writes an answer is given one."
+    for place, item in enumerate(items):
+        if len(set(item["contexts"])) > 1:
+            raise ValueError(
+                f"item {item['doc_index']} (at place {place}) has a context for each choice, and a model that writes its answer is given one prompt; put the same context before all choices, or use the protocol loglikelihood"
+            )
+
+
 def _padded(prompts: list[list[int]], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
     "Prompts as a batch, padded on the left, so that each ends where generation begins."
     width = max(map(len, prompts))
@@ -169,7 +179,7 @@ def _write(
 ) -> torch.Tensor:  # the tokens that follow each prompt, (B, at most max_new_tokens)
     "Go on with prompts by beam search; all but a prompt's last token is read once, and not once for every beam."
     width, kept, options = batch["input_ids"].shape[1], {}, PLAIN | options
-    if num_beams > 1 and width > 1:
+    if num_beams > 1 and width > 1 and options.get("use_cache", True):
         heads = {k: v[:, :-1] for k, v in batch.items()}
         once = dict(max_new_tokens=1, num_beams=1, return_dict_in_generate=True)
         first = model.generate(**heads, **options | once)
@@ -202,6 +212,83 @@ def _stops(model: nn.Module, tokenizer) -> list[int] | None:
     own = model.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}) or None
 
+# %% ../../nbs/4_training/22_evaluate.ipynb #295fde74
+class _Dictated(LogitsProcessor):
+    "Lets a model write given tokens, and notes what it says at each step."
+
+    def __init__(self, width: int, tokens: list[int]):
+        self.width, self.tokens, self.said = width, tokens, {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - self.width  # −1 where `_write` reads a prompt for its beams
+        self.said[step] = scores.float()
+        return torch.full_like(scores, -math.inf).index_fill_(1, scores.new_tensor([self.tokens[step]]).long(), 0.0)
+
+
+def _compared(scores: torch.Tensor) -> torch.Tensor:
+    "Return scores without what a softmax ignores, and without what is no number."
+    scores = scores.nan_to_num(0.0, 0.0, 0.0)
+    return scores - scores.mean(-1, keepdim=True)
+
+
+def _writes(
+    model: nn.Module,  # a causal language model in eval mode
+    groups: list[list[list[int]]],  # prompts that are written on together
+    tokens: list[int],  # to be written
+    num_beams: int,  # beams
+    pad: int,  # token that fills a prompt
+    **options,  # of `generate`
+) -> bool:
+    "Return whether a model says the same while it writes as of each whole text, read alone and without a cache."
+    tolerance = 1e-3 if model.dtype.itemsize >= 4 else 0.1  # of what is said; experts are rounded in other groups
+    for group in groups:
+        batch = _padded(group, pad, model.device)
+        dictated = _Dictated(batch["input_ids"].shape[1], tokens)
+        more = dict(max_new_tokens=len(tokens), logits_processor=[dictated], pad_token_id=pad)
+        _write(model, batch, num_beams, **options | more)
+        said = torch.stack([dictated.said[step] for step in range(len(tokens))], 1)
+        for prompt, mine in zip(group, said.unflatten(0, (len(group), num_beams))):
+            whole = torch.tensor([prompt + tokens[:-1]], device=model.device)
+            alone = model(input_ids=whole, use_cache=False).logits[0, -len(tokens) :].float()
+            broken = alone.isnan().any()  # such weights have an error of their own
+            off = (_compared(mine) - _compared(alone)).norm(dim=(1, 2)).max()
+            if off > tolerance * _compared(alone).norm() and not broken:
+                return False
+    return True
+
+# %% ../../nbs/4_training/22_evaluate.ipynb #a7ebe3f4
+def _way_to_write(
+    model: nn.Module,  # a causal language model in eval mode
+    num_beams: int,  # beams
+    pad: int,  # token that fills a prompt
+    stops: list[int] | None,  # tokens that end an answer
+) -> tuple[bool, bool]:  # several prompts together; with a cache
+    "Return the fastest way in which a model writes what it would say; warns of a slow one, ValueError if there is none."
+    n = model.get_input_embeddings().weight.shape[0]
+    ids = [t for t in range(n) if t not in {pad, *(stops or ())}]
+    ids = [ids[i * len(ids) // 10] for i in range(10)]
+    prompts, tokens, error = [ids[:5], ids[5:7]], ids[7:10], "it says something else than of the whole text"
+    for cached, together in ((True, True), (True, False), (False, True), (False, False)):
+        groups = [prompts] if together else [[p] for p in prompts]
+        try:
+            with _plain_generation(model), autocast("float32", model.device), tf32("float32", model.device):
+                found = _writes(model, groups, tokens, num_beams, pad, eos_token_id=stops, use_cache=cached)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as e:
+            found, error = False, e
+        if found:
+            if not (cached and together):
+                slow = " and ".join(["one prompt at a time"] * (not together) + ["without a cache"] * (not cached))
+                warnings.warn(
+                    f"this {model.config.model_type} model writes something else, or nothing, for several prompts together and with a cache; it writes {slow} here, which is slower",
+                    stacklevel=4,
+                )
+            return together, cached
+    raise ValueError(
+        f"this {model.config.model_type} model cannot write here ({error}); use the protocol loglikelihood"
+    )
+
 # %% ../../nbs/4_training/22_evaluate.ipynb #797115a3
 @torch.no_grad()
 def generate_answers(
@@ -228,14 +315,15 @@ def generate_answers(
     if context is not None and max_new_tokens >= context:
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves nothing of the model's context of {context}")
     limit = max_tokens if context is None else min(max_tokens, context - max_new_tokens)
-    items = plain_items(items)
+    _one_prompt(items := plain_items(items))
     check_causal(model.eval())
     answers, encoded = [answers_of(item) for item in items], [encode_text(tokenizer, i["contexts"][0]) for i in items]
     prompts, outputs = [ids[-limit:] for ids in encoded], {}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     check_ids(model, [[pad], *prompts])
-    short = original_length(model)  # beyond it a whole batch is read in another way
-    ends = dict(pad_token_id=pad, eos_token_id=_stops(model, tokenizer))
+    short, stops = original_length(model), _stops(model, tokenizer)  # beyond it a whole batch is read in another way
+    together, cached = _way_to_write(model, num_beams, pad, stops)
+    how = dict(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=stops, use_cache=cached)
     order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))[team.rank :: team.size]
     with (
         progress_bar(range(len(order)), "generate", "item", progress) as bar,
@@ -245,13 +333,12 @@ def generate_answers(
         while order:
             width = len(prompts[order[0]])
             size = max(1, budget // (num_beams * (width + max_new_tokens)))
-            size = 1 if short is not None and width + max_new_tokens > short else size
+            size = 1 if not together or short is not None and width + max_new_tokens > short else size
             group, order = order[:size], order[size:]
             batch = _padded([prompts[i] for i in group], pad, model.device)
             nans = _NaNs(len(group))
-            options = dict(max_new_tokens=max_new_tokens, logits_processor=[nans], **ends)
             with _plain_generation(model):
-                written = _write(model, batch, num_beams, **options)
+                written = _write(model, batch, num_beams, logits_processor=[nans], **how)
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             outputs |= {i: None if bad else text for i, bad, text in zip(group, nans.found.tolist(), texts)}
             bar.update(len(group))

@@ -25,9 +25,10 @@ import torch
 from accelerate.utils import set_seed
 from ..data.rows import Batch, Row
 from ..files import check_replaceable, read_text
-from ..models.adapt import trainable_parameters, whole
+from ..models.adapt import adapter_layers, trainable_parameters, whole
 from ..models.scoring import context_length, shares_prompts
 from dora_nb.training.batches import (
+    check_differentiable,
     check_ids,
     check_learning,
     encode_items,
@@ -90,6 +91,10 @@ def train_step(
         for batch, gold in batches:
             with autocast(config.precision, device):
                 loss = summed_loss(model, batch.to(device), gold.to(device), config.objective) / divisor
+            if not loss.requires_grad:
+                raise ValueError(
+                    "nothing that learns has a part in the loss: the model uses none of the layers that are adapted; choose others by target_modules"
+                )
             loss.backward()
             total += loss.item()
     return total
@@ -234,6 +239,7 @@ class Training:
         self.model, self.team, device = model, team, next(model.parameters()).device
         items = plain_items(items, least=2 if config.objective in OVER_CHOICES else 1, unique=False)
         self.gold, self.docs = ([item[k] for item in items] for k in ("gold", "doc_index"))
+        check_differentiable(model)
         check_learning(trainable_parameters(model))
         self.rows = encode_items(tokenizer, items, config, shares_prompts(model), context_length(model))
         check_ids(model, (r.ids + r.target for item in self.rows for r in item))
@@ -329,7 +335,20 @@ class Story:
         self.log.write(json.dumps(record) + "\n")
         self.log.flush()
 
-# %% ../../nbs/4_training/21_train.ipynb #87fa4744
+# %% ../../nbs/4_training/21_train.ipynb #08b82fa9
+def _warn_of_idle(training: Training):
+    "Warn of adapted layers that never got a gradient."
+    state = training.optimizer.state
+    moved = lambda p: p in state and bool(whole(state[p]["exp_avg_sq"]).any())
+    layers = {n: [p for p in m.parameters() if p.requires_grad] for n, m in adapter_layers(training.model).items()}
+    if idle := [n for n, params in layers.items() if params and not any([moved(p) for p in params])]:
+        more = f", nor did {len(idle) - 1} more adapted layers" if idle[1:] else ""
+        warnings.warn(
+            f"{idle[0]!r} never got a gradient{more}: the model does not use it, or, if it is an expert of a mixture, sent it no token. Leave out of target_modules what a model does not use",
+            stacklevel=4,
+        )
+
+
 def _is_history(path: Path) -> bool:
     "Return whether a file is a training's history, or empty."
     lines = read_text(path).splitlines()
@@ -337,7 +356,8 @@ def _is_history(path: Path) -> bool:
         lines.pop()  # a training was killed while it wrote this one
     return all({"step", "loss", "learning_rate"} <= json.loads(line).keys() for line in lines)
 
-
+# %% ../../nbs/4_training/21_train.ipynb #87fa4744
+@torch.inference_mode(False)  # wherever it is called
 def train(
     model: nn.Module,  # adapted, or with all weights trainable; changed in place
     tokenizer,  # its tokenizer
@@ -390,6 +410,7 @@ def train(
                     story.finish()
                     speed = f"loss {record['loss']:.3f}, {story.tokens / story.seconds:.0f} tokens/s"
                     bar.set_postfix_str(speed, refresh=False)
+            _warn_of_idle(training)
             with signals.together():
                 kept.write()
         except Stopped:

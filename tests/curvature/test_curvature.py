@@ -556,3 +556,29 @@ def test_a_probe_beyond_the_context_sees_what_training_sees(tiny_model_dir):
     with pytest.warns(UserWarning, match="max_tokens=41"):
         expected = probe(model, tokenizer, data, TrainConfig(max_tokens=41), [])
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+@pytest.mark.attack("crash")
+def test_a_probe_is_the_same_wherever_it_is_called(llama, shake, tiny_model_dir):
+    "In inference mode, with another default dtype, and where float32 products are made in less."
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model_dir)
+    model = shake(adapt(llama(vocab_size=len(tokenizer)), AdapterConfig("dora", 2, 4)))
+    ask = lambda: probe(model, tokenizer, load_task("winogrande", limit=3), TrainConfig(), products=12)
+    expected = ask()
+    with torch.inference_mode():
+        assert ask() == expected
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert ask() == expected
+        finally:
+            torch.set_default_dtype(torch.float32)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert ask() == expected
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    with torch.inference_mode():
+        other = adapt(llama(vocab_size=len(tokenizer)), AdapterConfig("dora", 2, 4))
+    with pytest.raises(ValueError, match=r"was made inside torch\.inference_mode\(\)"):
+        probe(other, tokenizer, load_task("winogrande", limit=3), TrainConfig())

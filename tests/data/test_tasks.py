@@ -336,6 +336,22 @@ def test_a_token_that_spans_the_join(toy_tokenizer, template):
     assert tokenizer.decode([t for t, c in zip(row.target, row.choice) if c == 0]) == "wer"
 
 
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("template", (None, "<s> $A", "$A </s>", "<s> $A </s>"))
+def test_a_token_that_spans_the_join_and_more_behind_it(toy_tokenizer, template):
+    tokenizer = toy_tokenizer(template)
+    given, scored = encode_pair(tokenizer, "a Ans", "wer is b")
+    assert given == encode_text(tokenizer, "a Ans") and tokenizer.decode(scored) == "wer is b"
+    other = encode_pair(tokenizer, "a Ans", "x")  # which spans nothing
+    assert other[0] == given and tokenizer.decode(other[1]) == "x"
+
+
+@pytest.mark.attack("silent error")
+def test_quotation_marks_that_meet_are_scored(smollm):
+    given, scored = encode_pair(smollm[1], 'He said "', '"yes"')
+    assert given == encode_text(smollm[1], 'He said "') and smollm[1].decode(scored) == '"yes"'
+
+
 @pytest.mark.attack("crash")
 @pytest.mark.parametrize("continuation", ("", "\u4e2d"))
 def test_a_continuation_without_tokens(toy_tokenizer, continuation):

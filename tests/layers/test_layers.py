@@ -35,6 +35,20 @@ def test_forward_and_merge_are_the_dense_formula(cls, shape, bias):
     torch.testing.assert_close(layer.merged_weight(), dense(layer).detach())
 
 
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("cls", (LoRALinear, DoRALinear))
+def test_who_reads_the_weight_gets_what_the_layer_multiplies_by(cls):
+    "In a model's own product the gradients are the layer's; and the frozen weight's dtype and shape are there to look at."
+    layer, x = make(cls), torch.randn(4, 8, dtype=torch.float64)
+    learned = [p for p in layer.parameters() if p.requires_grad]
+    ways = [layer(x), F.linear(x, layer.weight, layer.bias)]
+    torch.testing.assert_close(*ways)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), learned) for y in ways)):
+        torch.testing.assert_close(a, b)
+    half = make(cls, dtype=torch.bfloat16)
+    assert half.weight.dtype == torch.bfloat16 and half.weight.shape == (12, 8)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_exact_gradients_pass_finite_differences(shape):
     layer, x = (

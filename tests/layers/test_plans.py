@@ -185,9 +185,9 @@ def test_every_change_is_noticed(change, plan):
     layer, x = make(plan=plan), torch.randn(4, 8, dtype=torch.float64)
     before = layer(x)
     CHANGES[change](layer)
-    x = x.to(layer.weight.dtype)
+    x = x.to(layer.base_layer.weight.dtype)
     torch.testing.assert_close(layer(x), layer.plain(x))
-    V = layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
+    V = layer.base_layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
     torch.testing.assert_close(layer.scale(), layer.magnitude / V.norm(dim=1))
     if change != "dtype":
         assert not torch.allclose(layer(x), before)
@@ -200,11 +200,11 @@ def test_without_looking_at_contents_optimisers_and_counted_changes_are_noticed(
         layer, x = make(), torch.randn(4, 8, dtype=torch.float64)
         layer(x)
         CHANGES[change](layer)
-        V = layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
+        V = layer.base_layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
         torch.testing.assert_close(layer.scale(), layer.magnitude / V.norm(dim=1)), change
     layer.lora_A.data.mul_(2)
     layer.forget()
-    V = layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
+    V = layer.base_layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
     torch.testing.assert_close(layer.scale(), layer.magnitude / V.norm(dim=1))
 
 

@@ -1,5 +1,6 @@
 "Finding, freezing, merging, saving: and that what is refused leaves the model as it was."
 
+import hashlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -673,3 +675,47 @@ def test_an_adapter_on_another_base_of_the_same_shapes(llama, shake, tmp_path, d
         load_adapter(llama(0).to(dtype), tmp_path)
     with pytest.warns(UserWarning, match="was trained on another base model"):
         load_adapter(llama(1).to(dtype), tmp_path)
+
+
+OTHER_WEIGHTS = (
+    "embed_tokens.weight",
+    "layers.0.self_attn.o_proj.weight",
+    "layers.1.mlp.gate_proj.weight",
+    "norm.weight",
+)
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("changed", [*OTHER_WEIGHTS, "lm_head.weight"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_base_that_differs_where_no_adapter_is(llama, shake, tmp_path, changed, merged):
+    model = shake(adapt(llama(), AdapterConfig("dora", 2, target_modules=("q_proj",))))
+    save_adapter(merge(model) if merged else model, tmp_path)
+    other = llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(llama(), tmp_path)
+    with torch.no_grad():
+        other.get_parameter(changed if changed.startswith("lm_head") else f"model.{changed}").mul_(1.5)
+    with pytest.warns(UserWarning, match="was trained on another base model"):
+        load_adapter(other, tmp_path)
+
+
+def test_adapters_of_earlier_versions_are_checked_by_their_first_rows(llama, shake, tmp_path):
+    model = shake(adapt(llama(), AdapterConfig(rank=2)))
+    save_adapter(model, tmp_path)
+    with safe_open(tmp_path / WEIGHTS, "pt") as f:
+        tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+    ours = json.loads(metadata["dora_nb"])
+    del ours["weights"]
+    rows = hashlib.sha256()
+    for name, layer in adapter_layers(model).items():
+        row = layer.base_layer.weight[0].detach().bfloat16()
+        rows.update(name.encode() + row.view(torch.int16).numpy().tobytes())
+    metadata["dora_nb"] = json.dumps(ours | {"base": rows.hexdigest()})
+    save_file(tensors, tmp_path / WEIGHTS, metadata)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(llama(), tmp_path)
+    with pytest.warns(UserWarning, match="was trained on another base model"):
+        load_adapter(llama(1), tmp_path)

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ import dora_nb.training.train
 from dora_nb.data.assets import load_model
 from dora_nb.data.rows import collate
 from dora_nb.data.tasks import load_task
-from dora_nb.models.adapt import adapt, trainable_parameters
+from dora_nb.models.adapt import adapt, adapter_layers, merge, trainable_parameters
 from dora_nb.models.methods import AdapterConfig
 from dora_nb.models.scoring import _sees_masked_tokens, context_length, original_length, shares_prompts, token_logprobs
 from dora_nb.training.batches import epoch_batches, micro_batches
@@ -885,3 +886,116 @@ def test_items_as_a_list_or_in_another_format(tiny, how):
         (record,) = train(model, tokenizer, data, SHORT, progress=False)
         made.append((record["loss"], rank_choices(model, tokenizer, data, progress=False)[1]))
     assert made[0] == made[1] and type(made[1][1][0]["gold"]) is int
+
+
+def newer(part):
+    "PyTorch's newer setting of a backend's products."
+    return getattr(getattr(torch.backends, part), "matmul", None)
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.skipif(not hasattr(newer("mkldnn"), "fp32_precision"), reason="this PyTorch has the older setting only")
+@pytest.mark.parametrize("setting", ["bf16", "tf32", "ieee", "none"])
+@pytest.mark.parametrize("older", ["highest", "medium"])
+def test_float32_is_float32_by_whichever_setting_it_was_changed(setting, older):
+    "Of two settings that disagree PyTorch tells none; both are what they were, afterwards."
+    now = torch.get_float32_matmul_precision
+    x, y = torch.randn(64, 64), torch.randn(64, 64)
+    exact = x @ y
+    try:
+        torch.set_float32_matmul_precision(older)
+        newer("mkldnn").fp32_precision = setting
+        before = [newer(part).fp32_precision for part in ("mkldnn", "cuda")]
+        with tf32("float32", torch.device("cpu")):
+            assert now() == "highest" and torch.equal(x @ y, exact)
+        assert [newer(part).fp32_precision for part in ("mkldnn", "cuda")] == before
+        for part in ("mkldnn", "cuda"):
+            newer(part).fp32_precision = "ieee"
+        assert now() == older
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for part in ("mkldnn", "cuda"):
+            newer(part).fp32_precision = "none"
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_pytorch_s_default_dtype_changes_nothing(tiny, dtype):
+    data, config = items(n=8), TrainConfig(precision="float32", batch_size=4)
+
+    def ask(default):
+        model, tokenizer = tiny(dropout=0.1)
+        torch.set_default_dtype(default)
+        try:
+            history = train(model, tokenizer, data, config, progress=False)
+            return [r["loss"] for r in history], rank_choices(model, tokenizer, data, progress=False)[1]
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    assert ask(dtype) == ask(torch.float32)
+
+
+@pytest.mark.attack("crash")
+def test_training_inside_inference_mode(tiny):
+    data, config = items(n=8), TrainConfig(precision="float32", batch_size=4)
+    histories = []
+    for inside in (False, True):
+        model, tokenizer = tiny()
+        with torch.inference_mode(inside):
+            histories.append([r["loss"] for r in train(model, tokenizer, data, config, progress=False)])
+    assert histories[0] == histories[1]
+    with torch.inference_mode():
+        model, tokenizer = tiny()
+    with pytest.raises(ValueError, match=r"was made inside torch\.inference_mode\(\)"):
+        train(model, tokenizer, data, config, progress=False)
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_weight_that_the_model_reads_is_adapted(toy_tokenizer, shake, method):
+    "Mamba multiplies by the weight of dt_proj itself, and never calls the layer."
+    config = transformers.MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4)
+    data = [
+        dict(doc_index=i, contexts=[f"Item {i} is"] * 2, continuations=[" yes", " no"], gold=i % 2) for i in range(8)
+    ]
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(config)
+    for p in model.parameters():
+        p.data.mul_(4) if p.dim() == 2 else None
+    adapt(model, AdapterConfig(method, 4, 8, target_modules=["dt_proj"]))
+    ask = lambda: [r["loglikelihood"] for r in rank_choices(model, toy_tokenizer(), data, progress=False)[1]]
+    before = ask()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # every layer learns
+        train(model, toy_tokenizer(), data, TrainConfig(precision="float32", learning_rate=0.05), progress=False)
+    assert all(layer.lora_B.abs().max() > 1e-3 for layer in adapter_layers(model).values())
+    for layer in shake(model) and adapter_layers(model).values():
+        layer.lora_B.data *= 10
+    after = ask()
+    merge(model)
+    assert ask() == [pytest.approx(sums, abs=1e-4) for sums in after] != before
+    assert max(abs(x - y) for a, b in zip(before, after) for x, y in zip(a, b)) > 1e-3
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_layers_that_the_model_does_not_use_are_named(toy_tokenizer, method):
+    "A decoder of BART's, on its own, has no encoder to look at."
+    sizes = dict(d_model=32, decoder_layers=2, encoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48)
+    config = transformers.BartConfig(vocab_size=128, bos_token_id=0, eos_token_id=1, pad_token_id=1, **sizes)
+    data = [
+        dict(doc_index=i, contexts=[f"Item {i} is"] * 2, continuations=[" yes", " no"], gold=i % 2) for i in range(8)
+    ]
+
+    def go(targets):
+        model = adapt(transformers.BartForCausalLM(config), AdapterConfig(method, 2, 4, target_modules=targets))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(model, toy_tokenizer(), data, TrainConfig(precision="float32"), progress=False)
+        return [str(w.message) for w in caught if "never got a gradient" in str(w.message)]
+
+    (said,) = go("all-linear")
+    assert "encoder_attn.k_proj' never got a gradient, nor did 7 more adapted layers" in said
+    assert go(["self_attn.k_proj", "fc1"]) == []
+    with pytest.raises(ValueError, match="the model uses none of the layers that are adapted"):
+        go(["encoder_attn.k_proj"])
