@@ -17,6 +17,7 @@ from dora_nb.command.options import comments
 from dora_nb.curvature.rank import SCORES
 from dora_nb.data.assets import ASSETS, SOURCES, TASK_NAMES
 from dora_nb.data.tasks import DEV_CUTS, SPLITS
+from dora_nb.files import claim
 from dora_nb.runs.config import RunConfig
 from dora_nb.training.config import PRECISIONS
 from dora_nb.training.evaluate import PROTOCOLS
@@ -447,8 +448,6 @@ def test_a_file_that_comes_while_a_command_works(tiny_model_dir, tmp_path, monke
 
 @pytest.mark.attack("data loss")
 def test_ranks_are_not_written_into_a_run_s_folder(tmp_path):
-    from dora_nb.files import claim
-
     claim(tmp_path / "run", "run", "boolq-lora")
     with pytest.raises(ValueError, match="is the folder of a run"):
         _check_ranks(tmp_path / "run")
@@ -474,3 +473,49 @@ def test_notes_below_our_answers_are_somebody_s(tmp_path, more):
     (tmp_path / "a.jsonl").write_text(ours + more)
     with pytest.raises(ValueError, match="this command did not write it"):
         _check_file(str(tmp_path / "a.jsonl"), _is_answers)
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("command", ("evaluate", "probe", "ranks"))
+@pytest.mark.parametrize("place", (".", "adapter", "new/deeper", "a link"))
+def test_nothing_is_written_into_a_run_s_folder(tmp_path, capsys, monkeypatch, command, place):
+    "A probe wrote curvature.json, its default, into the working directory; the run's own report then refused the run."
+    run = tmp_path / "run"
+    claim(run, "run", "boolq-lora")
+    (run / "adapter").mkdir()
+    (tmp_path / "link").symlink_to(run)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(run)
+    folder = Path("../link" if place == "a link" else place)
+    out = folder if command == "ranks" else folder / "curvature.json"
+    more = {"evaluate": [], "probe": ["--adapter", "x"], "ranks": ["--adapter", "x", "--budget", "0.5"]}[command]
+    assert main([command, "--task", "boolq", "--out", str(out), *more]) == 1
+    err = capsys.readouterr().err
+    assert f"leads into {run}, which is the folder of a run" in err and err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("how", ("itself", "a link to its folder", "links to its files", "the model"))
+def test_ranks_are_not_written_over_the_adapter_that_is_cut(tmp_path, capsys, monkeypatch, how):
+    monkeypatch.setattr("dora_nb.data.tasks.load_task", lambda *_, **__: pytest.fail("work began"))
+    monkeypatch.setattr("dora_nb.models.adapter_files.check_adapter", lambda path: None)
+    own = tmp_path / "half" / "adapter"
+    own.mkdir(parents=True)
+    (tmp_path / "half" / "ranks.json").write_text('{"rank_pattern": {}, "alpha_pattern": {}}')
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (own / name).write_text(name)
+    other = tmp_path / "other"
+    if how == "a link to its folder":
+        other.symlink_to(own)
+    else:
+        other.mkdir()
+    if how == "links to its files":
+        for path in own.iterdir():
+            (other / path.name).symlink_to(path)
+    given = {"itself": ["--adapter", str(own)], "the model": ["--adapter", str(other), "--model", str(own)]}
+    _check_ranks(tmp_path / "half")  # it is ours
+    cut = ["ranks", "--task", "boolq", "--budget", "0.5", "--out", str(tmp_path / "half")]
+    assert main([*cut, *given.get(how, ["--adapter", str(other)])]) == 1
+    assert "where this command writes; nothing was changed" in capsys.readouterr().err
+    assert (own / "adapter_model.safetensors").read_text() == "adapter_model.safetensors"

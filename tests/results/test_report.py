@@ -799,8 +799,10 @@ def damage(folder, other, how):
     elif how == "not text":
         (folder / HISTORY).write_bytes(b"\xff\xfe\n")
     elif how in (GEOMETRY, CURVATURE):
+        write(params=result["params"] | {"geometry": 2, "probe": True})
         (folder / how).write_text('{"points": [{"step": 1')
     elif how in (f"{GEOMETRY} 2", f"{CURVATURE} 2"):
+        write(params=result["params"] | {"geometry": 2, "probe": True})
         (folder / how[:-2]).write_text('{"points": [{"step": 1, "steps": 2, "weights": [{"weight": "w"}]}]}')
     elif how == "a folder":
         own.unlink()
@@ -847,10 +849,32 @@ def test_a_run_whose_files_do_not_belong_together_is_named(six, tmp_path, how):
     assert len(collect(runs, out, grid)) == 5
     (problem,) = read_report(out).problems
     assert problem.startswith(f"{folder.name}: ") and str(tmp_path) not in problem, problem
-    assert "make the run again" in problem or "to run again" in problem or "not a run's" in problem
+    beside = how in ("history", "a list", "not text") or how.startswith((GEOMETRY, CURVATURE))
+    advice = "; bring the right file back, or move this one away" if beside else "to (make the run|run) again"
+    assert re.search(advice, problem) and beside != ("delete" in problem)
     page = render(out).read_text(encoding="utf-8")
     assert f"**1 runs of this grid are missing:** {folder.name}" in page and "(2 of 3 seeds)" in page
     assert len(collect(runs, tmp_path / "good", grid)) == 6 and not read_report(tmp_path / "good").problems
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("schema", (1, 2))
+@pytest.mark.parametrize("name", (CURVATURE, GEOMETRY))
+def test_a_file_that_a_run_did_not_write_does_not_cost_the_run(six, tmp_path, capsys, name, schema):
+    "Nor is it read: a probe's file once came into a run's folder, and the advice was to delete the run's result."
+    (runs, grid), out = six, tmp_path / "out"
+    folder = dirs(runs)[0]
+    if schema == 2:
+        result = json.loads((folder / RESULT).read_text())
+        files = {p: sha256(folder / p) for p in (PREDICTIONS, HISTORY)}
+        (folder / RESULT).write_text(json.dumps(result | dict(schema=2, files=files)))
+    (folder / name).write_text('{"schema": 2, "params": {}, "blocks": {}}')
+    assert len(collect(runs, out, grid)) == 6
+    said = capsys.readouterr().err
+    assert f"{folder.name}: this run did not write the {name} in its folder; the file is left out" in said
+    found = read_report(out)
+    assert not found.problems and not any(found.probes.values()) and not len(found.geometry)
+    assert folder.name in set(found.history.run)
 
 
 @pytest.mark.attack("crash")
