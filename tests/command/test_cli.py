@@ -519,3 +519,62 @@ def test_ranks_are_not_written_over_the_adapter_that_is_cut(tmp_path, capsys, mo
     assert main([*cut, *given.get(how, ["--adapter", str(other)])]) == 1
     assert "where this command writes; nothing was changed" in capsys.readouterr().err
     assert (own / "adapter_model.safetensors").read_text() == "adapter_model.safetensors"
+
+
+AT_IMPORT = """
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name != "{module}" or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            if {interrupt}:
+                os.kill(os.getpid(), signal.SIGINT)
+            raise {error}
+        except KeyboardInterrupt:
+            if "{error}" != "KeyboardInterrupt":
+                raise {error} from None
+            raise
+        except InterruptedError:
+            return None
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["dora-nb", "train", "--task", "boolq", "--model", "nowhere/x"]
+{run}
+"""
+RUN = {
+    "module": "runpy.run_module('dora_nb', run_name='__main__')",
+    "function": "from dora_nb.command.main import main; sys.exit(main())",
+}
+
+
+def at_import(run, module, error, interrupt=True):
+    "Run the command; while a module is imported, let SIGINT come, an error be raised, or both."
+    code = AT_IMPORT.format(run=RUN[run], module=module, error=error, interrupt=interrupt)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize(
+    "error",
+    ("KeyboardInterrupt", "ImportError('cannot import name')", "RecursionError", "SystemError", "InterruptedError"),
+)
+def test_an_interrupt_while_torch_is_imported(error):
+    "Whatever a half-done import makes of it; the last one swallows it."
+    assert at_import("function", "torch", error) == (130, "dora-nb train: interrupted\n")
+
+
+@pytest.mark.attack("crash")
+def test_an_interrupt_while_the_command_itself_is_imported():
+    for module, name in (("torch", "dora-nb train"), ("dora_nb.command.options", "dora-nb")):
+        assert at_import("module", module, "KeyboardInterrupt") == (130, f"{name}: interrupted\n")
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("error", ("OSError('libx.so is damaged')", "ImportError('libx.so is damaged')"))
+def test_an_error_while_torch_is_imported_is_answered_in_a_line(error):
+    status, said = at_import("function", "torch", error, interrupt=False)
+    assert status == 1 and said.startswith("dora-nb train: libx.so is damaged") and said.count("\n") == 1
