@@ -9,7 +9,6 @@ __all__ = ['PROBED', 'read_run_files', 'collect', 'own_trainings', 'experiment']
 import contextlib
 import json
 import os
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from dora_nb.results.stored import (
 )
 from ..runs.config import RunConfig
 from ..runs.folder import CURVATURE, ERROR, GEOMETRY, HISTORY, PREDICTIONS, RESULT, load, say
-from ..runs.grid import RESULTS, load_grid
+from ..runs.grid import RESULTS, load_grid, read_toml
 from ..runs.identity import names_of
 
 # %% ../../nbs/7_results/45_collect.ipynb #29685990
@@ -175,6 +174,7 @@ def collect(
     loaded = load_grid(grid, scale) if grid else None
     if grid:
         check_page(loaded, grid)
+    about = experiment(out)[0]
     new, problems = _finished(runs, loaded.configs if grid else None)
     elsewhere = [_read(Path(k)) for k in known if (Path(k) / RESULTS).exists()]
     if not new and not elsewhere and not (out / RESULTS).exists():
@@ -190,7 +190,7 @@ def collect(
         here = [r for part in (*new, *reports) for r in part.results]
         wanted = set(names_of(loaded.configs, here)) if grid else None
         results = _gather(runs, out, new, reports, wanted, problems)
-    if grid and loaded.report and not experiment(out)[0]:
+    if grid and loaded.report and not about:
         say(
             f"the [report] table of {grid} is not shown: a page reads that of a grid.toml in its folder, {out}, or above it"
         )
@@ -256,22 +256,22 @@ def own_trainings(
     return [r for r in results if r is own[trained(r)]]
 
 # %% ../../nbs/7_results/45_collect.ipynb #d4304f1f
-def _toml(path: Path) -> dict:
-    "Read a grid file, whatever it holds."
-    try:
-        return tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as e:
-        raise ValueError(f"{path}: not TOML: {e}") from None
+def _has_scale(path: Path, scale: str) -> bool:
+    "Return whether a grid file names a scale."
+    scales = read_toml(path).get("scale", {})
+    if not isinstance(scales, dict):
+        raise ValueError(f"{path}: scale must be of type dict, not {type(scales).__name__}")
+    return scale in scales
 
 
 def experiment(
     out: str | Path,  # a report's folder
 ) -> tuple[dict, Path | None, str | None]:  # what its grid file says of the page, that file, and the scale
-    "Return what a report is about; nothing if there is no grid file beside or above it."
+    "Return what a report is about; nothing if there is no grid file beside or above it. ValueError names a file of which no page could be made."
     out = Path(out).resolve()
     beside = out.parent / f"{out.name}.toml"  # of a grid that prepares another one
     for path, scale in ((out / "grid.toml", None), (out.parent / "grid.toml", out.name), (beside, None)):
-        if path.exists() and (scale is None or scale in _toml(path).get("scale", {})):
+        if path.exists() and (scale is None or _has_scale(path, scale)):
             grid = load_grid(path, scale)
             check_page(grid, path)
             by_scale = {k: grid.report[k] for k in ("verdict", "doubts") if isinstance(grid.report.get(k), dict)}

@@ -1174,6 +1174,59 @@ def test_a_wrong_page_is_refused_before_anything_is_made(six, tmp_path, words, n
 
 
 @pytest.mark.attack("crash")
+@pytest.mark.parametrize(
+    "name,words,said",
+    [
+        ("grid.toml", "scale = 1.5", "scale must be of type dict, not float"),
+        ("grid.toml", "scale = ", "not TOML"),
+        ("grid.toml", f"a = {'[' * 5000}", "not TOML"),
+        ("grid.toml", f"a = {'9' * 5000}", "not TOML"),
+        ("grid.toml", "[scale.out]\nfixed = 3", "scale.out: fixed must be of type dict, not int"),
+        ("out.toml", "rows = 3", "unknown key 'rows'"),
+        ("out/grid.toml", "rows = 3", "unknown key 'rows'"),
+        ("out/grid.toml", "report = 5", "report must be of type dict, not int"),
+        ("out/grid.toml", SEEDS + "[report]\ntitle = 5", "report.title is unknown or of the wrong type"),
+    ],
+)
+def test_a_grid_file_that_no_page_can_be_made_of_is_named_before_anything_is_stored(six, tmp_path, name, words, said):
+    file = tmp_path / "reports" / name
+    file.parent.mkdir(parents=True)
+    file.write_text(words if "name" in words else f'name = "x"\n{words}\n')
+    before = sorted((tmp_path / "reports").rglob("*"))
+    with pytest.raises(ValueError) as e:
+        collect(six[0], tmp_path / "reports" / "out", six[1])
+    assert str(e.value).startswith(f"{file}: ") and said in str(e.value) and "\n" not in str(e.value)
+    assert sorted((tmp_path / "reports").rglob("*")) == before
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        ("report = 5", "report must be of type dict"),
+        ('report = "a claim"', "report must be of type dict"),
+        ('report = { claim = "c", number = "7" }', "report.number is unknown or of the wrong type"),
+        ("report = { claim = 5 }", "report.claim is unknown or of the wrong type"),
+        ('report = { claim = "c", title = 5 }', "report.title is unknown or of the wrong type"),
+        ("rows = 3", "unknown key 'rows'"),
+    ],
+)
+def test_an_overview_names_a_wrong_grid_before_anything_is_made(tmp_path, words, said):
+    grid = 'name = "x"\n{}\nfixed = {{ task = "boolq" }}\n'
+    for name, own in (("a", 'report = { claim = "b", number = 7 }'), ("b", words)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "grid.toml").write_text(grid.format(own))
+    for check in (check_overview, overview):
+        with pytest.raises(ValueError) as e:
+            check(tmp_path)
+        assert str(e.value).startswith(f"{tmp_path / 'b' / 'grid.toml'}: {said}") and "\n" not in str(e.value)
+    assert not (tmp_path / "README.md").exists()
+    (tmp_path / "b" / "grid.toml").write_text(grid.format('report = { claim = "first", number = 6.5 }'))
+    page = overview(tmp_path).read_text(encoding="utf-8")
+    assert page.index("| b | first |") < page.index("| a | b |")
+
+
+@pytest.mark.attack("crash")
 def test_a_report_in_a_locale_that_is_not_utf_8(six, tmp_path):
     runs, grid = six
     code = "import sys; from dora_nb.results.collect import collect; from dora_nb.results.page import render; from dora_nb.results.overview import overview; collect(*sys.argv[1:]); render(sys.argv[2]); overview('.')"
