@@ -27,12 +27,11 @@ from dora_nb.results.stored import (
     _store,
     _stored,
     check_out,
-    check_result,
     contradictions,
     strangers,
 )
 from ..runs.config import RunConfig
-from ..runs.folder import CURVATURE, ERROR, GEOMETRY, HISTORY, PREDICTIONS, RESULT, load, say
+from ..runs.folder import CURVATURE, ERROR, GEOMETRY, HISTORY, PREDICTIONS, RESULT, check_result, load, say
 from ..runs.grid import RESULTS, load_grid, read_toml
 from ..runs.identity import names_of
 
