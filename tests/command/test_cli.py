@@ -203,6 +203,13 @@ def test_generate(tiny_model_dir, tmp_path, capsys):
     "argv,status,said",
     [
         (["train", "--rank", "0"], 2, "rank=0"),
+        (["train", "--alpha", "1e29"], 2, "alpha=1e+29 is not possible; it must be a number above 0, and below 1e+15"),
+        (["train", "--learning-rate", "1e300"], 2, "learning_rate=1e+300 must be above 0, and below 1e+37"),
+        (["train", "--seed", "-1"], 2, "seed=-1 must be at least 0 and below 2**32"),
+        (["probe", "--adapter", "x", "--seed", "-1"], 2, "seed=-1 must be at least 0 and below 2**32"),
+        (["probe", "--adapter", "x", "--seed", "9" * 20], 2, "99 must be at least 0 and below 2**32"),
+        (["train", "--model", ""], 1, "the name of the model is empty"),
+        (["evaluate", "--task", "boolq", "--limit", "2", "--model", ""], 1, "the name of the model is empty"),
         (["train", "--task", "boolqq"], 2, "boolq, hellaswag"),
         (["probe", "--adapter", "x", "--items", "0"], 2, "items=0"),
         (["run", "nowhere.toml"], 1, "no such grid file"),
