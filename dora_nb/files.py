@@ -246,7 +246,9 @@ class Lock:
         self.seen, self.ended = (None, 0.0), threading.Event()
 
     def try_acquire(self) -> bool:
-        "Take the lock if it is free, or abandoned; return whether it is ours."
+        "Take the lock if it is free, or abandoned; return whether it is ours. ValueError if a folder is in its place."
+        if self.path.is_dir():
+            raise ValueError(f"{self.path} is a folder, and a lock file is needed there; remove it")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # filelock says that it falls back to a file
             try:

@@ -232,3 +232,10 @@ def test_a_child_sees_no_variables_of_a_job_system(monkeypatch):
     env = child_environment(OMP_NUM_THREADS="1")
     assert not set(names.split()) & set(env) and env["MY_RANK"] == "kept"
     assert env["PYTHONSAFEPATH"] == "1" and env["OMP_NUM_THREADS"] == "1" and sys.executable in python_command("x")
+
+
+@pytest.mark.attack("crash")
+def test_a_folder_in_the_place_of_a_lock_is_named(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(ValueError, match=f"{tmp_path}/.lock is a folder, and a lock file is needed there; remove it"):
+        Lock(tmp_path / ".lock").acquire()

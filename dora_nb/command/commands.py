@@ -110,12 +110,24 @@ def evaluate_options(p: argparse.ArgumentParser):
     )
 
 # %% ../../nbs/8_command/53_commands.ipynb #8215f592
+def _check_place(path: str | Path):
+    "Refuse a place in the folder of a run, which holds the run's own files and no others: ValueError."
+    from dora_nb.files import owned
+
+    place = Path(path).resolve()
+    if run := next((folder for folder in (place, *place.parents) if owned(folder, "run")), None):
+        raise ValueError(
+            f"--out {path} leads into {run}, which is the folder of a run; nothing was changed. Choose another place with --out"
+        )
+
+
 def _check_file(path: str, ours):
     "Refuse a file that cannot be written, or that is somebody else's, before the work that it is to hold; its folder is made."
     from dora_nb.files import check_replaceable, check_writable
 
     if Path(path).is_dir():
         raise ValueError(f"--out {path} is a folder; name a file in it")
+    _check_place(path)
     check_replaceable(path, ours)
     check_writable(Path(path).parent)
 
@@ -126,7 +138,7 @@ def _is_answers(path: Path) -> bool:
 
     return all({"doc_index", "gold", "pred"} <= json.loads(line).keys() for line in read_text(path).splitlines())
 
-
+# %% ../../nbs/8_command/53_commands.ipynb #b3a1c903
 def evaluate_command(args: argparse.Namespace):
     "Ask a model about the items of a task; print a summary, write an answer per line."
     from dora_nb.data.tasks import load_task
@@ -218,15 +230,16 @@ def ranks_options(p: argparse.ArgumentParser):
         "--out", metavar="DIR", default="ranks", help="receives ranks.json and the smaller adapter (default: ranks)"
     )
 
-
+# %% ../../nbs/8_command/53_commands.ipynb #b3a1c904
 def _check_ranks(folder: Path):
     "Refuse a folder that holds a pattern or an adapter which `dora-nb ranks` did not write there: ValueError."
-    from dora_nb.files import check_replaceable, check_writable, owned, read_json
+    from dora_nb.files import check_replaceable, check_writable, read_json
     from dora_nb.models.adapter_files import CONFIG, WEIGHTS
 
     pattern, adapter = folder / "ranks.json", folder / "adapter"
-    if owned(folder, "run") or adapter.is_symlink():
-        raise ValueError(f"{folder} is the folder of a run, or holds a link; choose another one with --out")
+    _check_place(folder)
+    if adapter.is_symlink():
+        raise ValueError(f"{adapter} is a link; choose another folder with --out")
     names = lambda d: {p.name for p in d.iterdir() if not p.name.startswith(".dora-nb-")}  # these are temporary
     if pattern.exists() or adapter.exists():
         ours = pattern.is_file() and names(folder) <= {pattern.name, adapter.name}
@@ -238,6 +251,15 @@ def _check_ranks(folder: Path):
     check_writable(folder)
 
 
+def _check_input(option: str, given: str, written: Path):
+    "Refuse to write over what a command reads, links followed: ValueError names the option."
+    read = [Path(given), *(Path(given).iterdir() if Path(given).is_dir() else ())]
+    if any(p.resolve().is_relative_to(written.resolve()) for p in read):
+        raise ValueError(
+            f"{option} {given} lies in {written}, where this command writes; nothing was changed. Choose another place with --out"
+        )
+
+# %% ../../nbs/8_command/53_commands.ipynb #b3a1c905
 def ranks_command(args: argparse.Namespace):
     "Cut a trained adapter to a budget; print a line per layer, write the pattern and the smaller adapter."
     from dora_nb.curvature.rank import check_budget, fit_budget, rank_pattern
@@ -254,6 +276,8 @@ def ranks_command(args: argparse.Namespace):
             parse_scheme(args.compress)
     out = Path(args.out)
     _check_ranks(out)
+    for option in ("adapter", "model"):
+        _check_input(f"--{option}", getattr(args, option), out / "adapter")
     check_adapter(args.adapter)
     items = load_task(args.task, args.split, limit=args.items, source=args.source, dev_cut=args.dev_cut)
     model, tokenizer = _model(args)

@@ -9,7 +9,9 @@ __all__ = ['COMMANDS', 'parser', 'main']
 import argparse
 import contextlib
 import os
+import signal
 import sys
+import threading
 
 from dora_nb.command.commands import (
     evaluate_command,
@@ -123,16 +125,47 @@ def _in_words(e: Exception, args: argparse.Namespace) -> str:
         )
     if isinstance(e, MemoryError):
         return "there is not enough memory"
+    if isinstance(e, ImportError):
+        return f"{e}; a package is missing or damaged, so install dora_nb again"
     return (
         (str(e) or type(e).__name__) if isinstance(e, (ValueError, RuntimeError, OSError, FloatingPointError)) else ""
     )
 
+# %% ../../nbs/8_command/54_main.ipynb #b3a1c906
+@contextlib.contextmanager
+def _interruptible():
+    "Raise KeyboardInterrupt for whatever comes of SIGINT: an import that it cuts short may raise anything, or nothing."
+    came = []
 
-def _status(args: argparse.Namespace) -> int:
-    "Run a command; return its exit status, and say in a line what went wrong."
+    def interrupt(*_):
+        came.append(True)
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()  # only there may signals be handled
+    ours = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler  # it may be ignored, as under nohup
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
     try:
-        args.function(args)
-        sys.stdout.flush()
+        yield came
+    except Exception:
+        if came:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _status(argv: list[str]) -> int:
+    "Run a command; return its exit status, and say in a line what went wrong."
+    name, args = argv[0] if argv else None, argparse.Namespace()
+    try:
+        with _interruptible() as came:
+            args = parser(name).parse_args(argv)  # may import torch, which takes seconds
+            if came:
+                raise KeyboardInterrupt
+            args.function(args)
+            sys.stdout.flush()
         return 0
     except KeyboardInterrupt as e:
         status, said = 130, str(e) or "interrupted"
@@ -140,7 +173,7 @@ def _status(args: argparse.Namespace) -> int:
         status, said = 2 if isinstance(e, WrongUsage) else 1, _in_words(e, args)
         if not said:
             raise
-    print(f"dora-nb {args.command}: {said}", file=sys.stderr)
+    print(f"dora-nb {name}: {said}", file=sys.stderr)
     return status
 
 # %% ../../nbs/8_command/54_main.ipynb #f520c7ac
@@ -152,7 +185,7 @@ def main(
     out, err = _Stream(sys.stdout), _Stream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = _status(parser(argv[0] if argv else None).parse_args(argv))
+            status = _status(argv)
         finally:
             out.flush(), err.flush()
     return 141 if out.lost and not status else status

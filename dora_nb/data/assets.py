@@ -169,7 +169,9 @@ def model_path(
     others = f"model {name!r} is none of ours ({', '.join(HUB_MODELS)}), "
     if name in HUB_MODELS:
         folder = fetch(name, source)
-    elif name and Path(name).is_dir():
+    elif not name:
+        raise ValueError(f"the name of the model is empty; give one of {', '.join(HUB_MODELS)}, a folder, or a Hub id")
+    elif Path(name).is_dir():
         folder = Path(name)
     elif Path(name).exists():
         raise FetchError(f"{others}and a file; give the folder that holds the model")

@@ -6,9 +6,9 @@
 __all__ = ['PROBED', 'read_run_files', 'collect', 'own_trainings', 'experiment']
 
 # %% ../../nbs/7_results/45_collect.ipynb #07608981
+import contextlib
 import json
 import os
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,13 +27,12 @@ from dora_nb.results.stored import (
     _store,
     _stored,
     check_out,
-    check_result,
     contradictions,
     strangers,
 )
 from ..runs.config import RunConfig
-from ..runs.folder import CURVATURE, ERROR, GEOMETRY, HISTORY, PREDICTIONS, RESULT, load, say
-from ..runs.grid import RESULTS, load_grid
+from ..runs.folder import CURVATURE, ERROR, GEOMETRY, HISTORY, PREDICTIONS, RESULT, check_result, load, say
+from ..runs.grid import RESULTS, load_grid, read_toml
 from ..runs.identity import names_of
 
 # %% ../../nbs/7_results/45_collect.ipynb #29685990
@@ -70,34 +69,66 @@ def _geometry(path: Path) -> pd.DataFrame:
     except (KeyError, TypeError) as e:
         raise ValueError(f"{path.name} is damaged: {type(e).__name__} {e}") from None
 
-
+# %% ../../nbs/7_results/45_collect.ipynb #b3a1c901
 PROBED = {"at", "step", "blocks", "updates", "items", "loss", "gradient_norm", "seconds"}
 
 
+@contextlib.contextmanager
+def _advised(folder: Path, advice: str):
+    "Name the run in an error, and say what to do."
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        words = str(e).replace(f"{folder}{os.sep}", "")
+        raise ValueError(f"{folder.name}: {words}; {advice}") from None
+
+
+def _check_listed(folder: Path, result: dict, name: str):
+    "Refuse a file with another checksum than the result lists: ValueError."
+    digest = (result.get("files") or {}).get(name)
+    if digest is not None and sha256(folder / name) != digest:
+        raise ValueError(f"{name} is not the file that this run wrote")
+
+
+def _answers(folder: Path, result: dict) -> pd.DataFrame:
+    "Read a run's answers, and hold them against its result."
+    _check_listed(folder, result, PREDICTIONS)
+    try:
+        answers = pd.read_parquet(check_file(folder / PREDICTIONS)).assign(run=result["run"])
+    except (pa.ArrowException, OSError, ValueError) as e:
+        raise ValueError(f"{PREDICTIONS} cannot be read ({type(e).__name__})") from None
+    if wrong := contradictions([result], answers):
+        raise ValueError(f"{PREDICTIONS} does not belong to {RESULT}: {wrong[result['run']]}")
+    return answers
+
+
+def _beside(folder: Path, result: dict) -> list[str]:
+    "Return which files beside the answers are the run's: those that its result lists, or, in one of schema 1, those that its parameters ask for. It is said what is left out."
+    files, params = result.get("files"), result["params"]
+    asked = {HISTORY: result["training"], GEOMETRY: params.get("geometry"), CURVATURE: params.get("probe")}
+    own = [name for name in asked if (name in files if files else asked[name] and (folder / name).exists())]
+    for name in own:
+        _check_listed(folder, result, name)
+    for name in (n for n in asked if n not in own and (folder / n).exists()):
+        say(f"{folder.name}: this run did not write the {name} in its folder; the file is left out")
+    return own
+
+# %% ../../nbs/7_results/45_collect.ipynb #b3a1c902
 def read_run_files(
     folder: str | Path,  # of a finished run
     result: dict,  # what its result.json holds
 ) -> Gathered:  # of this one run
     "Read a finished run's answers, history, geometry and probes, and check that they are its own: ValueError names the file, and says what to do."
-    folder, run, files = Path(folder), result.get("run"), result.get("files") or {}
-    try:
+    folder, run, listed = Path(folder), result.get("run"), result.get("files")
+    with _advised(folder, f"delete its {RESULT} to make the run again"):
         check_result(result, RESULT)
         _check_identity(result)
-        here = [n for n in (PREDICTIONS, HISTORY, GEOMETRY, CURVATURE) if n in files or (folder / n).exists()]
-        if wrong := [n for n in here if n in files and sha256(folder / n) != files[n]]:
-            raise ValueError(f"{wrong[0]} is not the file that this run wrote")
-        try:
-            answers = pd.read_parquet(check_file(folder / PREDICTIONS)).assign(run=run)
-        except (pa.ArrowException, OSError, ValueError) as e:
-            raise ValueError(f"{PREDICTIONS} cannot be read ({type(e).__name__})") from None
-        if wrong := contradictions([result], answers):
-            raise ValueError(f"{PREDICTIONS} does not belong to {RESULT}: {wrong[run]}")
+        answers = _answers(folder, result)
+    with _advised(folder, f"bring the right file back{'' if listed else ', or move this one away'}"):
+        here = _beside(folder, result)
         history = _history(folder / HISTORY).assign(run=run) if HISTORY in here else NOTHING.history
         geometry = _geometry(folder / GEOMETRY).assign(run=run) if GEOMETRY in here else NOTHING.geometry
         probes = {run: _points(folder / CURVATURE, PROBED)} if CURVATURE in here else {}
-    except (ValueError, OSError) as e:
-        words = str(e).replace(f"{folder}{os.sep}", "")
-        raise ValueError(f"{folder.name}: {words}; delete its {RESULT} to make the run again") from None
     return Gathered([result], [], answers, history, geometry, probes)
 
 # %% ../../nbs/7_results/45_collect.ipynb #28f0b569
@@ -142,6 +173,7 @@ def collect(
     loaded = load_grid(grid, scale) if grid else None
     if grid:
         check_page(loaded, grid)
+    about = experiment(out)[0]
     new, problems = _finished(runs, loaded.configs if grid else None)
     elsewhere = [_read(Path(k)) for k in known if (Path(k) / RESULTS).exists()]
     if not new and not elsewhere and not (out / RESULTS).exists():
@@ -157,7 +189,7 @@ def collect(
         here = [r for part in (*new, *reports) for r in part.results]
         wanted = set(names_of(loaded.configs, here)) if grid else None
         results = _gather(runs, out, new, reports, wanted, problems)
-    if grid and loaded.report and not experiment(out)[0]:
+    if grid and loaded.report and not about:
         say(
             f"the [report] table of {grid} is not shown: a page reads that of a grid.toml in its folder, {out}, or above it"
         )
@@ -223,22 +255,22 @@ def own_trainings(
     return [r for r in results if r is own[trained(r)]]
 
 # %% ../../nbs/7_results/45_collect.ipynb #d4304f1f
-def _toml(path: Path) -> dict:
-    "Read a grid file, whatever it holds."
-    try:
-        return tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as e:
-        raise ValueError(f"{path}: not TOML: {e}") from None
+def _has_scale(path: Path, scale: str) -> bool:
+    "Return whether a grid file names a scale."
+    scales = read_toml(path).get("scale", {})
+    if not isinstance(scales, dict):
+        raise ValueError(f"{path}: scale must be of type dict, not {type(scales).__name__}")
+    return scale in scales
 
 
 def experiment(
     out: str | Path,  # a report's folder
 ) -> tuple[dict, Path | None, str | None]:  # what its grid file says of the page, that file, and the scale
-    "Return what a report is about; nothing if there is no grid file beside or above it."
+    "Return what a report is about; nothing if there is no grid file beside or above it. ValueError names a file of which no page could be made."
     out = Path(out).resolve()
     beside = out.parent / f"{out.name}.toml"  # of a grid that prepares another one
     for path, scale in ((out / "grid.toml", None), (out.parent / "grid.toml", out.name), (beside, None)):
-        if path.exists() and (scale is None or scale in _toml(path).get("scale", {})):
+        if path.exists() and (scale is None or _has_scale(path, scale)):
             grid = load_grid(path, scale)
             check_page(grid, path)
             by_scale = {k: grid.report[k] for k in ("verdict", "doubts") if isinstance(grid.report.get(k), dict)}

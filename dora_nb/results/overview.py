@@ -11,12 +11,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ..files import check_replaceable, owned
-from .collect import _toml, experiment
+from .collect import experiment
+from .compare import check_page
 from .labels import markdown_prose, markdown_text
 from .page import _write_page
 from .stored import _is_page
 from ..runs.folder import RESULT
-from ..runs.grid import RESULTS
+from ..runs.grid import RESULTS, load_grid
 
 # %% ../../nbs/7_results/51_overview.ipynb #11106e1a
 def reports_in(
@@ -30,22 +31,24 @@ def reports_in(
 # %% ../../nbs/7_results/51_overview.ipynb #0aa2841f
 def check_overview(
     folder: str | Path,  # of reports
-):
-    "Refuse a folder without reports or grids of them, and one whose README.md is somebody else's: ValueError, and nothing is written."
-    if not reports_in(folder) and not [*Path(folder).glob("*/grid.toml")]:
+) -> dict[Path, dict]:  # grid file → its [report] table
+    "Return what the grids of a folder say of their pages. Refuse a folder without reports or grids of them, a wrong grid, and a README.md of somebody else's: ValueError, and nothing is written."
+    grids = {path: load_grid(path) for path in Path(folder).glob("*/grid.toml")}
+    for path, grid in grids.items():
+        check_page(grid, path)
+    if not reports_in(folder) and not grids:
         raise ValueError(f"{folder} holds no reports; nothing was changed")
     check_replaceable(Path(folder) / "README.md", _is_page)
+    return {path: grid.report for path, grid in grids.items()}
 
 
 def overview(
     folder: str | Path,  # of reports, each experiment with its grid file
 ) -> Path:  # README.md
     "What is claimed, what was measured, and what came of it, a line per experiment; ValueError if there is a README.md of somebody else's."
-    check_overview(folder)
-    folder, lines = Path(folder), []
+    grids, folder, lines = check_overview(folder), Path(folder), []
     about = {p: experiment(p) for p in reports_in(folder)}
-    for path in folder.glob("*/grid.toml"):
-        spec = _toml(path).get("report", {})
+    for path, spec in grids.items():
         if "claim" not in spec:
             continue
         made = [p for p, (_, grid, _) in about.items() if grid == path.resolve()]

@@ -20,7 +20,7 @@ from ..files import read_json
 from ..layers.fused import PLANS
 from ..models.compress import parse_scheme
 from ..models.methods import METHODS, AdapterConfig
-from ..training.config import OVER_CHOICES, PRECISIONS, TrainConfig
+from ..training.config import OVER_CHOICES, PRECISIONS, TrainConfig, check_seed
 from ..training.evaluate import PROTOCOLS, format_of
 
 # %% ../../nbs/6_runs/28_config.ipynb #f33ee6d9
@@ -66,6 +66,8 @@ def _check_values(config):
                 f"{name}={getattr(config, name)} must be at least 1"
                 + (", or left out" if name in ("train_items", "eval_items", "batch_tokens") else "")
             )
+    if "seed" in vars(config):
+        check_seed(config.seed)
 
 
 def _check_together(config):

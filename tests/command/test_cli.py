@@ -17,6 +17,7 @@ from dora_nb.command.options import comments
 from dora_nb.curvature.rank import SCORES
 from dora_nb.data.assets import ASSETS, SOURCES, TASK_NAMES
 from dora_nb.data.tasks import DEV_CUTS, SPLITS
+from dora_nb.files import claim
 from dora_nb.runs.config import RunConfig
 from dora_nb.training.config import PRECISIONS
 from dora_nb.training.evaluate import PROTOCOLS
@@ -202,6 +203,13 @@ def test_generate(tiny_model_dir, tmp_path, capsys):
     "argv,status,said",
     [
         (["train", "--rank", "0"], 2, "rank=0"),
+        (["train", "--alpha", "1e29"], 2, "alpha=1e+29 is not possible; it must be a number above 0, and below 1e+15"),
+        (["train", "--learning-rate", "1e300"], 2, "learning_rate=1e+300 must be above 0, and below 1e+37"),
+        (["train", "--seed", "-1"], 2, "seed=-1 must be at least 0 and below 2**32"),
+        (["probe", "--adapter", "x", "--seed", "-1"], 2, "seed=-1 must be at least 0 and below 2**32"),
+        (["probe", "--adapter", "x", "--seed", "9" * 20], 2, "99 must be at least 0 and below 2**32"),
+        (["train", "--model", ""], 1, "the name of the model is empty"),
+        (["evaluate", "--task", "boolq", "--limit", "2", "--model", ""], 1, "the name of the model is empty"),
         (["train", "--task", "boolqq"], 2, "boolq, hellaswag"),
         (["probe", "--adapter", "x", "--items", "0"], 2, "items=0"),
         (["run", "nowhere.toml"], 1, "no such grid file"),
@@ -447,8 +455,6 @@ def test_a_file_that_comes_while_a_command_works(tiny_model_dir, tmp_path, monke
 
 @pytest.mark.attack("data loss")
 def test_ranks_are_not_written_into_a_run_s_folder(tmp_path):
-    from dora_nb.files import claim
-
     claim(tmp_path / "run", "run", "boolq-lora")
     with pytest.raises(ValueError, match="is the folder of a run"):
         _check_ranks(tmp_path / "run")
@@ -474,3 +480,108 @@ def test_notes_below_our_answers_are_somebody_s(tmp_path, more):
     (tmp_path / "a.jsonl").write_text(ours + more)
     with pytest.raises(ValueError, match="this command did not write it"):
         _check_file(str(tmp_path / "a.jsonl"), _is_answers)
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("command", ("evaluate", "probe", "ranks"))
+@pytest.mark.parametrize("place", (".", "adapter", "new/deeper", "a link"))
+def test_nothing_is_written_into_a_run_s_folder(tmp_path, capsys, monkeypatch, command, place):
+    "A probe wrote curvature.json, its default, into the working directory; the run's own report then refused the run."
+    run = tmp_path / "run"
+    claim(run, "run", "boolq-lora")
+    (run / "adapter").mkdir()
+    (tmp_path / "link").symlink_to(run)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(run)
+    folder = Path("../link" if place == "a link" else place)
+    out = folder if command == "ranks" else folder / "curvature.json"
+    more = {"evaluate": [], "probe": ["--adapter", "x"], "ranks": ["--adapter", "x", "--budget", "0.5"]}[command]
+    assert main([command, "--task", "boolq", "--out", str(out), *more]) == 1
+    err = capsys.readouterr().err
+    assert f"leads into {run}, which is the folder of a run" in err and err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("how", ("itself", "a link to its folder", "links to its files", "the model"))
+def test_ranks_are_not_written_over_the_adapter_that_is_cut(tmp_path, capsys, monkeypatch, how):
+    monkeypatch.setattr("dora_nb.data.tasks.load_task", lambda *_, **__: pytest.fail("work began"))
+    monkeypatch.setattr("dora_nb.models.adapter_files.check_adapter", lambda path: None)
+    own = tmp_path / "half" / "adapter"
+    own.mkdir(parents=True)
+    (tmp_path / "half" / "ranks.json").write_text('{"rank_pattern": {}, "alpha_pattern": {}}')
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (own / name).write_text(name)
+    other = tmp_path / "other"
+    if how == "a link to its folder":
+        other.symlink_to(own)
+    else:
+        other.mkdir()
+    if how == "links to its files":
+        for path in own.iterdir():
+            (other / path.name).symlink_to(path)
+    given = {"itself": ["--adapter", str(own)], "the model": ["--adapter", str(other), "--model", str(own)]}
+    _check_ranks(tmp_path / "half")  # it is ours
+    cut = ["ranks", "--task", "boolq", "--budget", "0.5", "--out", str(tmp_path / "half")]
+    assert main([*cut, *given.get(how, ["--adapter", str(other)])]) == 1
+    assert "where this command writes; nothing was changed" in capsys.readouterr().err
+    assert (own / "adapter_model.safetensors").read_text() == "adapter_model.safetensors"
+
+
+AT_IMPORT = """
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name != "{module}" or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            if {interrupt}:
+                os.kill(os.getpid(), signal.SIGINT)
+            raise {error}
+        except KeyboardInterrupt:
+            if "{error}" != "KeyboardInterrupt":
+                raise {error} from None
+            raise
+        except InterruptedError:
+            return None
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["dora-nb", "train", "--task", "boolq", "--model", "nowhere/x"]
+{run}
+"""
+RUN = {
+    "module": "runpy.run_module('dora_nb', run_name='__main__')",
+    "function": "from dora_nb.command.main import main; sys.exit(main())",
+}
+
+
+def at_import(run, module, error, interrupt=True):
+    "Run the command; while a module is imported, let SIGINT come, an error be raised, or both."
+    code = AT_IMPORT.format(run=RUN[run], module=module, error=error, interrupt=interrupt)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize(
+    "error",
+    ("KeyboardInterrupt", "ImportError('cannot import name')", "RecursionError", "SystemError", "InterruptedError"),
+)
+def test_an_interrupt_while_torch_is_imported(error):
+    "Whatever a half-done import makes of it; the last one swallows it."
+    assert at_import("function", "torch", error) == (130, "dora-nb train: interrupted\n")
+
+
+@pytest.mark.attack("crash")
+def test_an_interrupt_while_the_command_itself_is_imported():
+    for module, name in (("torch", "dora-nb train"), ("dora_nb.command.options", "dora-nb")):
+        assert at_import("module", module, "KeyboardInterrupt") == (130, f"{name}: interrupted\n")
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("error", ("OSError('libx.so is damaged')", "ImportError('libx.so is damaged')"))
+def test_an_error_while_torch_is_imported_is_answered_in_a_line(error):
+    status, said = at_import("function", "torch", error, interrupt=False)
+    assert status == 1 and said.startswith("dora-nb train: libx.so is damaged") and said.count("\n") == 1

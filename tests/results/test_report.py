@@ -811,8 +811,10 @@ def damage(folder, other, how):
     elif how == "not text":
         (folder / HISTORY).write_bytes(b"\xff\xfe\n")
     elif how in (GEOMETRY, CURVATURE):
+        write(params=result["params"] | {"geometry": 2, "probe": True})
         (folder / how).write_text('{"points": [{"step": 1')
     elif how in (f"{GEOMETRY} 2", f"{CURVATURE} 2"):
+        write(params=result["params"] | {"geometry": 2, "probe": True})
         (folder / how[:-2]).write_text('{"points": [{"step": 1, "steps": 2, "weights": [{"weight": "w"}]}]}')
     elif how == "a folder":
         own.unlink()
@@ -859,10 +861,32 @@ def test_a_run_whose_files_do_not_belong_together_is_named(six, tmp_path, how):
     assert len(collect(runs, out, grid)) == 5
     (problem,) = read_report(out).problems
     assert problem.startswith(f"{folder.name}: ") and str(tmp_path) not in problem, problem
-    assert "make the run again" in problem or "to run again" in problem or "not a run's" in problem
+    beside = how in ("history", "a list", "not text") or how.startswith((GEOMETRY, CURVATURE))
+    advice = "; bring the right file back, or move this one away" if beside else "to (make the run|run) again"
+    assert re.search(advice, problem) and beside != ("delete" in problem)
     page = render(out).read_text(encoding="utf-8")
     assert f"**1 runs of this grid are missing:** {folder.name}" in page and "(2 of 3 seeds)" in page
     assert len(collect(runs, tmp_path / "good", grid)) == 6 and not read_report(tmp_path / "good").problems
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("schema", (1, 2))
+@pytest.mark.parametrize("name", (CURVATURE, GEOMETRY))
+def test_a_file_that_a_run_did_not_write_does_not_cost_the_run(six, tmp_path, capsys, name, schema):
+    "Nor is it read: a probe's file once came into a run's folder, and the advice was to delete the run's result."
+    (runs, grid), out = six, tmp_path / "out"
+    folder = dirs(runs)[0]
+    if schema == 2:
+        result = json.loads((folder / RESULT).read_text())
+        files = {p: sha256(folder / p) for p in (PREDICTIONS, HISTORY)}
+        (folder / RESULT).write_text(json.dumps(result | dict(schema=2, files=files)))
+    (folder / name).write_text('{"schema": 2, "params": {}, "blocks": {}}')
+    assert len(collect(runs, out, grid)) == 6
+    said = capsys.readouterr().err
+    assert f"{folder.name}: this run did not write the {name} in its folder; the file is left out" in said
+    found = read_report(out)
+    assert not found.problems and not any(found.probes.values()) and not len(found.geometry)
+    assert folder.name in set(found.history.run)
 
 
 @pytest.mark.attack("crash")
@@ -1159,6 +1183,59 @@ def test_a_wrong_page_is_refused_before_anything_is_made(six, tmp_path, words, n
     with pytest.raises(ValueError, match=named):
         collect(runs, out, grid)
     assert not out.exists()
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize(
+    "name,words,said",
+    [
+        ("grid.toml", "scale = 1.5", "scale must be of type dict, not float"),
+        ("grid.toml", "scale = ", "not TOML"),
+        ("grid.toml", f"a = {'[' * 5000}", "not TOML"),
+        ("grid.toml", f"a = {'9' * 5000}", "not TOML"),
+        ("grid.toml", "[scale.out]\nfixed = 3", "scale.out: fixed must be of type dict, not int"),
+        ("out.toml", "rows = 3", "unknown key 'rows'"),
+        ("out/grid.toml", "rows = 3", "unknown key 'rows'"),
+        ("out/grid.toml", "report = 5", "report must be of type dict, not int"),
+        ("out/grid.toml", SEEDS + "[report]\ntitle = 5", "report.title is unknown or of the wrong type"),
+    ],
+)
+def test_a_grid_file_that_no_page_can_be_made_of_is_named_before_anything_is_stored(six, tmp_path, name, words, said):
+    file = tmp_path / "reports" / name
+    file.parent.mkdir(parents=True)
+    file.write_text(words if "name" in words else f'name = "x"\n{words}\n')
+    before = sorted((tmp_path / "reports").rglob("*"))
+    with pytest.raises(ValueError) as e:
+        collect(six[0], tmp_path / "reports" / "out", six[1])
+    assert str(e.value).startswith(f"{file}: ") and said in str(e.value) and "\n" not in str(e.value)
+    assert sorted((tmp_path / "reports").rglob("*")) == before
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        ("report = 5", "report must be of type dict"),
+        ('report = "a claim"', "report must be of type dict"),
+        ('report = { claim = "c", number = "7" }', "report.number is unknown or of the wrong type"),
+        ("report = { claim = 5 }", "report.claim is unknown or of the wrong type"),
+        ('report = { claim = "c", title = 5 }', "report.title is unknown or of the wrong type"),
+        ("rows = 3", "unknown key 'rows'"),
+    ],
+)
+def test_an_overview_names_a_wrong_grid_before_anything_is_made(tmp_path, words, said):
+    grid = 'name = "x"\n{}\nfixed = {{ task = "boolq" }}\n'
+    for name, own in (("a", 'report = { claim = "b", number = 7 }'), ("b", words)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "grid.toml").write_text(grid.format(own))
+    for check in (check_overview, overview):
+        with pytest.raises(ValueError) as e:
+            check(tmp_path)
+        assert str(e.value).startswith(f"{tmp_path / 'b' / 'grid.toml'}: {said}") and "\n" not in str(e.value)
+    assert not (tmp_path / "README.md").exists()
+    (tmp_path / "b" / "grid.toml").write_text(grid.format('report = { claim = "first", number = 6.5 }'))
+    page = overview(tmp_path).read_text(encoding="utf-8")
+    assert page.index("| b | first |") < page.index("| a | b |")
 
 
 @pytest.mark.attack("crash")

@@ -213,11 +213,42 @@ def test_scales(tmp_path):
     with pytest.raises(ValueError, match="no scale 'huge'; there are small, large"):
         load_grid(path, "huge")
     path.write_text(GRID.replace("axes = { seed", "axs = { seed"))
-    with pytest.raises(ValueError, match="scale.large has the unknown key 'axs'"):
+    with pytest.raises(ValueError, match="scale.large: unknown key 'axs'; did you mean 'axes'"):
         load_grid(path, "large")
     path.write_text(GRID[: GRID.index("[scale.small]")])
     with pytest.raises(ValueError, match="only one scale"):
         load_grid(path, "small")
+
+
+@pytest.mark.attack("hostile input")
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        ("scale.a = 3", "scale: a must be of type dict, not int"),
+        ("scale.a.fixed = 3", "scale.a: fixed must be of type dict, not int"),
+        ("scale.a.axes = [1]", "scale.a: axes must be of type dict, not list"),
+        ("scale.a.override = {}", "scale.a: override must be of type list, not dict"),
+        ("scale.a.exclude = 3", "scale.a: exclude must be of type list, not int"),
+        ("scale.a.exclude = [3]", "an exclude is a table of parameters, not 3"),
+        ("scale.a.override = [3]", "an override has exactly the keys 'when' and 'set'"),
+        ("scale.a.axes.seed = 3", "axes.seed must be a list of values"),
+        ("scale.a.axes.seed = [[1]]", "seed=[1] is of type list"),
+        ("scale.a.fixed.seed = 2000-01-01", "is of type date"),
+        ("scale = 3", "scale must be of type dict, not int"),
+        ("fixed = 3", "fixed must be of type dict, not int"),
+        ("axes = 3", "axes must be of type dict, not int"),
+        ("override = 3", "override must be of type list, not int"),
+        ("exclude = 3", "exclude must be of type list, not int"),
+        ("report = 3", "report must be of type dict, not int"),
+        (f"fixed.rank = {'9' * 5000}", "not TOML"),
+    ],
+)
+def test_a_grid_of_wrong_types_is_answered_in_a_line(tmp_path, words, said):
+    path = tmp_path / "grid.toml"
+    path.write_text(f'name = "x"\n{words}\n')
+    with pytest.raises(ValueError) as e:
+        load_grid(path)
+    assert str(e.value).startswith(f"{path}: ") and said in str(e.value) and "\n" not in str(e.value)
 
 
 def test_a_grid_trains_once_what_is_asked_twice(tmp_path, tiny_model_dir):

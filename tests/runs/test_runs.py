@@ -27,7 +27,7 @@ from dora_nb.runs.folder import (
     read_result,
     say,
 )
-from dora_nb.runs.grid import RESULTS, Incomplete, load_grid, run_grid
+from dora_nb.runs.grid import RESULTS, Incomplete, gathered, load_grid, run_grid
 from dora_nb.runs.identity import effective, run_id, run_name, training_id
 from dora_nb.runs.jobs import Job, gpus, notebook
 from dora_nb.runs.observers import _peak_memory
@@ -342,7 +342,7 @@ def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys):
     with pytest.raises(ValueError, match="there is no folder .*reprot"):
         run_grid(grid, tmp_path / "tuesday", known=[tmp_path / "reprot"])
     (tmp_path / "report" / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="results.json is damaged"):
+    with pytest.raises(ValueError, match="results.json lacks 'results'"):
         run_grid(grid, tmp_path / "tuesday", known=[tmp_path / "report"])
 
 
@@ -697,6 +697,62 @@ def test_what_an_earlier_try_left_is_damaged(tiny, tmp_path, name, content):
     (folder / MARKER).write_text(json.dumps({"made_by": "dora_nb", "kind": "run", "name": run_name(config)}))
     (folder / name).write_text(content)
     assert run(config, folder, progress=False)["files"][name] == sha256(folder / name)
+
+
+LACKING = {
+    "timings": (lambda r: r.pop("timings"), "has no 'timings'"),
+    "machine": (lambda r: r.pop("machine"), "has no 'machine'"),
+    "all but metrics": (
+        lambda r: [r.pop(k) for k in list(r) if k not in ("schema", "run", "metrics")],
+        "has no 'params'",
+    ),
+    "all but its name": (lambda r: [r.pop(k) for k in list(r) if k not in ("schema", "run")], "has no 'params'"),
+    "a number": (lambda r: r["metrics"].update(acc="0.5"), "metrics.acc is missing, or no number"),
+    "a finite number": (lambda r: r["metrics"].update(acc=float("nan")), "metrics.acc is missing, or no number"),
+    "a float": (lambda r: r["metrics"].update(n=10**400), "metrics.n is missing, or no number"),
+    "seconds": (lambda r: r.update(seconds="1"), "has no 'seconds'"),
+    "loading": (lambda r: r["timings"].pop("loading"), "timings.loading is missing"),
+    "gpu": (lambda r: r["machine"].pop("gpu"), "machine.gpu is missing"),
+    "a parameter": (lambda r: r["params"].pop("task"), "lacks the parameter 'task'"),
+    "a parameter's type": (lambda r: r["params"].update(rank="x"), "the parameter rank='x' is of the wrong type"),
+}
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize("change,said", LACKING.values(), ids=LACKING)
+@pytest.mark.parametrize("key", ("results", "others"))
+def test_a_result_that_a_report_holds_is_checked_as_a_run_s_own(made, tmp_path, key, change, said):
+    config, folder = made
+    (tmp_path / "known").mkdir()
+    result = json.loads((folder / RESULT).read_text())
+    about = {"results": [result]} | {key: [result]}
+    stored = tmp_path / "known" / "results.json"
+    stored.write_text(json.dumps(about))
+    assert gathered(tmp_path / "known") == {result["run"]: result}
+    change(result)
+    stored.write_text(json.dumps({"results": []} | {key: [result]}))
+    with pytest.raises(ValueError) as e:
+        gathered(tmp_path / "known")
+    assert str(e.value).startswith(f"{stored}: ") and said in str(e.value) and "result 1 is damaged" in str(e.value)
+    own = copied(folder, tmp_path / "runs" / folder.name)
+    (own / RESULT).write_text(json.dumps(result))
+    assert said in load(tmp_path / "runs")[1][0]
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize(
+    "text,said",
+    [
+        ('{"results": 3}', "results must be a list"),
+        ('{"results": [3]}', "result 1 is damaged: it has no 'run'"),
+        ('{"results": [], "others": {}}', "others must be a list"),
+        ("[]", "must hold a JSON object"),
+    ],
+)
+def test_results_that_are_none(tmp_path, text, said):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        gathered(tmp_path)
 
 
 @pytest.mark.attack("crash")
