@@ -21,9 +21,9 @@ from .base import check_model
 from .config import RunConfig, check_params, config_from
 from .engines import ENGINES, Local, Ray
 from .execute import DIED, DONE, FULL, RAISED
-from .folder import CHECKPOINTS, ERROR, RESULT, say
+from .folder import CHECKPOINTS, ERROR, LOG, RESULT, say
 from .identity import effective, run_name
-from .jobs import Job, default_workers, gpus, need, waves
+from .jobs import Job, default_workers, gpus, log_of, need, waves
 from .progress import Board, duration
 from ..training.checkpoints import forget_checkpoints, stoppable
 
@@ -141,9 +141,8 @@ def _failed(job: Job, why: str, board: Board):
     job.state, job.why = "failed", why
     with contextlib.suppress(OSError):  # a full disk, for instance
         if not (job.folder / ERROR).exists():
-            log = job.folder / "run.log"
-            tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:] if log.exists() else []
-            write_json(job.folder / ERROR, {"error": why, "traceback": "\n".join(tail)})
+            tail = "\n".join(log_of(job).splitlines()[-20:])
+            write_json(job.folder / ERROR, {"error": why, "traceback": tail})
     board.event(job, f"FAILED: {why}")
 
 
@@ -163,11 +162,7 @@ LIMITS = re.compile(
 
 def _limit(job: Job) -> str:
     "Return which limit of the system a run's log complains of."
-    try:
-        log = (job.folder / "run.log").read_text(encoding="utf-8", errors="replace")[-20_000:]
-    except OSError:
-        return ""
-    found = LIMITS.findall(log)
+    found = LIMITS.findall(log_of(job))
     return f" ({found[-1]}; see `ulimit -a`)" if found else ""
 
 
@@ -273,7 +268,7 @@ def gathered(
 # %% ../../nbs/6_runs/40_grid.ipynb #2d382bfe
 def _traceback(job: Job) -> str:
     "The end of what a failed run said."
-    lines = _error_of(job).get("traceback", "").splitlines() or [f"see {job.folder / 'run.log'}"]
+    lines = _error_of(job).get("traceback", "").splitlines() or [f"see {job.folder / LOG}"]
     return "\n".join(f"    {line}" for line in lines[-12:])
 
 # %% ../../nbs/6_runs/40_grid.ipynb #873fa175

@@ -44,6 +44,7 @@ from dora_nb.runs.folder import (
     RANKS,
     RESULT,
     SCHEMA,
+    _adapter_files,
     _alone,
     _files,
     _machine,
@@ -113,22 +114,18 @@ def _twin(config: RunConfig, run_dir: Path) -> Path | None:
     return None
 
 # %% ../../nbs/6_runs/34_run.ipynb #232e2767
-def _copy(source: str, target: str):
-    "A second name for a file that is only ever replaced, or a copy where that cannot be."
-    Path(target).unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _copy(source: Path, target: Path):
+    "Copy a file, whole or not at all. A file that has the new name is replaced, not written into: it may be another run's under a second name."
+    write_whole(target, lambda path: shutil.copyfile(source, path))
 
 
 def _take_over(config: RunConfig, model, run_dir: Path, twin: Path, team: Team) -> dict:
     "Put what a twin has learnt on the model, and leave it merged; returns what it took then."
     if team.rank == 0:
-        shutil.copytree(twin / "adapter", run_dir / "adapter", copy_function=_copy, dirs_exist_ok=True)
-        for name in (HISTORY, CURVATURE, GEOMETRY, RANKS):
+        (run_dir / "adapter").mkdir(exist_ok=True)
+        for name in (*_adapter_files(twin), HISTORY, CURVATURE, GEOMETRY, RANKS):
             if (twin / name).exists():
-                shutil.copyfile(twin / name, run_dir / name)
+                _copy(twin / name, run_dir / name)
     if config.method == "full":
         model.load_state_dict(load_model(str(twin / "adapter"))[0].state_dict())
     else:
