@@ -98,8 +98,12 @@ def _advice(pin: str, log: str) -> str:
 
 # %% ../../nbs/2_data/05_cache.ipynb #e188174e
 def cache_dir() -> Path:  # $DORA_NB_CACHE, or ~/.cache/dora_nb
-    "Return the folder where fetched assets are kept."
-    return Path(os.environ.get("DORA_NB_CACHE") or "~/.cache/dora_nb").expanduser()
+    "Return the folder where fetched assets are kept: FetchError if the user has no home directory, and no folder is named."
+    place = os.environ.get("DORA_NB_CACHE") or "~/.cache/dora_nb"
+    try:
+        return Path(place).expanduser()
+    except RuntimeError:
+        raise FetchError(f"there is no home directory for {place}; set DORA_NB_CACHE to a folder") from None
 
 
 MANIFEST = "manifest.json"

@@ -20,7 +20,8 @@ from .config import RunConfig
 from .execute import DIED, RAISED, STOPPED
 from .folder import ERROR, LOG, say
 from .identity import run_name
-from .jobs import Job, cores, default_workers, files_in, gpus, need, prepare, put_files
+from .jobs import Job, default_workers, files_in, gpus, need, prepare, put_files
+from .processes import cores
 
 # %% ../../nbs/6_runs/39_engines.ipynb #b07d2d7b
 GRACE = 30.0  # seconds for the last words of a process that is told to stop

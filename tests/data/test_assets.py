@@ -443,6 +443,17 @@ def test_an_empty_cache_variable_counts_as_not_set(tmp_path, monkeypatch):
     assert caching.cache_dir() == tmp_path / ".cache" / "dora_nb"
 
 
+@pytest.mark.attack("crash")
+def test_no_home_directory_for_a_cache(monkeypatch):
+    for name in ("HOME", "DORA_NB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", dict().__getitem__)  # as for a user who is not in the system's list
+    with pytest.raises(FetchError, match="no home directory for ~/.cache/dora_nb; set DORA_NB_CACHE"):
+        fetch("tasks")
+    monkeypatch.setenv("DORA_NB_CACHE", "/a/cache")
+    assert str(caching.cache_dir()) == "/a/cache"
+
+
 @pytest.mark.attack("hostile input")
 def test_a_cache_that_is_a_file(tmp_path, monkeypatch):
     (tmp_path / "file").touch()

@@ -1,6 +1,7 @@
 "Parameters, identities and grids; papermill end to end on a model that runs in no time."
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -31,8 +32,9 @@ from dora_nb.runs.folder import (
 from dora_nb.runs.grid import RESULTS, Incomplete, load_grid, run_grid
 from dora_nb.runs.identity import effective, run_id, run_name, training_id
 from dora_nb.runs.jobs import Job, gpus, notebook
-from dora_nb.runs.observers import _peak_memory
+from dora_nb.runs.observers import _is_due, _peak_memory
 from dora_nb.runs.probe_run import ProbeConfig, run_probe
+from dora_nb.runs.processes import cores
 from dora_nb.runs.progress import progress_of
 from dora_nb.runs.run import run
 
@@ -225,6 +227,16 @@ def test_grid(grid):
         ('name = "tiny"', 'name = "../tiny"', "name is missing or not possible"),
         ('{ method = "dora" }', '"dora"', "both tables"),
         ("eval_items = 6", "weight_decay = -1.0", "at least 0"),
+        pytest.param(
+            "[[exclude]]",
+            "\n".join(
+                f"{name} = {[*range(1, 41)]}"
+                for name in ("seed", "epochs", "max_tokens", "probe_items", "probe_products")
+            )
+            + "\n[[exclude]]",
+            "the axes have 409,600,000 combinations, and a grid may have 100,000",
+            marks=pytest.mark.attack("hang"),
+        ),
     ],
 )
 def test_wrong_grids(grid, old, new, named):
@@ -554,6 +566,30 @@ def test_what_is_no_plain_file_fails_a_run_by_name(grid, tmp_path, capsys, monke
     with pytest.raises(Incomplete):
         run_grid(grid, tmp_path / "runs")
     assert f"{folder / name} is a " in capsys.readouterr().err and (tmp_path / "runs" / "mine").read_text() == "mine"
+
+
+@pytest.mark.attack("hang")
+@pytest.mark.parametrize("processes", [cores() + 1, 10**30])
+def test_more_processes_than_cores(grid, tiny, tmp_path, monkeypatch, processes):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("dora_nb.runs.processes.subprocess.Popen", None)  # nothing may be started
+    said = f"processes={processes} needs as many cores, and this process may use {cores()}"
+    with pytest.raises(ValueError, match=said):
+        run(tiny(processes=processes), tmp_path / "run", progress=False)
+    grid.write_text(grid.read_text().replace("rank = 2", f"rank = 2\nprocesses = {min(processes, 2**60)}"))
+    with pytest.raises(ValueError, match=f"grid.toml: processes={min(processes, 2**60)} needs as many cores"):
+        run_grid(grid, tmp_path / "runs", dry_run=True)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.attack("hang")
+def test_geometry_at_more_steps_than_there_are(tiny, tmp_path):
+    for steps in range(1, 40):
+        for times in range(1, 60):
+            due = {math.ceil(k * steps / times) for k in range(1, times + 1)}
+            assert {step for step in range(1, steps + 1) if _is_due(step, steps, times)} == due
+    run(tiny(geometry=int("9" * 30)), tmp_path / "run", progress=False)
+    assert [p["step"] for p in json.loads((tmp_path / "run" / GEOMETRY).read_text())["points"]] == [1, 2]
 
 
 @pytest.mark.attack("hang")

@@ -235,7 +235,7 @@ def test_settings(model_dir, monkeypatch, tmp_path):
         engine.start(job)
     assert seen == ["3,5", "6"]
     (tmp_path / "grid.toml").write_text('name = "g"\nfixed = { processes = 6 }\n')
-    with pytest.raises(ValueError, match="processes=6 needs as many GPUs, and there are 5"):
+    with pytest.raises(ValueError, match="processes=6 needs as many GPUs, and this process may use 5"):
         run_grid(tmp_path / "grid.toml", tmp_path, dry_run=True)
 
 
