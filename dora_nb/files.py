@@ -176,7 +176,7 @@ def check_own(
     with contextlib.suppress(FileNotFoundError):
         check_file(path)
 
-
+# %% ../nbs/files.ipynb #a67c953e
 def check_claim(
     folder: str | Path,  # where files shall go
     kind: str,  # what we keep in it, for instance run

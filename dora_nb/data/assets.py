@@ -232,7 +232,7 @@ def _why(error: Exception, folder: Path) -> str:
     text = " ".join(str(error).split())[:400] or "no message"
     return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
 
-
+# %% ../../nbs/2_data/07_assets.ipynb #325f037e
 LAYERS = 10_000  # more than any model has; each takes time to make, and a configuration can ask for a million
 
 

@@ -61,7 +61,7 @@ def _private_kernel(private: Path):
         os.environ.clear()
         os.environ.update(before)
 
-
+# %% ../../nbs/6_runs/36_execute.ipynb #328a370c
 def _literal(path: str | Path) -> str:
     "Return a path that papermill, which formats paths with the parameters, leaves as it is."
     return str(path).replace("{", "{{").replace("}", "}}")

@@ -99,7 +99,7 @@ def _check_axes(fixed: dict, axes: dict, where: str):
     if (runs := math.prod(map(len, axes.values()))) > MOST_RUNS:
         raise ValueError(f"{where}: the axes have {runs:,} combinations, and a grid may have {MOST_RUNS:,}")
 
-
+# %% ../../nbs/6_runs/40_grid.ipynb #85fd9df0
 def load_grid(
     path: str | Path,  # a TOML file
     scale: str | None = None,  # one of those that the file names; the first one if None
