@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from filelock import SoftFileLock
+from torch.distributed.run import get_args_parser
 
 from dora_nb import files
 from dora_nb.files import (
@@ -45,7 +46,11 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
 
 @pytest.mark.attack("data loss")
 @pytest.mark.parametrize(
-    "name", [".2024-12-draft.md", ".1-x", ".dora-nb-x-y", ".dora-nb-", ".dora-nb.json", ".dora-nb-7"]
+    "name",
+    [
+        *(".2024-12-draft.md", ".1-x", ".dora-nb-x-y", ".dora-nb-", ".dora-nb.json", ".dora-nb-7", ".dora-nb-0-x"),
+        *(".dora-nb-99999999999999999999-x", ".dora-nb-4294967297-x", ".dora-nb-٧-x"),
+    ],
 )
 def test_sweeping_takes_only_our_own(tmp_path, name):
     (tmp_path / name).write_text("mine")
@@ -78,6 +83,16 @@ def test_a_folder_without_our_marker_is_refused(tmp_path, marker):
     with pytest.raises(ValueError, match="thesis.tex.*nothing was changed"):
         claim(tmp_path, "run")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.attack("hang")
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: os.symlink("elsewhere", p)])
+def test_a_marker_that_is_no_plain_file(tmp_path, make):
+    make(tmp_path / MARKER)
+    assert not owned(tmp_path, "run")
+    with pytest.raises(ValueError, match=r"dora-nb\.json is a (pipe or device|folder|link)"):
+        claim(tmp_path, "run", "a")
+    assert [p.name for p in tmp_path.iterdir()] == [MARKER]
 
 
 def test_a_folder_with_nothing_but_locks_and_leavings_can_be_claimed(tmp_path):
@@ -225,11 +240,15 @@ def test_a_child_imports_nothing_from_the_working_directory(tmp_path, name, monk
 
 @pytest.mark.attack("hang")
 def test_a_child_sees_no_variables_of_a_job_system(monkeypatch):
-    names = "WORLD_SIZE RANK LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_WORLD_SIZE ROLE_NAME MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID PYTHONSTARTUP"
+    names = "WORLD_SIZE RANK LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_WORLD_SIZE ROLE_NAME MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID PYTHONSTARTUP PYTHON_EXEC TORCH_ELASTIC_SHUTDOWN_TIMEOUT TORCH_WORKER_SERVER_SOCKET PET_STANDALONE"
     for name in names.split():
         monkeypatch.setenv(name, "2")
     monkeypatch.setenv("MY_RANK", "kept")
+    options = [f"PET_{action.dest.upper()}" for action in get_args_parser()._actions]  # torchrun takes them for its own
+    for name in options:
+        monkeypatch.setenv(name, "2")
     env = child_environment(OMP_NUM_THREADS="1")
+    assert {"PET_NNODES", "PET_NODE_RANK", "PET_RDZV_ENDPOINT"} <= set(options) and not set(options) & set(env)
     assert not set(names.split()) & set(env) and env["MY_RANK"] == "kept"
     assert env["PYTHONSAFEPATH"] == "1" and env["OMP_NUM_THREADS"] == "1" and sys.executable in python_command("x")
 

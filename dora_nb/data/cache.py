@@ -7,7 +7,6 @@ __all__ = ['MANIFEST', 'FetchError', 'Wheel', 'download', 'cache_dir', 'manifest
 
 # %% ../../nbs/2_data/05_cache.ipynb #aea0ab31
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from ..files import MARKER, Lock, check_writable, child_environment, claim, owned, read_json, sha256, write_json
+from dora_nb.files import (
+    MARKER,
+    Lock,
+    check_writable,
+    child_environment,
+    claim,
+    owned,
+    read_json,
+    sha256,
+    write_json,
+    writer_of,
+)
 
 # %% ../../nbs/2_data/05_cache.ipynb #1ca614f1
 class FetchError(RuntimeError):
@@ -88,8 +98,12 @@ def _advice(pin: str, log: str) -> str:
 
 # %% ../../nbs/2_data/05_cache.ipynb #e188174e
 def cache_dir() -> Path:  # $DORA_NB_CACHE, or ~/.cache/dora_nb
-    "Return the folder where fetched assets are kept."
-    return Path(os.environ.get("DORA_NB_CACHE") or "~/.cache/dora_nb").expanduser()
+    "Return the folder where fetched assets are kept: FetchError if the user has no home directory, and no folder is named."
+    place = os.environ.get("DORA_NB_CACHE") or "~/.cache/dora_nb"
+    try:
+        return Path(place).expanduser()
+    except RuntimeError:
+        raise FetchError(f"there is no home directory for {place}; set DORA_NB_CACHE to a folder") from None
 
 
 MANIFEST = "manifest.json"
@@ -181,12 +195,13 @@ def _check_replaceable(folder: Path):
 def _restore(folder: Path, origin: str):
     "Move back a complete copy that a killed process left aside, and remove what else it left; the caller holds the lock."
     for left in list(folder.parent.glob(".dora-nb-*")):
-        if not (name := re.fullmatch(rf"\.dora-nb-(\d+)-{re.escape(folder.name)}", left.name)):
+        process, name = writer_of(left)
+        if name != folder.name:
             continue
         for copy in (left / "new", left / "old"):
             if not folder.exists() and _good(copy, origin):
                 os.rename(copy, folder)
-        if int(name[1]) == os.getpid() or not psutil.pid_exists(int(name[1])):
+        if process == os.getpid() or not psutil.pid_exists(process):
             if folder.exists():
                 _rescue(left / "old", folder)
             elif (left / "old").exists():

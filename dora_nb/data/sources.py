@@ -85,7 +85,7 @@ def convert_model(
     config, source = transformers.GgufConfig(dequantize=True), dict(gguf_file=gguf.name)
     with _quiet():
         model = whole_model(gguf.parent, **source, quantization_config=config, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, trust_remote_code=False, **source)
         # Some versions of transformers read other special tokens from a GGUF file than the configuration has.
         for kind in ("bos_token", "eos_token", "pad_token"):
             ids = getattr(model.config, f"{kind}_id")

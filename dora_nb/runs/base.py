@@ -8,9 +8,10 @@ __all__ = ['CALIBRATION', 'load_base', 'check_model']
 # %% ../../nbs/6_runs/32_base.ipynb #29a7c8a1
 import functools
 
+from pathlib import Path
+
 import torch
-import transformers
-from ..data.assets import is_cached, load_model, model_path
+from ..data.assets import is_cached, load_model, model_path, outline
 from ..data.sources import HUB_MODELS
 from ..data.tasks import load_task
 from ..models.adapt import find_targets
@@ -42,9 +43,8 @@ def load_base(
 
 @functools.lru_cache(maxsize=16)
 def _outline(folder: str, digest: str) -> torch.nn.Module:
-    "Return a model without its weights."
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    "Return a model without its weights; made once for as long as its files stay the same."
+    return outline(Path(folder))
 
 
 def check_model(

@@ -18,9 +18,10 @@ import psutil
 from ..files import Lock, child_environment, claim
 from .config import RunConfig
 from .execute import DIED, RAISED, STOPPED
-from .folder import ERROR, say
+from .folder import ERROR, LOG, say
 from .identity import run_name
-from .jobs import Job, cores, default_workers, files_in, gpus, need, prepare, put_files
+from .jobs import Job, default_workers, files_in, gpus, need, prepare, put_files
+from .processes import cores
 
 # %% ../../nbs/6_runs/39_engines.ipynb #b07d2d7b
 GRACE = 30.0  # seconds for the last words of a process that is told to stop
@@ -68,9 +69,10 @@ class Local:
         if self.gpus:
             own = [self.gpus[(slot * self.each + i) % len(self.gpus)] for i in range(job.config.processes)]
             env["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-        with open(job.folder / "run.log", "a" if job.tries > 1 else "w") as log:
+        command = prepare(job)
+        with open(job.folder / LOG, "a" if job.tries > 1 else "w") as log:
             quiet = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-            job.process = subprocess.Popen(prepare(job), env=env, **quiet)
+            job.process = subprocess.Popen(command, env=env, **quiet)
         self.busy[job.name] = slot
 
     def poll(self, job: Job) -> tuple[int, str] | None:

@@ -35,6 +35,15 @@ def _configure(private: Path):
     return config
 
 
+def _home(private: Path) -> dict[str, str]:
+    "Return the variable that gives a user without a home directory one, as Jupyter does not start without; nothing if there is one."
+    try:
+        Path.home()
+    except RuntimeError:
+        return {"HOME": str(private)}
+    return {}
+
+
 @contextlib.contextmanager
 def _private_kernel(private: Path):
     "While this lasts, the kernel `python3` is this Python with this package, without the user's profile."
@@ -43,7 +52,7 @@ def _private_kernel(private: Path):
     spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
     write_json(private / "kernels" / "python3" / "kernel.json", spec)
     before = dict(os.environ)
-    own = child_environment(JUPYTER_PATH=str(private), IPYTHONDIR=str(private / "ipython"))
+    own = child_environment(JUPYTER_PATH=str(private), IPYTHONDIR=str(private / "ipython"), **_home(private))
     try:
         os.environ.clear()
         os.environ.update(own)
@@ -52,7 +61,7 @@ def _private_kernel(private: Path):
         os.environ.clear()
         os.environ.update(before)
 
-
+# %% ../../nbs/6_runs/36_execute.ipynb #328a370c
 def _literal(path: str | Path) -> str:
     "Return a path that papermill, which formats paths with the parameters, leaves as it is."
     return str(path).replace("{", "{{").replace("}", "}}")

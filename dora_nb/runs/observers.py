@@ -111,6 +111,11 @@ def _moved(config: RunConfig, model) -> Callable[[], Iterable[tuple[str, torch.T
     return lambda: ((n, before[n], m.weight) for n, m in targets.items())
 
 
+def _is_due(step: int, steps: int, times: int) -> bool:
+    "Return whether a step is the last one of a part, if a training is cut into so many even parts."
+    return step * times // steps > (step - 1) * times // steps
+
+
 def _geometer(config: RunConfig, model, run_dir: Path) -> Callable[[dict], None]:
     "What writes down ΔM and ΔD at evenly spaced steps of a training."
     weights, path = _moved(config, model), run_dir / GEOMETRY
@@ -119,8 +124,7 @@ def _geometer(config: RunConfig, model, run_dir: Path) -> Callable[[dict], None]
     @torch.no_grad()
     def look(record: dict):
         points[:] = [p for p in points if p["step"] < record["step"]]  # of an earlier try
-        steps = {math.ceil(k * record["steps"] / config.geometry) for k in range(1, config.geometry + 1)}
-        if record["step"] not in steps:
+        if not _is_due(record["step"], record["steps"], config.geometry):
             return
         each = lambda W0, W: torch.stack([delta_magnitude(W0, W), delta_direction(W0, W), row_norm(W0).mean()])
         found = {n: (W0.shape[1], each(W0, W)) for n, W0, W in weights()}

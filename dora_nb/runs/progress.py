@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from ..files import check_file
 from .config import RunConfig
 from .folder import HISTORY, say
 from .jobs import Job, gpus, waves
@@ -76,7 +77,7 @@ def progress_of(
 ) -> str:
     "The last step of a run, in a few words."
     try:
-        with open(job.folder / HISTORY, "rb") as f:
+        with open(check_file(job.folder / HISTORY), "rb") as f:
             if os.fstat(f.fileno()).st_mtime < time.time() - (time.monotonic() - job.since):
                 return "starting"  # the file is of an earlier try
             f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))

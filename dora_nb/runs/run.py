@@ -29,7 +29,7 @@ import torch.distributed as dist
 from ..curvature.rank import as_patterns, warm_ranks
 from ..data.assets import load_model
 from ..data.tasks import load_task
-from ..files import owned, read_json, set_aside, write_json, write_whole
+from ..files import check_replaceable, owned, read_json, set_aside, write_json, write_whole
 from ..models.adapt import adapt, can_merge, count_parameters, merge
 from ..models.adapter_files import load_adapter, save_adapter
 from ..models.methods import AdapterConfig
@@ -44,6 +44,7 @@ from dora_nb.runs.folder import (
     RANKS,
     RESULT,
     SCHEMA,
+    _adapter_files,
     _alone,
     _files,
     _machine,
@@ -60,7 +61,7 @@ from ..training.checkpoints import forget_checkpoints
 from ..training.config import resolve_precision
 from ..training.distributed import Team, shard
 from ..training.evaluate import evaluate, format_of
-from ..training.train import train
+from ..training.train import is_history, train
 
 # %% ../../nbs/6_runs/34_run.ipynb #57db114e
 def _identity(config: RunConfig, device: torch.device) -> dict:
@@ -113,22 +114,18 @@ def _twin(config: RunConfig, run_dir: Path) -> Path | None:
     return None
 
 # %% ../../nbs/6_runs/34_run.ipynb #232e2767
-def _copy(source: str, target: str):
-    "A second name for a file that is only ever replaced, or a copy where that cannot be."
-    Path(target).unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _copy(source: Path, target: Path):
+    "Copy a file, whole or not at all. A file that has the new name is replaced, not written into: it may be another run's under a second name."
+    write_whole(target, lambda path: shutil.copyfile(source, path))
 
 
 def _take_over(config: RunConfig, model, run_dir: Path, twin: Path, team: Team) -> dict:
     "Put what a twin has learnt on the model, and leave it merged; returns what it took then."
     if team.rank == 0:
-        shutil.copytree(twin / "adapter", run_dir / "adapter", copy_function=_copy, dirs_exist_ok=True)
-        for name in (HISTORY, CURVATURE, GEOMETRY, RANKS):
+        (run_dir / "adapter").mkdir(exist_ok=True)
+        for name in (*_adapter_files(twin), HISTORY, CURVATURE, GEOMETRY, RANKS):
             if (twin / name).exists():
-                shutil.copyfile(twin / name, run_dir / name)
+                _copy(twin / name, run_dir / name)
     if config.method == "full":
         model.load_state_dict(load_model(str(twin / "adapter"))[0].state_dict())
     else:
@@ -167,6 +164,14 @@ def _settle(config: RunConfig, model):
         merge(model, keep_base=False)
 
 # %% ../../nbs/6_runs/34_run.ipynb #afedbbed
+def _check_history(path: Path):
+    "Set a damaged history of an earlier try aside; the run's folder is its own, so nobody else's file is there."
+    try:
+        check_replaceable(path, is_history)
+    except ValueError:
+        say(f"{path} is damaged, and set aside as {set_aside(path).name}")
+
+
 def _fit(config: RunConfig, model, tokenizer, run_dir: Path, progress: bool, team: Team) -> dict:
     "Adapt and train a model, save what was learnt, and leave the model merged; returns what it took."
     where = dict(source=config.source, dev_cut=config.dev_cut)
@@ -184,6 +189,8 @@ def _fit(config: RunConfig, model, tokenizer, run_dir: Path, progress: bool, tea
         for each in looks:
             each(record)
 
+    if team.rank == 0:
+        _check_history(run_dir / HISTORY)
     keep = dict(checkpoints=run_dir / CHECKPOINTS, checkpoint_seconds=config.checkpoint_seconds, team=team)
     start = time.perf_counter()
     records = train(model, tokenizer, items, config.training(), run_dir / HISTORY, look, progress, **keep)

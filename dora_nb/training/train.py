@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['warmup_and_decay', 'progress_bar', 'all_batches', 'Diverged', 'train_step', 'training_mode', 'kept_bytes',
-           'memory_plan', 'describe', 'fitting_step', 'Training', 'Story', 'train']
+           'memory_plan', 'describe', 'fitting_step', 'Training', 'Story', 'is_history', 'train']
 
 # %% ../../nbs/4_training/21_train.ipynb #8421ba27
 import contextlib
@@ -349,9 +349,11 @@ def _warn_of_idle(training: Training):
         )
 
 
-def _is_history(path: Path) -> bool:
+def is_history(
+    path: Path,  # a file
+) -> bool:
     "Return whether a file is a training's history, or empty."
-    lines = read_text(path).splitlines()
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
     if lines and lines[-1].startswith('{"step":') and not lines[-1].endswith("}"):
         lines.pop()  # a training was killed while it wrote this one
     return all({"step", "loss", "learning_rate"} <= json.loads(line).keys() for line in lines)
@@ -376,7 +378,7 @@ def train(
     team = team or Team()
     first, several = team.rank == 0, team.size > 1
     if history and first:
-        check_replaceable(history, _is_history)
+        check_replaceable(history, is_history)
     training = Training(model, tokenizer, items, config, team)
     kept = Checkpoints(checkpoints, training.what, training.params, training.optimizer, checkpoint_seconds, team=team)
     kept.by["precision"] = resolve_precision(config.precision, kept.device)

@@ -1,5 +1,6 @@
 "Fetching: what arrives is verified, what fails leaves nothing behind and says what to do."
 
+import ast
 import copy
 import hashlib
 import itertools
@@ -21,11 +22,13 @@ from safetensors.torch import load_file, save_file
 from dora_nb import files
 from dora_nb.data import assets, sources
 from dora_nb.data import cache as caching
-from dora_nb.data.assets import data_digest, fetch, load_items, load_model, model_digest, model_path
+from dora_nb.data.assets import data_digest, fetch, load_items, load_model, model_digest, model_path, outline
 from dora_nb.data.cache import FetchError, Wheel, build, download, manifest
 from dora_nb.models.adapt import adapt, merge
 from dora_nb.models.adapter_files import save_adapter
 from dora_nb.models.methods import AdapterConfig
+from dora_nb.runs.base import check_model
+from dora_nb.runs.config import RunConfig
 
 
 @pytest.fixture
@@ -263,17 +266,35 @@ def test_a_model_that_is_nowhere(tmp_path):
         load_model(str(tmp_path))
 
 
-def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch):
+@pytest.mark.attack("hostile input")
+@pytest.mark.parametrize(
+    "load", [lambda folder: load_model(str(folder)), outline, lambda folder: check_model(RunConfig(model=str(folder)))]
+)
+def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch, load):
     (tmp_path / "config.json").write_text(
         json.dumps(
             {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
         )
     )
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (tmp_path / "model.safetensors").touch()
     monkeypatch.setattr("builtins.input", lambda *a: "y")  # to a question that must not be asked
-    with pytest.raises(FetchError):
-        load_model(str(tmp_path))
+    with pytest.raises((FetchError, ValueError), match="needs code of its own, which is never run") as error:
+        load(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.attack("hostile input")
+def test_every_load_refuses_code_that_comes_with_a_model():
+    loads = [
+        call
+        for path in files.HERE.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("from_pretrained", "from_config")
+    ]
+    refused = [[k.value.value for k in call.keywords if k.arg == "trust_remote_code"] for call in loads]
+    assert len(loads) >= 5 and refused == [[False]] * len(loads)
 
 
 def test_unknown_assets():
@@ -420,6 +441,17 @@ def test_an_empty_cache_variable_counts_as_not_set(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DORA_NB_CACHE", "")
     assert caching.cache_dir() == tmp_path / ".cache" / "dora_nb"
+
+
+@pytest.mark.attack("crash")
+def test_no_home_directory_for_a_cache(monkeypatch):
+    for name in ("HOME", "DORA_NB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", dict().__getitem__)  # as for a user who is not in the system's list
+    with pytest.raises(FetchError, match="no home directory for ~/.cache/dora_nb; set DORA_NB_CACHE"):
+        fetch("tasks")
+    monkeypatch.setenv("DORA_NB_CACHE", "/a/cache")
+    assert str(caching.cache_dir()) == "/a/cache"
 
 
 @pytest.mark.attack("hostile input")
@@ -774,6 +806,33 @@ def test_files_that_are_not_a_model_s(name, damage, named, save):
     with pytest.raises((FetchError, ValueError), match=named) as error:
         load_model(str(folder))
     assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.attack("crash")
+@pytest.mark.parametrize(
+    "change,named",
+    [
+        ({"hidden_act": "foo"}, "KeyError.*foo"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"num_hidden_layers": 1_000_000}, "num_hidden_layers=1000000.*more than 10,000"),
+        ({"layer_types": ["foo"]}, "layer_types"),
+        ({"dtype": 7}, "AttributeError"),
+        ({"model_type": []}, "TypeError"),
+        ({"pad_token_id": 10_000_000}, "AssertionError"),
+        ({"attn_implementation": "flash_attention_2"}, "ImportError"),
+    ],
+)
+def test_a_configuration_of_no_model_is_named_in_a_line(change, named, save):
+    folder = save(**change)
+    for load in (outline, lambda folder: check_model(RunConfig(model=str(folder)))):
+        with pytest.raises(ValueError, match=f"config.json describes no model that can be made: .*{named}") as error:
+            load(folder)
+        assert str(folder / "config.json") in str(error.value) and "\n" not in str(error.value)
+    if "dtype" not in change:  # a model is loaded in the type that is asked for
+        with pytest.raises(FetchError, match=f"could not be loaded: .*{named}"):
+            load_model(str(folder))
 
 
 @pytest.mark.attack("hostile input")

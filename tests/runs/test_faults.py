@@ -18,9 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
+from dora_nb.data.cache import FetchError
 from dora_nb.files import claim
 from dora_nb.runs.config import RunConfig
 from dora_nb.runs.engines import Local, make_elsewhere, start_patiently
+from dora_nb.runs.execute import DONE, execute
 from dora_nb.runs.folder import CHECKPOINTS, ERROR, HISTORY, PREDICTIONS, RESULT, SCHEMA, load
 from dora_nb.runs.grid import Incomplete, load_grid, run_grid
 from dora_nb.runs.identity import run_name
@@ -505,6 +507,25 @@ def test_braces_in_a_path(grid, tmp_path, monkeypatch):
     monkeypatch.setattr("dora_nb.runs.jobs.notebook", lambda name: fake(tmp_path, ending=QUICK))
     folder = run_grid(grid(items=8, method='["lora"]'), tmp_path / "{runs} {0} {}")
     assert len(load(folder)[0]) == 1 and folder.parent.name == "{runs} {0} {}"
+
+
+@pytest.mark.attack("crash")
+def test_a_kernel_of_a_user_without_a_home_directory(tmp_path, monkeypatch):
+    body = "import os; (Path(run_dir) / 'home').write_text(os.environ['HOME'])"
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", dict().__getitem__)  # as for a user who is not in the system's list
+    params, out = {"run_dir": str(tmp_path)}, (tmp_path / "out.ipynb", tmp_path / "error.json")
+    assert execute(fake(tmp_path, body, ""), params, *out) == DONE
+    assert "dora-nb-" in (tmp_path / "home").read_text() and "HOME" not in os.environ
+
+
+@pytest.mark.attack("crash")
+def test_a_grid_without_a_place_for_a_cache(grid, tmp_path, monkeypatch):
+    for name in ("HOME", "DORA_NB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", dict().__getitem__)
+    with pytest.raises(FetchError, match="set DORA_NB_CACHE"):
+        run_grid(grid(items=8), tmp_path / "runs")
 
 
 @pytest.mark.attack("crash")

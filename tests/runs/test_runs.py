@@ -1,6 +1,7 @@
 "Parameters, identities and grids; papermill end to end on a model that runs in no time."
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import papermill
 import pytest
 import torch
 
-from dora_nb.files import MARKER, owned, sha256
+from dora_nb.files import MARKER, claim, owned, sha256
 from dora_nb.runs.config import RunConfig, config_from
 from dora_nb.runs.engines import start_patiently
 from dora_nb.runs.folder import (
@@ -23,6 +24,7 @@ from dora_nb.runs.folder import (
     PREDICTIONS,
     RANKS,
     RESULT,
+    check_files,
     load,
     read_result,
     say,
@@ -30,8 +32,10 @@ from dora_nb.runs.folder import (
 from dora_nb.runs.grid import RESULTS, Incomplete, gathered, load_grid, run_grid
 from dora_nb.runs.identity import effective, run_id, run_name, training_id
 from dora_nb.runs.jobs import Job, gpus, notebook
-from dora_nb.runs.observers import _peak_memory
+from dora_nb.runs.observers import _is_due, _peak_memory
 from dora_nb.runs.probe_run import ProbeConfig, run_probe
+from dora_nb.runs.processes import cores
+from dora_nb.runs.progress import progress_of
 from dora_nb.runs.run import run
 
 
@@ -223,6 +227,16 @@ def test_grid(grid):
         ('name = "tiny"', 'name = "../tiny"', "name is missing or not possible"),
         ('{ method = "dora" }', '"dora"', "both tables"),
         ("eval_items = 6", "weight_decay = -1.0", "at least 0"),
+        pytest.param(
+            "[[exclude]]",
+            "\n".join(
+                f"{name} = {[*range(1, 41)]}"
+                for name in ("seed", "epochs", "max_tokens", "probe_items", "probe_products")
+            )
+            + "\n[[exclude]]",
+            "the axes have 409,600,000 combinations, and a grid may have 100,000",
+            marks=pytest.mark.attack("hang"),
+        ),
     ],
 )
 def test_wrong_grids(grid, old, new, named):
@@ -481,6 +495,107 @@ def test_files_that_a_user_puts_into_a_run_stay(tiny, made, tmp_path):
     ):
         assert (copy / name).read_text() == "mine"
     assert run(config, copy, progress=False)["run"] == folder.name
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize(
+    "name", [".dora-nb-x-adapter", ".dora-nb-99999999999999999999-adapter", ".dora-nb-1-x-adapter"]
+)
+def test_names_that_are_not_quite_ours_are_left_alone(made, tmp_path, name):
+    config, folder = made
+    copy = copied(folder, tmp_path / folder.name)
+    (copy / name).mkdir()
+    (copy / name / "mine").touch()
+    assert run(config, copy, progress=False)["run"] == folder.name and (copy / name / "mine").exists()
+
+
+@pytest.mark.attack("crash")
+def test_a_folder_inside_an_adapter_stays(made, tmp_path):
+    config, folder = made
+    copy = copied(folder, tmp_path / folder.name)
+    (copy / "adapter" / "plots").mkdir()
+    (copy / "adapter" / "plots" / "mine.txt").write_text("mine")
+    os.mkfifo(copy / "adapter" / "pipe")
+    (copy / RESULT).unlink()
+    again = run(config, copy, progress=False)
+    assert again["files"].keys() == read_result(folder)["files"].keys() and read_result(copy)["run"] == folder.name
+    assert (copy / "adapter" / "plots" / "mine.txt").read_text() == "mine" and (copy / "adapter" / "pipe").is_fifo()
+    beside = RunConfig(**vars(config) | dict(eval_items=3))
+    taken = run(beside, tmp_path / run_name(beside), progress=False)
+    assert taken["training"]["trained_by"] == folder.name
+    assert {n: v for n, v in taken["files"].items() if n.startswith("adapter/")} == {
+        n: v for n, v in again["files"].items() if n.startswith("adapter/")
+    }
+
+
+@pytest.mark.attack("data loss")
+def test_two_runs_share_no_file(made, tmp_path):
+    "Writing into the adapter of one, whose training another has taken over, changes that one only; links of an earlier version are replaced."
+    config, folder = made
+    one, beside = copied(folder, tmp_path / folder.name), RunConfig(**vars(config) | dict(eval_items=3))
+    two = tmp_path / run_name(beside)
+    for _ in range(2):
+        run(beside, two, progress=False)
+        assert all(p.stat().st_nlink == 1 for p in [*one.rglob("*"), *two.rglob("*")] if p.is_file())
+        weights = two / "adapter" / "adapter_model.safetensors"
+        weights.unlink()
+        os.link(one / "adapter" / weights.name, weights)
+        (two / RESULT).unlink()
+    (one / RESULT).unlink()  # trained again in this folder, into files of its own
+    run(config, one, progress=False)
+    run(beside, two, progress=False)
+    flip(weights)
+    assert check_files(one, read_result(one), adapter=True) is None
+    with pytest.raises(ValueError, match="is not the file that this run wrote"):
+        check_files(two, read_result(two), adapter=True)
+
+
+@pytest.mark.attack("hang")
+@pytest.mark.parametrize("name", ["run.log", "finetune.ipynb", MARKER])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: os.symlink(p.parent.parent.parent / "mine", p)])
+def test_what_is_no_plain_file_fails_a_run_by_name(grid, tmp_path, capsys, monkeypatch, name, make):
+    monkeypatch.setattr("dora_nb.runs.grid.TRIES", 1)
+    (tmp_path / "runs" / "mine").parent.mkdir()
+    (tmp_path / "runs" / "mine").write_text("mine")
+    one = grid.read_text().replace('["boolq", "winogrande"]', '["boolq"]').replace('["base", "dora"]', '["dora"]')
+    grid.write_text(one)
+    folder = tmp_path / "runs" / "tiny" / run_name(load_grid(grid).configs[0])
+    claim(folder, "run", folder.name)
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(Incomplete):
+        run_grid(grid, tmp_path / "runs")
+    assert f"{folder / name} is a " in capsys.readouterr().err and (tmp_path / "runs" / "mine").read_text() == "mine"
+
+
+@pytest.mark.attack("hang")
+@pytest.mark.parametrize("processes", [cores() + 1, 10**30])
+def test_more_processes_than_cores(grid, tiny, tmp_path, monkeypatch, processes):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("dora_nb.runs.processes.subprocess.Popen", None)  # nothing may be started
+    said = f"processes={processes} needs as many cores, and this process may use {cores()}"
+    with pytest.raises(ValueError, match=said):
+        run(tiny(processes=processes), tmp_path / "run", progress=False)
+    grid.write_text(grid.read_text().replace("rank = 2", f"rank = 2\nprocesses = {min(processes, 2**60)}"))
+    with pytest.raises(ValueError, match=f"grid.toml: processes={min(processes, 2**60)} needs as many cores"):
+        run_grid(grid, tmp_path / "runs", dry_run=True)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.attack("hang")
+def test_geometry_at_more_steps_than_there_are(tiny, tmp_path):
+    for steps in range(1, 40):
+        for times in range(1, 60):
+            due = {math.ceil(k * steps / times) for k in range(1, times + 1)}
+            assert {step for step in range(1, steps + 1) if _is_due(step, steps, times)} == due
+    run(tiny(geometry=int("9" * 30)), tmp_path / "run", progress=False)
+    assert [p["step"] for p in json.loads((tmp_path / "run" / GEOMETRY).read_text())["points"]] == [1, 2]
+
+
+@pytest.mark.attack("hang")
+def test_a_history_that_is_a_pipe_shows_no_progress(tmp_path):
+    os.mkfifo(tmp_path / HISTORY)
+    assert progress_of(Job(RunConfig(), tmp_path)) == "starting"
 
 
 @pytest.mark.attack("data loss")

@@ -223,7 +223,7 @@ def test_settings(model_dir, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="processes=0 must be at least 1"):
         small(model_dir, processes=0)
     assert run_id(small(model_dir)) == run_id(small(model_dir, processes=1)) == run_id(small(model_dir, fsdp=True))
-    for module in (dora_nb.runs.engines, dora_nb.runs.grid):
+    for module in (dora_nb.runs.jobs, dora_nb.runs.engines, dora_nb.runs.grid):
         monkeypatch.setattr(module, "gpus", lambda: ["3", "5", "6", "7", "9"])
     assert (default_workers(), default_workers(2)) == (5, 2)
     engine, seen = Local(processes=2), []
@@ -235,7 +235,7 @@ def test_settings(model_dir, monkeypatch, tmp_path):
         engine.start(job)
     assert seen == ["3,5", "6"]
     (tmp_path / "grid.toml").write_text('name = "g"\nfixed = { processes = 6 }\n')
-    with pytest.raises(ValueError, match="processes=6 needs as many GPUs, and there are 5"):
+    with pytest.raises(ValueError, match="processes=6 needs as many GPUs, and this process may use 5"):
         run_grid(tmp_path / "grid.toml", tmp_path, dry_run=True)
 
 
