@@ -17,6 +17,7 @@ from statistics import NormalDist
 import datasets
 import torch
 from ..data.rows import collate, encode_text
+from ..layers.linear import cached_scales
 from ..models.scoring import check_causal, choice_logprobs, context_length, original_length, shares_prompts
 from .batches import check_ids, plain_items, resolve_batch_tokens
 from .config import autocast, resolve_precision, tf32
@@ -105,6 +106,7 @@ def rank_choices(
         progress_bar(range(sum(map(len, groups))), "evaluate", "item", progress) as bar,
         autocast(precision, device),
         tf32(precision, device),
+        cached_scales(model),
     ):
         for group in (*groups, *idle):  # an idle item is asked again, and says the same
             found = choice_logprobs(model, collate([rows[i] for i in group]).to(device)).tolist()
@@ -329,6 +331,7 @@ def generate_answers(
         progress_bar(range(len(order)), "generate", "item", progress) as bar,
         autocast(precision, model.device),
         tf32(precision, model.device),
+        cached_scales(model),
     ):
         while order:
             width = len(prompts[order[0]])

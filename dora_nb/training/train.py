@@ -25,6 +25,7 @@ import torch
 from accelerate.utils import set_seed
 from ..data.rows import Batch, Row
 from ..files import check_replaceable, read_text
+from ..layers.linear import cached_scales
 from ..models.adapt import adapter_layers, trainable_parameters, whole
 from ..models.scoring import context_length, shares_prompts
 from dora_nb.training.batches import (
@@ -262,7 +263,7 @@ class Training:
         "Leave the clipped gradient of a step in the parameters; `Diverged` if it is not a number."
         batch, rate = self.batches[step - 1], self.config.learning_rate * self.rate(step - 1)
         make = lambda group: make_batch(self.rows, self.gold, group)
-        with tf32(self.config.precision, next(self.model.parameters()).device):
+        with tf32(self.config.precision, next(self.model.parameters()).device), cached_scales(self.model):
             loss, groups, self.config = fitting_step(self.model, batch, make, self.rows, self.config, self.team)
         self.team.add_gradients(list(self.params.values()))
         made = sum(b.tokens for b, _ in groups), sum(b.input_ids.numel() for b, _ in groups)
@@ -383,9 +384,6 @@ def train(
     kept = Checkpoints(checkpoints, training.what, training.params, training.optimizer, checkpoint_seconds, team=team)
     kept.by["precision"] = resolve_precision(config.precision, kept.device)
     story, total = Story(training, kept, after_step if first else None), len(training.batches)
-    for layer in model.modules():
-        if hasattr(layer, "forget"):  # DoRA's scale: what was put back just now may not have been noticed
-            layer.forget()
     with (
         training_mode(
             model, config.gradient_checkpointing or team.sharded

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dora_nb.layers.fused
 import dora_nb.layers.linear
 from dora_nb.layers.fused import choose_plan, draw_dropped, resolve_plan
-from dora_nb.layers.linear import DoRALinear, LoRALinear
+from dora_nb.layers.linear import DoRALinear, LoRALinear, cached_scales, constant_scale
 from dora_nb.models.adapt import adapt, adapter_layers, merge, remove_adapter, trainable_parameters
 from dora_nb.models.methods import AdapterConfig
 
@@ -126,7 +126,7 @@ def test_a_magnitude_of_zero_still_gets_its_gradient():
         torch.testing.assert_close(results(layer, plan, x, dy), want)
 
 
-# Keeping the scale
+# A scale that is never out of date
 
 
 def optimizer_step(layer, **kwargs):
@@ -193,30 +193,31 @@ def test_every_change_is_noticed(change, plan):
         assert not torch.allclose(layer(x), before)
 
 
-def test_without_looking_at_contents_optimisers_and_counted_changes_are_noticed(monkeypatch):
-    "What a GPU relies on."
-    monkeypatch.setattr(torch, "equal", lambda a, b: True)
-    for change in ("fused", "foreach", "silent", "in_place", "data_set", "state_dict", "new_parameter", "w0_in_place"):
-        layer, x = make(), torch.randn(4, 8, dtype=torch.float64)
-        layer(x)
-        CHANGES[change](layer)
-        V = layer.base_layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
-        torch.testing.assert_close(layer.scale(), layer.magnitude / V.norm(dim=1)), change
-    layer.lora_A.data.mul_(2)
-    layer.forget()
-    V = layer.base_layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
-    torch.testing.assert_close(layer.scale(), layer.magnitude / V.norm(dim=1))
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("tokens", (1, 5))
+@pytest.mark.parametrize("grad", (False, True))
+def test_a_moving_average_is_swapped_in(tokens, grad):
+    "Through `.data`, as training loops do; while the model decodes, too."
+    layer, x = make(), torch.randn(1, tokens, 8, dtype=torch.float64)
+    with torch.set_grad_enabled(grad):
+        own = layer(x)
+        backup = {n: p.data.clone() for n, p in layer.named_parameters()}
+        for p in layer.parameters():
+            p.data.copy_(0.9 * p.data + 0.1)
+        averaged = layer(x)
+        torch.testing.assert_close(averaged, layer.plain(x))
+        for n, p in layer.named_parameters():
+            p.data = backup[n]
+        assert torch.equal(layer(x), own) and not torch.allclose(averaged, own)
 
 
 @pytest.fixture
 def norms(monkeypatch):
-    "Counts how often a norm is worked out, and how often that of W₀."
-    calls = dict(norm=0, rows=0)
-    norm, rows = dora_nb.layers.linear.factored_norm, dora_nb.layers.linear.row_norm
+    "Counts how often a norm is computed."
+    calls, norm = dict(norm=0), dora_nb.layers.linear.factored_norm
     monkeypatch.setattr(
         dora_nb.layers.linear, "factored_norm", lambda *a: calls.update(norm=calls["norm"] + 1) or norm(*a)
     )
-    monkeypatch.setattr(dora_nb.layers.linear, "row_norm", lambda *a: calls.update(rows=calls["rows"] + 1) or rows(*a))
     return calls
 
 
@@ -225,32 +226,46 @@ def adapted(model, method="dora", **kwargs):
     return adapt(model, AdapterConfig(method, rank=4, alpha=8, target_modules=targets, **kwargs))
 
 
-def test_the_norm_is_worked_out_once_a_step(llama, ids, norms):
+def test_cached_scales(llama, ids, norms):
+    "Computed once inside, for every micro-batch and for the recomputation of checkpointing; in every pass outside."
     model = adapted(llama()).train()
-    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-3)
-    norms.update(norm=0, rows=0)
     model.activation_checkpointing_enable({"use_reentrant": False})
-    for step in range(1, 4):
-        for micro_batch in ids:  # accumulation, and recomputation in the backward pass
+    norms.update(norm=0)
+
+    def step():
+        for micro_batch in ids:
             model(micro_batch[None]).logits.square().mean().backward()
-        optimizer.step()
-        assert norms == dict(norm=10 * step, rows=10)  # ten layers; W₀'s rows once and for all
-    with torch.inference_mode():
-        for _ in range(3):
+
+    with cached_scales(model):
+        with torch.inference_mode(), cached_scales(model):
             model.eval()(ids)
-    assert norms == dict(norm=40, rows=10)
-    model.train()(ids).logits.sum().backward()  # a scale made in inference mode serves training
-    assert norms == dict(norm=40, rows=10)
+        model.train()
+        step()  # a scale made in inference mode serves training
+        assert norms["norm"] == 10  # ten layers
+    step()
+    assert norms["norm"] == 10 + 2 * 10 * len(ids)
 
 
-def test_the_kept_scale_has_no_graph_and_little_memory():
-    layer = make()
-    layer(torch.randn(4, 8, dtype=torch.float64)).sum().backward()
-    kept = [*layer._scale.held[3], *layer._scale.held[2:3], *layer._rows.held[2:]]
-    kept = [t for t in kept if t is not None]
-    assert not any(t.requires_grad for t in kept)
-    assert sum(t.numel() for t in kept) <= 8 * layer.out_features
-    layer(torch.randn(4, 8, dtype=torch.float64)).sum().backward()  # a second time
+def test_nothing_is_cached_outside(llama, ids):
+    "Not after an error either, and not in a copy that was made inside."
+    model = adapted(llama())
+    with pytest.raises(KeyError), cached_scales(model):
+        model(ids)
+        other = copy.deepcopy(model)
+        raise KeyError
+    for each in (model, other):
+        before = each(ids).logits
+        for layer in adapter_layers(each).values():
+            layer.magnitude.data.mul_(2)
+        assert not torch.allclose(each(ids).logits, before)
+
+
+def test_a_cached_scale_has_no_graph():
+    layer, x = make(), torch.randn(4, 8, dtype=torch.float64)
+    with cached_scales(layer):
+        for _ in range(2):
+            layer(x).sum().backward()
+        assert not any(t.requires_grad for t in constant_scale(layer) if t is not None)
 
 
 # Siblings
