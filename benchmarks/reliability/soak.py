@@ -20,7 +20,7 @@ from dora_nb.runs.folder import load
 from dora_nb.runs.grid import load_grid, run_grid
 from dora_nb.runs.identity import run_name
 from dora_nb.runs.jobs import notebook
-from dora_nb.runs.progress import Board
+from dora_nb.runs.progress import ProgressBoard
 
 GRID = """
 name = "soak"
@@ -70,7 +70,7 @@ def bare(file, folder, workers):
     return time.perf_counter() - began
 
 
-class Watch(Board):
+class Watch(ProgressBoard):
     "A board that notes, at every look, what the launcher holds."
 
     seen = []
@@ -90,7 +90,7 @@ def main():
         each = [bare(few, folder / "before", options.workers) / options.bare]
         import dora_nb.runs.grid
 
-        dora_nb.runs.grid.Board = Watch
+        dora_nb.runs.grid.ProgressBoard = Watch
         began = time.perf_counter()
         made = run_grid(grid_file(folder, model, range(options.runs)), folder, workers=options.workers)
         ours = (time.perf_counter() - began) / options.runs

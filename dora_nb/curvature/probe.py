@@ -29,7 +29,7 @@ from dora_nb.training.batches import (
     resolve_batch_tokens,
 )
 from ..training.config import OVER_CHOICES, TrainConfig, autocast, tf32
-from ..training.objectives import choice_scores, terms
+from ..training.objectives import choice_scores, count_terms
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -92,7 +92,7 @@ def loss_parts(
 ) -> list[Part]:  # of the mean loss over all terms; to be used inside `probing(model)`
     "The loss of a probe set, in parts: outputs are scores of choices, or logits of tokens."
     asked, device = _Asked(model), next(model.parameters()).device
-    total = sum(terms(batch, objective) for batch, _ in batches)
+    total = sum(count_terms(batch, objective) for batch, _ in batches)
 
     def part(batch, gold):
         over = objective in OVER_CHOICES

@@ -11,7 +11,7 @@ import difflib
 import warnings
 from collections.abc import Sequence
 
-from ..layers.linear import DoRALinear, LoRALinear, Siblings
+from ..layers.linear import DoRALinear, LoRALinear, SharedInput
 from .methods import NEGLIGIBLE, AdapterConfig
 from .names import _ends, _short, match_names
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", 
 
 
 def _introduce(model: nn.Module):
-    "Make siblings of adapted layers that share their input."
+    "Let adapted layers that share their input work on it together."
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         return  # query and key may belong to different inputs
@@ -136,18 +136,18 @@ def _introduce(model: nn.Module):
             layers = {n: m for n in family if isinstance(m := getattr(parent, n, None), LoRALinear)}
             if len(layers) < 2 or len({m.in_features for m in layers.values()}) > 1:
                 continue
-            siblings = Siblings(tuple(layers))
+            shared_input = SharedInput(tuple(layers))
             for layer in layers.values():
-                layer.siblings = siblings
-            parent.register_forward_pre_hook(siblings.opened)
-            parent.register_forward_hook(siblings.closed, always_call=True)
+                layer.shared_input = shared_input
+            parent.register_forward_pre_hook(shared_input.before_parent)
+            parent.register_forward_hook(shared_input.after_parent, always_call=True)
 
 
 def _separate(model: nn.Module):
     "Take away what `_introduce` put on the parents."
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, h in hooks.items() if isinstance(getattr(h, "__self__", None), Siblings)]:
+            for key in [k for k, h in hooks.items() if isinstance(getattr(h, "__self__", None), SharedInput)]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
 

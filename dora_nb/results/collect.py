@@ -17,8 +17,8 @@ import pyarrow as pa
 from ..files import check_file, read_json, read_text, sha256
 from .compare import check_page
 from dora_nb.results.stored import (
-    NOTHING,
-    Gathered,
+    NO_RESULTS,
+    Results,
     _alone,
     _check_identity,
     _join,
@@ -117,7 +117,7 @@ def _beside(folder: Path, result: dict) -> list[str]:
 def read_run_files(
     folder: str | Path,  # of a finished run
     result: dict,  # what its result.json holds
-) -> Gathered:  # of this one run
+) -> Results:  # of this one run
     "Read a finished run's answers, history, geometry and probes, and check that they are its own: ValueError names the file, and says what to do."
     folder, run, listed = Path(folder), result.get("run"), result.get("files")
     with _advised(folder, f"delete its {RESULT} to make the run again"):
@@ -126,13 +126,13 @@ def read_run_files(
         answers = _answers(folder, result)
     with _advised(folder, f"bring the right file back{'' if listed else ', or move this one away'}"):
         here = _beside(folder, result)
-        history = _history(folder / HISTORY).assign(run=run) if HISTORY in here else NOTHING.history
-        geometry = _geometry(folder / GEOMETRY).assign(run=run) if GEOMETRY in here else NOTHING.geometry
+        history = _history(folder / HISTORY).assign(run=run) if HISTORY in here else NO_RESULTS.history
+        geometry = _geometry(folder / GEOMETRY).assign(run=run) if GEOMETRY in here else NO_RESULTS.geometry
         probes = {run: _points(folder / CURVATURE, PROBED)} if CURVATURE in here else {}
-    return Gathered([result], [], answers, history, geometry, probes)
+    return Results([result], [], answers, history, geometry, probes)
 
 # %% ../../nbs/7_results/45_collect.ipynb #28f0b569
-def _finished(runs: Path, configs: Sequence[RunConfig] | None) -> tuple[list[Gathered], list[str]]:
+def _finished(runs: Path, configs: Sequence[RunConfig] | None) -> tuple[list[Results], list[str]]:
     "Read the finished runs of a folder; what is missing or broken is told in words."
     results, problems = load(runs, configs)
     found = {}
@@ -179,7 +179,7 @@ def collect(
     if not new and not elsewhere and not (out / RESULTS).exists():
         raise ValueError(f"{runs} holds no finished run" + "".join(f"\n  {p}" for p in problems))
     made = {p.results[0]["run"] for p in new}
-    held = lambda read: read(out) if (out / RESULTS).exists() else NOTHING
+    held = lambda read: read(out) if (out / RESULTS).exists() else NO_RESULTS
     kept = lambda here: here if grid else _check_kept(here, made, f"{out} holds {{}} runs that are not in {runs}")
     kept(held(_read))  # a lock is a file too: nothing is left in a folder that is refused
     out.mkdir(parents=True, exist_ok=True)
@@ -196,7 +196,7 @@ def collect(
     return results
 
 # %% ../../nbs/7_results/45_collect.ipynb #472a047b
-def _check_kept(here: Gathered, made: set[str], words: str) -> Gathered:
+def _check_kept(here: Results, made: set[str], words: str) -> Results:
     "Refuse to let go of a report's runs, as nobody has said which grid they are of: ValueError."
     if lost := {r["run"] for r in here.results} - made:
         raise ValueError(
@@ -206,7 +206,7 @@ def _check_kept(here: Gathered, made: set[str], words: str) -> Gathered:
 
 
 def _gather(
-    runs: Path, out: Path, new: list[Gathered], reports: list[Gathered], wanted: set[str] | None, problems: list[str]
+    runs: Path, out: Path, new: list[Results], reports: list[Results], wanted: set[str] | None, problems: list[str]
 ) -> list[dict]:
     "Put together new runs, what reports hold of the grid, and what else is kept here, the first report's; write it."
     here, made, kept = reports[0], {p.results[0]["run"] for p in new}, []

@@ -33,7 +33,7 @@ from dora_nb.results.labels import (
     task_label,
     value_label,
 )
-from .stored import Gathered
+from .stored import Results
 from scipy.stats import rankdata
 
 # %% ../../nbs/7_results/49_geometry.ipynb #3882ffb0
@@ -209,7 +209,7 @@ def plot_geometry(
 
 # %% ../../nbs/7_results/49_geometry.ipynb #3f595cd7
 def stability_table(
-    found: Gathered,  # of a report, with the base model among its runs
+    found: Results,  # of a report, with the base model among its runs
     against: str,  # a factor
     broken: Sequence[dict] = (),  # parameters of runs that left no result, as their loss was no number
 ) -> pd.DataFrame:  # text, task, method and rest × values of the factor

@@ -53,7 +53,7 @@ from dora_nb.results.labels import (
     value_label,
 )
 from .sharpness import curvature_rows, curvature_table, plot_density, plot_layers, plot_sharpness
-from .stored import MADE, Gathered, _alone, _check_there, _read, _shown, _stored, check_out
+from .stored import MADE, Results, _alone, _check_there, _read, _shown, _stored, check_out
 from .tables import FOOTNOTES, PUBLISHED, cost_table
 from ..runs.folder import say
 from ..runs.grid import load_grid
@@ -126,7 +126,7 @@ def _note(words: str) -> list[str]:
     return [f"{markdown_text(words)}\n"] if words else []
 
 
-def _accuracy_section(out: Path, found: Gathered, protocol: str, split: str, against: str) -> list[str]:
+def _accuracy_section(out: Path, found: Results, protocol: str, split: str, against: str) -> list[str]:
     "Tables and figure of one protocol on one split."
     results = [r for r in found.results if (r["params"]["protocol"], r["params"]["eval_split"]) == (protocol, split)]
     predictions = found.predictions[found.predictions.run.isin({r["run"] for r in results})]
@@ -177,7 +177,7 @@ PROVISIONAL_NOTE = "Runs of this grid are missing, so p is corrected for fewer c
 CHANGE_NOTE = "The difference of the differences, by the same items and seeds; interval and p as above (Student's, over items, where there is one seed).\n"
 
 
-def _comparisons(found: Gathered, contrasts: list[tuple[dict, dict]], start: dict) -> list[str]:
+def _comparisons(found: Results, contrasts: list[tuple[dict, dict]], start: dict) -> list[str]:
     "Every contrast, and how it changes from the start, with p corrected for all of them."
     rows, moved, has = [], [], factors(found.results)
     for a, b in contrasts:
@@ -260,7 +260,7 @@ def _write_page(path: Path, text: str):
     write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
-def _about(spec: dict, scale: str | None, found: Gathered) -> list[str]:
+def _about(spec: dict, scale: str | None, found: Results) -> list[str]:
     "The head of a page: how large, what is claimed, how it is tested."
     trained = [r for r in found.results if r["training"]]
     count = lambda values: ", ".join(f"{v:,}" for v in sorted(set(values)))
@@ -285,7 +285,7 @@ def _about(spec: dict, scale: str | None, found: Gathered) -> list[str]:
     return lines
 
 # %% ../../nbs/7_results/50_page.ipynb #ee05155d
-def _others(found: Gathered) -> list[str]:
+def _others(found: Results) -> list[str]:
     "List the results that are kept here and are not of the grid, with what tells each from the grid's nearest run."
     rows, contents = [], {f"{kind} content" for kind in CONTENT}
     for r in found.others:
@@ -311,7 +311,7 @@ def _others(found: Gathered) -> list[str]:
     return ["## Stored here, not of this grid\n", words, table, ""]
 
 
-def _stability(found: Gathered, grid: Path | None, scale: str | None) -> list[str]:
+def _stability(found: Results, grid: Path | None, scale: str | None) -> list[str]:
     "The losses along the learning rate, and who diverged."
     broken = [p.partition(":")[0] for p in found.problems if "Diverged" in p]
     there = load_grid(grid, scale).configs if broken and grid else ()
@@ -336,7 +336,7 @@ def render(
     return out / "report.md"
 
 
-def _page(out: Path, found: Gathered, about: tuple[dict, Path | None, str | None], title: str | None) -> list[str]:
+def _page(out: Path, found: Results, about: tuple[dict, Path | None, str | None], title: str | None) -> list[str]:
     "The lines of a page; its figures are written on the way."
     spec, grid, scale = about
     title = (
@@ -375,7 +375,7 @@ GEOMETRY_NOTE = "ΔM is the mean change of the rows' lengths, ΔD the mean of 1 
 MOST_PANELS = 20  # of a figure that can still be read
 
 
-def _geometry_section(out: Path, found: Gathered) -> list[str]:
+def _geometry_section(out: Path, found: Results) -> list[str]:
     "Table and figure of ΔM and ΔD."
     if not len(found.geometry):
         return []
@@ -391,7 +391,7 @@ def _geometry_section(out: Path, found: Gathered) -> list[str]:
     return ["## Lengths and directions\n", table, "", GEOMETRY_NOTE, *apart, picture]
 
 
-def _sharpness_section(found: Gathered) -> list[str]:
+def _sharpness_section(found: Results) -> list[str]:
     "Sharpness by learning rate, where there are several."
     rows = curvature_rows(found.results, found.probes)
     if not len(rows) or "learning_rate" not in factors(found.results):

@@ -28,7 +28,7 @@ from .folder import CHECKPOINTS, ERROR, LOG, RESULT, check_result, say
 from .identity import effective, run_name
 from .jobs import Job, default_workers, gpus, log_of, need, waves
 from .processes import check_processes
-from .progress import Board, duration
+from .progress import ProgressBoard, duration
 from ..training.checkpoints import forget_checkpoints, stoppable
 
 # %% ../../nbs/6_runs/40_grid.ipynb #6d5f81dc
@@ -166,7 +166,7 @@ class Incomplete(RuntimeError):
     "Some runs of a grid failed."
 
 
-def _failed(job: Job, why: str, board: Board):
+def _failed(job: Job, why: str, board: ProgressBoard):
     "Note a failure, where the next look at the folder finds it."
     job.state, job.why = "failed", why
     with contextlib.suppress(OSError):  # a full disk, for instance
@@ -196,7 +196,7 @@ def _limit(job: Job) -> str:
     return f" ({found[-1]}; see `ulimit -a`)" if found else ""
 
 
-def _ended(job: Job, status: int, words: str, board: Board):
+def _ended(job: Job, status: int, words: str, board: ProgressBoard):
     "Find out what became of a run whose process has ended."
     words += _limit(job) if status == DIED else ""
     if job.look():
@@ -214,7 +214,7 @@ def _ended(job: Job, status: int, words: str, board: Board):
     job.give_back()
 
 # %% ../../nbs/6_runs/40_grid.ipynb #fae9a2ef
-def _start(job: Job, engine, board: Board):
+def _start(job: Job, engine, board: ProgressBoard):
     "Start a run, unless it is done by now, or made by somebody else."
     if not job.take():
         return
@@ -230,7 +230,7 @@ def _start(job: Job, engine, board: Board):
 
 
 @contextlib.contextmanager
-def _blamed(job: Job, engine, board: Board):
+def _blamed(job: Job, engine, board: ProgressBoard):
     "What goes wrong here is this run's failure, and no other's."
     try:
         yield
@@ -243,7 +243,7 @@ def _blamed(job: Job, engine, board: Board):
 def work(
     jobs: Sequence[Job],  # to be done
     engine,  # where
-    board: Board,  # where it is said
+    board: ProgressBoard,  # where it is said
     pause: float = 0.2,  # seconds between two looks
 ):
     "Make all jobs; on Ctrl-C or SIGTERM, stop those that run and leave."
@@ -350,7 +350,7 @@ def run_grid(
             check_processes(processes, have)
         workers = workers or default_workers(processes)
     shared = engine == "local"  # other machines have nothing to take over
-    board = Board(jobs, workers or 1, shared)
+    board = ProgressBoard(jobs, workers or 1, shared)
     for job in jobs:
         if job.look():
             if not dry_run and owned(job.folder, "run") and (job.folder / RESULT).exists():

@@ -20,7 +20,7 @@ from .config import RunConfig
 from .folder import _alone, _there, read_result
 from .identity import run_name
 from ..training.checkpoints import stoppable
-from ..training.distributed import Team
+from ..training.distributed import Distributed
 
 # %% ../../nbs/6_runs/31_processes.ipynb #5b3cacc5
 class ProcessDied(RuntimeError):
@@ -45,7 +45,7 @@ def check_processes(
         raise ValueError(f"processes={processes} needs as many {kind}, and this process may use {there}")
 
 # %% ../../nbs/6_runs/31_processes.ipynb #b36c3646
-def _in_processes(config: RunConfig, run_dir: Path, progress: bool, team: Team) -> dict:
+def _in_processes(config: RunConfig, run_dir: Path, progress: bool, team: Distributed) -> dict:
     "Make a run in as many processes as it asks for, and wait for them."
     if team.size > 1:
         raise ValueError(f"processes={config.processes} was asked for, and {team.size} came together")

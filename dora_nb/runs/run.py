@@ -59,7 +59,7 @@ from .observers import _geometer, _peak_memory, _points, _prober, _revision
 from .processes import _in_processes
 from ..training.checkpoints import forget_checkpoints
 from ..training.config import resolve_precision
-from ..training.distributed import Team, shard
+from ..training.distributed import Distributed, shard
 from ..training.evaluate import evaluate, format_of
 from ..training.train import is_history, train
 
@@ -96,7 +96,7 @@ def _adapter(config: RunConfig, model, tokenizer, items, run_dir: Path) -> Adapt
     return dataclasses.replace(adapter, **_patterns(str(path)))
 
 # %% ../../nbs/6_runs/34_run.ipynb #7e1e0896
-def _twin(config: RunConfig, run_dir: Path) -> Path | None:
+def _same_training(config: RunConfig, run_dir: Path) -> Path | None:
     "A finished run beside this one that has trained the same, and kept it."
     if run_dir.name != run_name(config):  # a place of its own was asked for: a repetition, perhaps
         return None
@@ -119,7 +119,7 @@ def _copy(source: Path, target: Path):
     write_whole(target, lambda path: shutil.copyfile(source, path))
 
 
-def _take_over(config: RunConfig, model, run_dir: Path, twin: Path, team: Team) -> dict:
+def _take_over(config: RunConfig, model, run_dir: Path, twin: Path, team: Distributed) -> dict:
     "Put what a twin has learnt on the model, and leave it merged; returns what it took then."
     if team.rank == 0:
         (run_dir / "adapter").mkdir(exist_ok=True)
@@ -130,7 +130,7 @@ def _take_over(config: RunConfig, model, run_dir: Path, twin: Path, team: Team) 
         model.load_state_dict(load_model(str(twin / "adapter"))[0].state_dict())
     else:
         load_adapter(model, twin / "adapter")
-        _settle(config, model)
+        _merge_for_evaluation(config, model)
     taken = read_result(twin)
     first = dict(trained_by=taken["run"], precision=taken["precision"]["precision"], machine=taken["machine"])
     return first | taken["training"] | dict(seconds_of_earlier_tries=0.0)
@@ -158,7 +158,7 @@ def _check_there(run_dir: Path):
         )
 
 
-def _settle(config: RunConfig, model):
+def _merge_for_evaluation(config: RunConfig, model):
     "Merge the adapter for evaluation, where that can be."
     if not config.fsdp and can_merge(model):
         merge(model, keep_base=False)
@@ -172,7 +172,7 @@ def _check_history(path: Path):
         say(f"{path} is damaged, and set aside as {set_aside(path).name}")
 
 
-def _fit(config: RunConfig, model, tokenizer, run_dir: Path, progress: bool, team: Team) -> dict:
+def _fit(config: RunConfig, model, tokenizer, run_dir: Path, progress: bool, team: Distributed) -> dict:
     "Adapt and train a model, save what was learnt, and leave the model merged; returns what it took."
     where = dict(source=config.source, dev_cut=config.dev_cut)
     draw = lambda task: load_task(task, "train", config.format, config.train_items, config.seed, **where)
@@ -197,7 +197,7 @@ def _fit(config: RunConfig, model, tokenizer, run_dir: Path, progress: bool, tea
     earlier = max(0.0, records[-1]["seconds"] - (time.perf_counter() - start))  # in tries that were stopped
     _check_there(run_dir)
     _save(model, tokenizer, run_dir / "adapter", whole=config.method == "full", write=team.rank == 0)
-    _settle(config, model)
+    _merge_for_evaluation(config, model)
     tokens, seconds, last = sum(r["tokens"] for r in records), records[-1]["seconds"], records[-5:]
     return dict(
         items=len(items),
@@ -213,7 +213,7 @@ def _fit(config: RunConfig, model, tokenizer, run_dir: Path, progress: bool, tea
     )
 
 # %% ../../nbs/6_runs/34_run.ipynb #54d468a9
-def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: Team) -> dict:
+def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: Distributed) -> dict:
     "All of a run but the last word."
     start, device = time.perf_counter(), team.device
     if device.type == "cuda":
@@ -230,7 +230,9 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
     accelerate.utils.set_seed(config.seed)
     loaded = time.perf_counter()
     trains = config.method != "base"
-    twin = team.gather(str(_twin(config, run_dir) or "") if trains and not config.fsdp and team.rank == 0 else "")[0]
+    twin = team.gather(
+        str(_same_training(config, run_dir) or "") if trains and not config.fsdp and team.rank == 0 else ""
+    )[0]
     if twin:
         result["training"] = _take_over(config, model, run_dir, Path(twin), team)
     else:
@@ -270,7 +272,7 @@ def run(
 ) -> dict:  # what result.json holds
     "Train and evaluate; leaves result.json, history.jsonl, predictions.parquet and the adapter in `run_dir`. What is there already is not made again; a folder that holds anything else is refused."
     config, run_dir = effective(config), Path(run_dir)
-    team = Team(join=config.processes > 1)
+    team = Distributed(join=config.processes > 1)
     if team.size != config.processes:
         return _in_processes(config, run_dir, progress, team)
     first = team.rank == 0

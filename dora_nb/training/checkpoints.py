@@ -21,7 +21,7 @@ import torch
 import transformers
 from ..files import check_file, set_aside, write_whole
 from ..models.adapt import whole_tensors
-from .distributed import Team
+from .distributed import Distributed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ def _sum_of_bits(
     return total % 2**64
 
 
-def _sums(tensors: dict[str, Tensor], team: Team) -> dict[str, int]:
+def _sums(tensors: dict[str, Tensor], team: Distributed) -> dict[str, int]:
     "Sum the bits of each tensor; of a sharded one, each process sums its part. The others are the same everywhere."
 
     def part(t):
@@ -67,7 +67,7 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
     return found | ({"random/cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def _of_all(random: dict[str, Tensor], team: Team) -> dict[str, Tensor]:
+def _of_all(random: dict[str, Tensor], team: Distributed) -> dict[str, Tensor]:
     "The random states of all processes, each under its rank."
     said = team.gather({k: t.tolist() for k, t in random.items()})
     return {f"{k}/{rank}": torch.tensor(v, dtype=torch.uint8) for rank, of in enumerate(said) for k, v in of.items()}
@@ -207,12 +207,12 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,  # of these
         every: float = 300.0,  # seconds between two files
         keep: int = 2,  # so many files
-        team: Team | None = None,  # the processes; the first one writes, and all must call the same methods
+        team: Distributed | None = None,  # the processes; the first one writes, and all must call the same methods
     ):
         self.folder, self.what, self.params, self.optimizer = folder and Path(folder), what, params, optimizer
         if self.folder and self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{folder} is a file; checkpoints need a folder")
-        self.every, self.keep, self.written, self.team = every, keep, time.monotonic(), team or Team()
+        self.every, self.keep, self.written, self.team = every, keep, time.monotonic(), team or Distributed()
         self.facts, self.random, self.device = {"records": []}, {}, next(iter(params.values())).device
         # sums are added up in another order with other numbers of these
         self.by = {"threads": torch.get_num_threads(), "processes": self.team.size, "device": self.device.type}

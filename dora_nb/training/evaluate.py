@@ -21,7 +21,7 @@ from ..layers.linear import cached_scales
 from ..models.scoring import check_causal, choice_logprobs, context_length, original_length, shares_prompts
 from .batches import check_ids, plain_items, resolve_batch_tokens
 from .config import autocast, resolve_precision, tf32
-from .distributed import Team, check_lengths, shares
+from .distributed import Distributed, check_lengths, shares
 from .objectives import encode_for
 from .train import progress_bar
 from torch import nn
@@ -89,14 +89,14 @@ def rank_choices(
     max_tokens: int = 2048,  # longest choice; longer ones, and such as the model has no positions for, lose the start of their context
     precision: str = "float32",  # float32, tf32, bfloat16 (autocast), or auto
     progress: bool = True,  # show a bar on stderr
-    team: Team | None = None,  # the processes that share the items; each gets the whole answer
+    team: Distributed | None = None,  # the processes that share the items; each gets the whole answer
 ) -> tuple[dict, list[dict]]:  # acc, stderr, acc_low, acc_high, n, seconds, acc_norm, truncated; and a record per item
     "Rank the choices of every item by log-likelihood, as lm-evaluation-harness does."
     start, device, scores = time.perf_counter(), model.device, {}
     limit = resolve_batch_tokens(batch_tokens, device)
     _check_options(device, precision, max_tokens=max_tokens, batch_tokens=limit)
     items = plain_items(items)
-    share, context, team = shares_prompts(model.eval()), context_length(model), team or Team()
+    share, context, team = shares_prompts(model.eval()), context_length(model), team or Distributed()
     encoded = [encode_for("choices", tokenizer, item, max_tokens, share, context=context) for item in items]
     rows = [r for r, _ in encoded]
     check_ids(model, (r.ids + r.target for item in rows for r in item))
@@ -303,12 +303,12 @@ def generate_answers(
     progress: bool = True,  # show a bar on stderr
     max_new_tokens: int = 32,  # tokens to generate
     num_beams: int = 4,  # beams
-    team: Team | None = None,  # the processes that share the items; each gets the whole answer
+    team: Distributed | None = None,  # the processes that share the items; each gets the whole answer
 ) -> tuple[
     dict, list[dict]
 ]:  # acc, stderr, acc_low, acc_high, n, seconds, unparsed (a share), truncated; and a record per item
     "Let the model write an answer, up to a token that ends one (the tokenizer's or the model's own) or `max_new_tokens`, and match it, as the authors do."
-    start, team = time.perf_counter(), team or Team()
+    start, team = time.perf_counter(), team or Distributed()
     if team.sharded:
         raise RuntimeError("a sharded model cannot generate here; use the protocol loglikelihood")
     budget, context = 4096 if batch_tokens is None else batch_tokens, context_length(model)

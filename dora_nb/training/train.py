@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['warmup_and_decay', 'progress_bar', 'all_batches', 'Diverged', 'train_step', 'training_mode', 'kept_bytes',
-           'memory_plan', 'describe', 'fitting_step', 'Training', 'Story', 'is_history', 'train']
+           'memory_plan', 'describe', 'fitting_step', 'Training', 'History', 'is_history', 'train']
 
 # %% ../../nbs/4_training/21_train.ipynb #8421ba27
 import contextlib
@@ -41,7 +41,7 @@ from dora_nb.training.batches import (
 )
 from .checkpoints import Checkpoints, Stopped, _start, _sums, stoppable
 from .config import OVER_CHOICES, TrainConfig, autocast, resolve_precision, tf32
-from .distributed import Team, check_lengths, shares
+from .distributed import Distributed, check_lengths, shares
 from .objectives import summed_loss
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -184,7 +184,7 @@ def fitting_step(
     make: Callable[[list[int]], tuple[Batch, Tensor]],  # items → a micro-batch and its right choices
     rows: Sequence[Sequence[Row]],  # of every item
     config: TrainConfig,  # objective, precision, batch_tokens
-    team: Team,  # the processes that share the items
+    team: Distributed,  # the processes that share the items
 ) -> tuple[float, list[tuple[Batch, Tensor]], TrainConfig]:  # part of the loss, the micro-batches, and what fitted
     "Leave the gradient of this process's part of a step in the parameters, in micro-batches that fit into memory."
     scored = lambda i: sum(len(row.target) for row in rows[i])
@@ -234,7 +234,7 @@ class Training:
         tokenizer,  # its tokenizer
         items: datasets.Dataset,  # as `load_task` gives them
         config: TrainConfig,  # how
-        team: Team,  # the processes that share the items of each step
+        team: Distributed,  # the processes that share the items of each step
     ):
         set_seed((config.seed + 1_000_003 * team.rank) % 2**32)  # everyone draws dropout of its own
         self.model, self.team, device = model, team, next(model.parameters()).device
@@ -288,7 +288,7 @@ class Training:
         self.optimizer.zero_grad()
 
 # %% ../../nbs/4_training/21_train.ipynb #090a089f
-class Story:
+class History:
     "The records of a training, one a step: in memory, in the history's file, and in the checkpoints."
 
     def __init__(
@@ -371,19 +371,20 @@ def train(
     progress: bool = True,  # say what memory it takes; show loss, tokens/s and the time left
     checkpoints: str | Path | None = None,  # a folder; what it holds of this very training is gone on from
     checkpoint_seconds: float = 300.0,  # between two checkpoints; there is one at the end, too
-    team: Team | None = None,  # the processes that train together; the first one writes, shows, and calls `after_step`
+    team: Distributed
+    | None = None,  # the processes that train together; the first one writes, shows, and calls `after_step`
 ) -> list[
     dict
 ]:  # a record per step: step, steps, loss, learning_rate, grad_norm, items, tokens, padding, batch_tokens, seconds
     "Train `model`; Diverged names step and items if the loss stops being a number, Stopped says that a signal came."
-    team = team or Team()
+    team = team or Distributed()
     first, several = team.rank == 0, team.size > 1
     if history and first:
         check_replaceable(history, is_history)
     training = Training(model, tokenizer, items, config, team)
     kept = Checkpoints(checkpoints, training.what, training.params, training.optimizer, checkpoint_seconds, team=team)
     kept.by["precision"] = resolve_precision(config.precision, kept.device)
-    story, total = Story(training, kept, after_step if first else None), len(training.batches)
+    steps, total = History(training, kept, after_step if first else None), len(training.batches)
     with (
         training_mode(
             model, config.gradient_checkpointing or team.sharded
@@ -392,10 +393,10 @@ def train(
         stoppable(wait=several) as signals,
     ):
         try:
-            story.begin(log)
+            steps.begin(log)
             if progress and first and not team.sharded:
                 print(describe(memory_plan(model, training.rows, training.gold, training.config)), file=sys.stderr)
-            with progress_bar(range(len(story.records) + 1, total + 1), "train", "step", progress and first) as bar:
+            with progress_bar(range(len(steps.records) + 1, total + 1), "train", "step", progress and first) as bar:
                 for step in bar:
                     asked, due = team.sum(several and signals.asked, first and kept.due)
                     if asked:
@@ -406,9 +407,9 @@ def train(
                     record = training.gradient(step)
                     with signals.together():
                         training.move(record["learning_rate"])
-                        story.add(record, time.perf_counter() - start)
-                    story.finish()
-                    speed = f"loss {record['loss']:.3f}, {story.tokens / story.seconds:.0f} tokens/s"
+                        steps.add(record, time.perf_counter() - start)
+                    steps.finish()
+                    speed = f"loss {record['loss']:.3f}, {steps.tokens / steps.seconds:.0f} tokens/s"
                     bar.set_postfix_str(speed, refresh=False)
             _warn_of_idle(training)
             with signals.together():
@@ -417,4 +418,4 @@ def train(
             signals.held = True  # a second signal must not stop the writing
             kept.write()
             raise
-    return story.records
+    return steps.records

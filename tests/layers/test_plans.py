@@ -100,10 +100,10 @@ def test_the_dense_way_is_not_taken_below_float32(base_dtype):
     "Added to weights that sit on bfloat16's grid, a small update would be rounded away."
     layer = make(dtype=base_dtype)
     assert (
-        resolve_plan(layer.plan, torch.empty(10**6, 8, dtype=torch.bfloat16), [layer.term(torch.empty(1, 8))], True)
+        resolve_plan(layer.plan, torch.empty(10**6, 8, dtype=torch.bfloat16), [layer.operands(torch.empty(1, 8))], True)
         == "factored"
     )
-    assert resolve_plan(layer.plan, torch.empty(10**6, 8), [layer.term(torch.empty(1, 8))], True) == "dense"
+    assert resolve_plan(layer.plan, torch.empty(10**6, 8), [layer.operands(torch.empty(1, 8))], True) == "dense"
 
 
 def test_the_count_of_costs():
@@ -112,7 +112,7 @@ def test_the_count_of_costs():
     crossing = [next(t for t in range(1, 9999) if choose_plan(t, [s], True) == "dense") for s in (q, up)]
     assert all(500 < t < 1500 for t in crossing)
     layer = make(plan="dense")
-    assert resolve_plan(layer.plan, torch.randn(1, 8), [layer.term(torch.empty(1, 8))], True) == "dense"
+    assert resolve_plan(layer.plan, torch.randn(1, 8), [layer.operands(torch.empty(1, 8))], True) == "dense"
     with pytest.raises(ValueError, match="plan='fast'.*factored"):
         make(plan="fast")
 
@@ -268,7 +268,7 @@ def test_a_cached_scale_has_no_graph():
         assert not any(t.requires_grad for t in constant_scale(layer) if t is not None)
 
 
-# Siblings
+# SharedInput
 
 
 @pytest.fixture
@@ -325,15 +325,15 @@ def test_an_exception_leaves_nothing_behind(llama, ids):
     attention.v_proj.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(ids)
-    assert not vars(attention.q_proj.siblings.here)
+    assert not vars(attention.q_proj.shared_input.here)
 
 
 def test_a_sibling_given_another_input_is_right(llama):
     model = adapted(llama()).train()
     attention = model.model.layers[0].self_attn
     attention.k_proj.register_forward_pre_hook(lambda m, args: (2 * args[0],))
-    x, siblings = torch.randn(1, 5, 64), attention.q_proj.siblings
-    siblings.opened(attention, ())
+    x, shared_input = torch.randn(1, 5, 64), attention.q_proj.shared_input
+    shared_input.before_parent(attention, ())
     attention.q_proj(x)
     torch.testing.assert_close(attention.k_proj(x), attention.k_proj.plain(2 * x))
     torch.testing.assert_close(attention.v_proj(x), attention.v_proj.plain(x))
@@ -345,7 +345,10 @@ def test_copies_stand_alone(llama, shake, ids, copied):
     before = gradients(model, ids)
     twin = copied(model)
     q, theirs = twin.model.layers[0].self_attn.q_proj, model.model.layers[0].self_attn.q_proj
-    assert q.siblings is not theirs.siblings and q.siblings is twin.model.layers[0].self_attn.k_proj.siblings
+    assert (
+        q.shared_input is not theirs.shared_input
+        and q.shared_input is twin.model.layers[0].self_attn.k_proj.shared_input
+    )
     with torch.no_grad():
         for p in trainable_parameters(model).values():
             p.mul_(2)

@@ -66,8 +66,8 @@ from dora_nb.results.stored import (
     ALL_HISTORY,
     ALL_PREDICTIONS,
     MADE,
-    NOTHING,
-    Gathered,
+    NO_RESULTS,
+    Results,
     read_report,
 )
 from dora_nb.results.tables import cost_table
@@ -266,7 +266,7 @@ def test_who_diverged():
     likelihoods = [[[np.log1p(-np.exp(-x)), -x]] for x in losses.values()]
     frames = [answers(run, [1]).assign(loglikelihood=x) for run, x in zip(losses, likelihoods)]
     history = pd.DataFrame({"run": [], "step": [], "loss": []})
-    found = Gathered(runs, [], pd.concat(frames), history, NOTHING.geometry, {})
+    found = Results(runs, [], pd.concat(frames), history, NO_RESULTS.geometry, {})
     assert stability_table(found, "learning_rate").to_numpy().tolist() == [["1.70, 1 of 2"]]
     dev = [r | dict(run=f"{r['run']}-dev", params=r["params"] | dict(eval_split="dev")) for r in runs]
     both = found.predictions.assign(run=found.predictions.run + "-dev")
@@ -1483,7 +1483,7 @@ def gathered(shares, n=10, seeds=(0, 1)):
             scores = [[-2.0, -1.0] if r else [-1.0, -2.0] for r in right]
             frames.append(answers(runs[-1]["run"], right).assign(loglikelihood=scores))
     steps = [dict(run=r["run"], step=i, loss=1.0, learning_rate=1e-3) for r in runs if r["training"] for i in (1, 2)]
-    return NOTHING._replace(results=runs, predictions=pd.concat(frames), history=pd.DataFrame(steps))
+    return NO_RESULTS._replace(results=runs, predictions=pd.concat(frames), history=pd.DataFrame(steps))
 
 
 @pytest.mark.attack("data loss")

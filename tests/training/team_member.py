@@ -16,7 +16,7 @@ from dora_nb.models.adapter_files import save_adapter
 from dora_nb.models.methods import AdapterConfig
 from dora_nb.training.checkpoints import Stopped
 from dora_nb.training.config import TrainConfig
-from dora_nb.training.distributed import Team, shard
+from dora_nb.training.distributed import Distributed, shard
 from dora_nb.training.evaluate import rank_choices
 from dora_nb.training.train import train
 
@@ -75,7 +75,7 @@ def stopped_and_continued(model_dir, out, way, team, sharded):
 
 
 def main(model_dir, out):
-    team = Team()
+    team = Distributed()
     assert team.size == 2
     for sharded in (False, True):
         for way in WAYS:

@@ -32,7 +32,7 @@ from dora_nb.runs.grid import run_grid
 from dora_nb.runs.identity import run_id
 from dora_nb.runs.jobs import Job, default_workers, notebook
 from dora_nb.runs.run import run
-from dora_nb.training.distributed import Team, shard
+from dora_nb.training.distributed import Distributed, shard
 from dora_nb.training.evaluate import rank_choices
 
 
@@ -65,7 +65,7 @@ def one(model_dir, tmp_path_factory):
 
     def make(way):
         if way not in made:
-            made[way] = fitted(model_dir, out / way, way, Team())
+            made[way] = fitted(model_dir, out / way, way, Distributed())
         return made[way]
 
     return make
@@ -113,7 +113,7 @@ def test_what_two_saved_one_loads(model_dir, two, way, kind):
     for mine, theirs in zip(answers, told["answers"]):
         assert mine["loglikelihood"] == pytest.approx(theirs["loglikelihood"], abs=1e-3)
     with pytest.warns(UserWarning, match="processes: 2 began, 1 goes on"):
-        params, said = fitted(model_dir, folder / "one", way, Team(), checkpoints=folder / "checkpoints")
+        params, said = fitted(model_dir, folder / "one", way, Distributed(), checkpoints=folder / "checkpoints")
     assert said["records"] == told["records"]  # all was done, and nothing was done again
     state = load_file(next((folder / "checkpoints").iterdir()))
     assert all(torch.equal(state[f"parameter/{name}"], p) for name, p in params.items())
@@ -205,7 +205,7 @@ def test_an_error_in_one_process(model_dir, tmp_path):
 
 def test_never_one_where_two_were_asked(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        Team, "__init__", lambda self, join=True: vars(self).update(rank=0, size=3, device=torch.device("cpu"))
+        Distributed, "__init__", lambda self, join=True: vars(self).update(rank=0, size=3, device=torch.device("cpu"))
     )
     with pytest.raises(ValueError, match="processes=2 was asked for, and 3 came together"):
         run(small(model_dir), tmp_path)
@@ -213,7 +213,7 @@ def test_never_one_where_two_were_asked(model_dir, tmp_path, monkeypatch):
         run(small(model_dir, processes=1), tmp_path)
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="can only be sharded over several processes"):
-        shard(None, Team())
+        shard(None, Distributed())
 
 
 def test_settings(model_dir, monkeypatch, tmp_path):
@@ -274,7 +274,7 @@ WHOLE = dict(WORLD_SIZE="2", RANK="1", MASTER_ADDR="127.0.0.1")
 def test_what_a_job_system_left_behind_is_ignored(monkeypatch, capsys, left, named):
     "With one line, said once."
     surroundings(monkeypatch, **left)
-    assert [Team().size, Team().rank, Team().size] == [1, 0, 1]
+    assert [Distributed().size, Distributed().rank, Distributed().size] == [1, 0, 1]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and f"({named} is missing or no number)" in lines[0] and "works alone" in lines[0]
 
@@ -282,7 +282,7 @@ def test_what_a_job_system_left_behind_is_ignored(monkeypatch, capsys, left, nam
 @pytest.mark.parametrize("size", ["", "0", "1"])
 def test_a_world_of_one_needs_no_word(monkeypatch, capsys, size):
     surroundings(monkeypatch, WORLD_SIZE=size)
-    assert Team().size == 1 and not capsys.readouterr().err
+    assert Distributed().size == 1 and not capsys.readouterr().err
 
 
 @pytest.mark.attack("hang")
@@ -292,7 +292,7 @@ def test_others_that_never_come(monkeypatch, rank):
     surroundings(monkeypatch, **WHOLE | dict(RANK=rank, MASTER_PORT=free_port()))
     monkeypatch.setattr(dora_nb.training.distributed, "JOIN_SECONDS", 1.0)
     with pytest.raises(RuntimeError, match=rf"did not come within 1 s: RANK={rank} of WORLD_SIZE=2 at .*unset these"):
-        Team()
+        Distributed()
     assert not dist.is_initialized()
 
 
@@ -304,7 +304,7 @@ def test_a_store_that_answers_and_a_process_that_does_not_come(monkeypatch):
     surroundings(monkeypatch, **WHOLE | dict(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True"))
     monkeypatch.setattr(dora_nb.training.distributed, "JOIN_SECONDS", 1.0)
     with pytest.raises(RuntimeError, match="1 of 2 came"):
-        Team()
+        Distributed()
     del store
     assert not dist.is_initialized()
 
@@ -312,4 +312,4 @@ def test_a_store_that_answers_and_a_process_that_does_not_come(monkeypatch):
 @pytest.mark.attack("hang")
 def test_nobody_is_joined_where_none_is_wanted(monkeypatch, capsys):
     surroundings(monkeypatch, **WHOLE | dict(MASTER_PORT=free_port()))
-    assert Team(join=False).size == 1 and not capsys.readouterr().err
+    assert Distributed(join=False).size == 1 and not capsys.readouterr().err

@@ -27,7 +27,7 @@ from dora_nb.training.batches import epoch_batches, micro_batches
 from dora_nb.training.checkpoints import Checkpoints, Stopped, _sum_of_bits
 from dora_nb.training.config import TrainConfig, autocast, resolve_precision, tf32
 from dora_nb.training.evaluate import generate_answers, rank_choices
-from dora_nb.training.objectives import encode_for, summed_loss, terms
+from dora_nb.training.objectives import count_terms, encode_for, summed_loss
 from dora_nb.training.train import Diverged, memory_plan, train, train_step, warmup_and_decay
 
 
@@ -60,7 +60,7 @@ def test_micro_batches_do_not_change_the_gradient(tiny, objective):
             (collate([rows[i] for i in g]), torch.tensor([gold[i] for i in g]))
             for g in micro_batches(range(8), rows, batch_tokens)
         ]
-        loss = train_step(model, groups, sum(terms(batch, objective) for batch, _ in groups), config)
+        loss = train_step(model, groups, sum(count_terms(batch, objective) for batch, _ in groups), config)
         grads.append((loss, {n: p.grad.clone() for n, p in trainable_parameters(model).items()}))
         model.zero_grad()
     assert len({len(list(micro_batches(range(8), rows, t))) for t in (1, 600, 10**6)}) == 3
@@ -77,7 +77,7 @@ def test_language_modelling_losses_are_transformers(tiny, objective):
     item = items("winogrande", 1)[0]
     (row,), _ = encode_for(objective, tokenizer, item)
     batch = collate([[row]])
-    loss = summed_loss(model, batch, torch.tensor([item["gold"]]), objective) / terms(batch, objective)
+    loss = summed_loss(model, batch, torch.tensor([item["gold"]]), objective) / count_terms(batch, objective)
     ids = tokenizer(item["contexts"][item["gold"]] + item["continuations"][item["gold"]], return_tensors="pt").input_ids
     labels = ids.clone()
     if objective == "answer":
