@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from .decompose import row_norm
 from .dora import DROPOUT_FORMS, factored_norm
-from .fused import PLANS, Operands, _autocast_dtype, product, seen_through
+from .fused import PLANS, Operands, autocast_dtype, product, seen_through
 from .lora import init_update, scaling
 from torch import Tensor, nn
 
@@ -146,7 +146,7 @@ class SharedInput:
         if layer not in getattr(here, "layers", ()) or x.is_inference():  # whose changes PyTorch does not count
             return product(x, [layer])[0]
         device = x.device.type
-        given = x._version, torch.is_grad_enabled(), _autocast_dtype(device)
+        given = x._version, torch.is_grad_enabled(), autocast_dtype(device)
         if here.x() is not x or here.given != given or layer not in here.ready:
             members = [m for m in here.layers if m is layer or (m.fast() and m.drops() == layer.drops())]
             here.x, here.given, here.ready = weakref.ref(x), given, dict(zip(members, product(x, members)))
