@@ -119,7 +119,7 @@ def draw_dropped(
         if positions[-1] >= n:
             return positions[: int(torch.searchsorted(positions, n))].long()
 
-# %% ../../nbs/1_layers/03_fused.ipynb #438be875
+
 def _drop_(x: Tensor, dropped: Tensor) -> Tensor:
     "Set the dropped entries of `x` to zero, in place."
     if dropped.dtype == torch.bool:
@@ -143,7 +143,7 @@ def _times(s: float, a: Tensor, b: Tensor) -> Tensor:
     "Return s·ab, in one operation."
     return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=s)
 
-# %% ../../nbs/1_layers/03_fused.ipynb #dc1b438e
+# %% ../../nbs/1_layers/03_fused.ipynb #97966e2d
 def _gradients(h: Tensor, t: Operands, y: Tensor, dy: Tensor, plan: str) -> tuple[Tensor | None, ...]:
     "Return ∂L/∂v (for the dense plan ∂L/∂z), ∂L/∂h, ∂L/∂B, ∂L/∂m and ∂L/∂n of one operand."
     g = None if t.scale is None else t.magnitude / t.norm  # exactly 0 where m is
@@ -155,7 +155,7 @@ def _gradients(h: Tensor, t: Operands, y: Tensor, dy: Tensor, plan: str) -> tupl
     dm = _dot_columns(dy, y, g.dtype) / (t.scale * t.norm)
     return dv, dh, dB, dm, -g * dm if t.norm.requires_grad else None
 
-# %% ../../nbs/1_layers/03_fused.ipynb #cc1bf82d
+# %% ../../nbs/1_layers/03_fused.ipynb #bbd95677
 def _input_gradient(
     operands: Sequence[Operands], plan: str, dvs: Sequence[Tensor], dh: Tensor, dropped: Tensor | None
 ) -> Tensor:
@@ -184,7 +184,7 @@ def _unflatten(flat: Sequence[Tensor | None], factors: Sequence[float]) -> list[
     parts = [flat[k * n : (k + 1) * n] for k in range(len(factors))]
     return [Operands(*p[:3], s, *p[3:]) for p, s in zip(parts, factors)]
 
-# %% ../../nbs/1_layers/03_fused.ipynb #c1407e2d
+# %% ../../nbs/1_layers/03_fused.ipynb #368908b4
 def _with_weights(operands: Sequence[Operands], makers: Sequence, plan: str, dtype: torch.dtype) -> list[Operands]:
     "Return the operands with the weight of each base layer in `makers` (None: not compressed) computed again."
     weight = lambda maker: maker.weight.to(dtype) if plan == "factored" else maker.weight
@@ -245,7 +245,7 @@ class _Product(torch.autograd.Function):
             grads[k * n : (k + 1) * n] = None, dA, dB, dm, dn, None, None
         return dx, None, None, None, None, *grads
 
-# %% ../../nbs/1_layers/03_fused.ipynb #26b94912
+# %% ../../nbs/1_layers/03_fused.ipynb #d7b54704
 def seen_through(
     base: nn.Linear,  # the base layer
 ) -> bool:
