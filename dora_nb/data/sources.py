@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL_WHEEL', 'DATA_WHEEL', 'GGUF', 'CONVERTER', 'HUB_MODELS', 'COMMONSENSE', 'TESTED', 'HUB_TASKS', 'FROM_HUB',
-           'whole_model', 'convert_model', 'fill_model', 'clean_hellaswag', 'fill_tasks', 'splits_of',
-           'fill_commonsense', 'fill_from_hub']
+           'quiet', 'listed', 'whole_model', 'convert_model', 'fill_model', 'clean_hellaswag', 'fill_tasks',
+           'splits_of', 'fill_commonsense', 'fill_from_hub']
 
 # %% ../../nbs/2_data/06_sources.ipynb #9cf05f05
 import contextlib
@@ -27,7 +27,7 @@ from .cache import FetchError, Wheel, download
 
 # %% ../../nbs/2_data/06_sources.ipynb #af8e80b2
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     "Load with transformers without progress bars, and without warnings of what we refuse ourselves."
     logging = transformers.utils.logging
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -41,7 +41,8 @@ def _quiet():
             logging.enable_progress_bar()
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    "Return the first three names and the number of the others, for a message."
     more = len(names) - 3
     return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
 
@@ -63,7 +64,7 @@ def whole_model(
         )
     shapes = [f"{key} (stored {list(a)}, needed {list(b)})" for key, a, b in sorted(found["mismatched_keys"])]
     kinds = {"missing": missing, "not in the model": unexpected, "of another shape": shapes}
-    if wrong := [f"{kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]:
+    if wrong := [f"{kind}: {listed(keys)}" for kind, keys in kinds.items() if keys]:
         raise ValueError(
             f"the weights in {folder} do not fit its config.json; {'; '.join(wrong)}. Restore the original config.json and weights, or save the model again"
         )
@@ -83,7 +84,7 @@ def convert_model(
 ):
     "Convert a model to a plain transformers checkpoint."
     config, source = transformers.GgufConfig(dequantize=True), dict(gguf_file=gguf.name)
-    with _quiet():
+    with quiet():
         model = whole_model(gguf.parent, **source, quantization_config=config, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, trust_remote_code=False, **source)
         # Some versions of transformers read other special tokens from a GGUF file than the configuration has.
