@@ -84,10 +84,10 @@ def test_impossible_configurations(field, value, named):
         (["embed_tokens"], "Embedding"),
         (r".*\.attention\..*", "matches no module"),
         (["layers.0.mlp"], "LlamaMLP"),
-        ("q_proj", r"'q_proj' matches no module, as a text is one regular expression.*give a list: \['q_proj'\]"),
+        ("q_proj", r"'q_proj' matches no module: a string is one regular expression.*give a list: \['q_proj'\]"),
         ("q_proj,lm_head", r"give a list: \['q_proj', 'lm_head'\]"),
-        ("all-linear,lm_head", "'all-linear' stands alone.*list the names: down_proj, gate_proj, .*lm_head"),
-        (["all-linear", "lm_head"], "'all-linear' stands alone"),
+        ("all-linear,lm_head", "'all-linear' cannot be combined.*list the names: down_proj, gate_proj, .*lm_head"),
+        (["all-linear", "lm_head"], "'all-linear' cannot be combined"),
     ],
 )
 def test_targets_that_are_not_there(llama, targets, named):

@@ -181,7 +181,7 @@ def test_a_text_of_targets_is_one_expression(llama, targets):
     "PEFT finds no module either; we say what to write."
     with pytest.raises(ValueError, match="not found in the base model"):
         get_peft_model(llama(), LoraConfig(target_modules=targets))
-    with pytest.raises(ValueError, match="for the ends of names give a list"):
+    with pytest.raises(ValueError, match="to match the ends of names, give a list"):
         adapt(llama(), AdapterConfig(target_modules=targets))
 
 
