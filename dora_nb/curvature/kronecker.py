@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from .lanczos import _generator
+from .lanczos import seeded_generator
 from .operators import Params, Part, _grad, _leaves, _outputs, _roots, _tokens
 from ..models.adapt import adapter_layers
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def _draws(part: Part, z: Tensor, draws: int | None, seed: int) -> Iterable[Tens
         roots = _roots(part, z)
         return roots[roots.flatten(1).any(1)]
     p = z.detach().softmax(1)
-    labels = torch.multinomial(p.cpu(), draws, replacement=True, generator=_generator(seed)).to(z.device)
+    labels = torch.multinomial(p.cpu(), draws, replacement=True, generator=seeded_generator(seed)).to(z.device)
     return [math.sqrt(part.weight / draws) * (p - F.one_hot(y, z.shape[1])) for y in labels.T]
 
 
