@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from dora_nb.curvature import operators
+from dora_nb.curvature import kronecker
 from dora_nb.curvature import probe as probing_chapter
 from dora_nb.curvature.kronecker import kfac, update_metrics
 from dora_nb.curvature.lanczos import spectral_density, top_eigenpairs, trace
@@ -471,8 +471,8 @@ def test_a_layer_that_sees_its_tokens_in_another_order():
     inputs = torch.stack([torch.tensor([[0, 0], [1, 1]]), torch.arange(4).view(2, 2)])
     x, g = torch.ones(3, 5), torch.ones(3, 2)
     with pytest.raises(ValueError, match="'experts.0' does not see all tokens"):
-        operators._tokens(x, g, inputs, "experts.0")
-    assert not operators._tokens(x, g, inputs[:, :1], "experts.0")[2].any()
+        kronecker._tokens(x, g, inputs, "experts.0")
+    assert not kronecker._tokens(x, g, inputs[:, :1], "experts.0")[2].any()
 
 
 @pytest.mark.attack("crash")
