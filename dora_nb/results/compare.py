@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from .accuracy import _by_item, _frame, differing, mean_interval, mixed_words, rights, telling
+from .accuracy import by_item, differing, factor_frame, mean_interval, mixed_words, rights, telling
 from .labels import CALIBRATION, factors, ignored, in_order, parameters, value_label, without_repeats
 from ..runs.config import RunConfig, check_params
 from scipy import stats
@@ -141,7 +141,7 @@ def agreement(
 ) -> tuple[float, float]:  # of the two sides; of two seeds of one side, NaN where neither has two
     "The share of items to which two runs give the same answer."
     own = predictions[predictions.run.isin(set(itertools.chain(*runs.values())))]
-    sides = [_by_item(list(dict.fromkeys(side)), own, "pred").fillna(-1) for side in zip(*runs.values())]
+    sides = [by_item(list(dict.fromkeys(side)), own, "pred").fillna(-1) for side in zip(*runs.values())]
     items = sides[0].columns.intersection(sides[1].columns)
     one, two = (side[items].to_numpy() for side in sides)
     seeds = [x == y for side in (one, two) for x, y in itertools.combinations(side, 2)]
@@ -161,7 +161,7 @@ def compare(
         d = _apart(runs, predictions)
         unlike = {"unlike": _unlike(results, runs.values(), a.keys() | b.keys())}
         rows.append(where | _difference(d.to_numpy()) | d.attrs | alike(runs) | unlike)
-    return _frame(rows, [k for k in factors(results) if k in rows[0]]) if rows else pd.DataFrame()
+    return factor_frame(rows, [k for k in factors(results) if k in rows[0]]) if rows else pd.DataFrame()
 
 
 def side_labels(
@@ -234,7 +234,7 @@ def changes(
         low, high, p = mean_interval(_with_a_tie(d)) if len(d) > 1 else _student(_with_a_tie(d)[0])
         found = dict(n=len(items), seeds=len(seeds), others=odd, change=d.mean(), low=low, high=high, p=p)
         rows.append(where | found | {"unlike": unlike})
-    return _frame(rows, [k for k in factors(results) if k in rows[0]]) if rows else pd.DataFrame()
+    return factor_frame(rows, [k for k in factors(results) if k in rows[0]]) if rows else pd.DataFrame()
 
 
 def _student(values: np.ndarray) -> tuple[float, float, float]:

@@ -962,7 +962,7 @@ def test_a_comparison_of_different_items_says_so():
         compare(runs, pd.concat(right))
     seeds = [result("lora", 0), result("lora", 1)]
     frames = [answers("boolq-lora-0", [1] * 10), answers("boolq-lora-1", [1] * 10).assign(doc_index=range(1, 11))]
-    with pytest.raises(ValueError, match="was not asked the same items"):
+    with pytest.raises(ValueError, match="was not evaluated on the same items"):
         accuracies(seeds, pd.concat(frames))
 
 
