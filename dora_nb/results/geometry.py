@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from .accuracy import cell, choice_losses
 from .collect import own_trainings
-from .figures import _if_one
+from .figures import hidden_rank
 from dora_nb.results.labels import (
     ALWAYS,
     CALIBRATION,
@@ -108,7 +108,7 @@ def geometry_rows(
     "ΔM and ΔD with the parameters of their runs, what these are called, and how far ΔM is of the length, of a random step and of a random walk."
     keys, names = ("task", "method", "seed"), factors(results)
     own = own_trainings(results)
-    labels = run_labels([parameters(r) for r in own], names, (*ALWAYS[:3], "eval_format", *_if_one(names)))
+    labels = run_labels([parameters(r) for r in own], names, (*ALWAYS[:3], "eval_format", *hidden_rank(names)))
     runs = [{"run": r["run"], "label": x} | {k: r["params"][k] for k in keys} for r, x in zip(own, labels)]
     runs = pd.DataFrame(runs)
     rows = geometry.merge(runs, on="run")

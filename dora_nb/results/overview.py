@@ -14,8 +14,8 @@ from ..files import check_replaceable, owned
 from .collect import experiment
 from .compare import check_page
 from .labels import markdown_prose, markdown_text
-from .page import _write_page
-from .stored import _is_page
+from .page import write_page
+from .stored import is_page
 from ..runs.folder import RESULT
 from ..runs.grid import RESULTS, load_grid
 
@@ -38,7 +38,7 @@ def check_overview(
         check_page(grid, path)
     if not reports_in(folder) and not grids:
         raise ValueError(f"{folder} holds no reports; nothing was changed")
-    check_replaceable(Path(folder) / "README.md", _is_page)
+    check_replaceable(Path(folder) / "README.md", is_page)
     return {path: grid.report for path, grid in grids.items()}
 
 
@@ -64,7 +64,7 @@ def overview(
         cells = " | ".join(re.sub(r"(?<!\\)\|", r"\\|", markdown_prose(" ".join(w.split()))) for w in words)
         lines.append((spec.get("number", 99), f"| {cells} |"))
     text = OVERVIEW + "\n".join(line for _, line in sorted(lines))
-    _write_page(folder / "README.md", text)
+    write_page(folder / "README.md", text)
     return folder / "README.md"
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COST_NOTE', 'ONE_WORD', 'TEST_NOTE', 'PROVISIONAL_NOTE', 'CHANGE_NOTE', 'CURVATURE_NOTE', 'CERTAIN_NOTE',
-           'GEOMETRY_NOTE', 'MOST_PANELS', 'render']
+           'GEOMETRY_NOTE', 'MOST_PANELS', 'write_page', 'render']
 
 # %% ../../nbs/7_results/50_page.ipynb #6010d57e
 import dataclasses
@@ -53,7 +53,16 @@ from dora_nb.results.labels import (
     value_label,
 )
 from .sharpness import curvature_rows, curvature_table, plot_density, plot_layers, plot_sharpness
-from .stored import MADE, Results, _alone, _check_there, _read, _shown, _stored, check_out
+from dora_nb.results.stored import (
+    MADE,
+    Results,
+    hold_report,
+    check_report,
+    read_all,
+    page_results,
+    load_stored,
+    check_out,
+)
 from .tables import FOOTNOTES, PUBLISHED, cost_table
 from ..runs.folder import say
 from ..runs.grid import load_grid
@@ -247,7 +256,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
 
 
-def _write_page(path: Path, text: str):
+def write_page(path: Path, text: str):
     "Write a page, and a last line by which it is known; one that was edited since is kept beside it."
     if path.exists():
         body, _, last = read_text(path).strip().rpartition("\n")
@@ -326,13 +335,13 @@ def render(
 ) -> Path:  # report.md
     "Make the page and its figures of the gathered files and of what the grid file says of them; ValueError if there is a page of somebody else's."
     out = Path(out)
-    _check_there(out)
+    check_report(out)
     check_out(out)
     about = experiment(out)
-    _read(out)  # a lock is a file too: nothing is left in a folder that is refused
-    with _alone(out):
-        page = _page(out, _shown(_stored(out)), about, title)
-        _write_page(out / "report.md", "\n".join(page))
+    read_all(out)  # a lock is a file too: nothing is left in a folder that is refused
+    with hold_report(out):
+        page = _page(out, page_results(load_stored(out)), about, title)
+        write_page(out / "report.md", "\n".join(page))
     return out / "report.md"
 
 

@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = ['ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_GEOMETRY', 'ALL_CURVATURE', 'FILES', 'NO_RESULTS', 'PATIENCE', 'MADE',
-           'Results', 'contradictions', 'strangers', 'read_report', 'check_out']
+           'Results', 'select_runs', 'join_results', 'check_result_identity', 'contradictions', 'strangers',
+           'hold_report', 'store_results', 'load_stored', 'check_report', 'read_all', 'read_report', 'page_results',
+           'is_page', 'check_out']
 
 # %% ../../nbs/7_results/44_stored.ipynb #2702153f
 import contextlib
@@ -69,7 +71,7 @@ NO_RESULTS = Results(
 )
 
 
-def _part(
+def select_runs(
     found: Results,  # all of a report
     names: set[str],  # of runs
 ) -> Results:
@@ -79,7 +81,7 @@ def _part(
     return Results(results, [], *frames, {run: p for run, p in found.probes.items() if run in names})
 
 
-def _join(
+def join_results(
     parts: Sequence[Results],  # of different runs
 ) -> Results:
     "Return all of it together."
@@ -89,7 +91,7 @@ def _join(
     return Results([r for p in parts for r in p.results], [], *tables, probes)
 
 # %% ../../nbs/7_results/44_stored.ipynb #76664578
-def _check_identity(result: dict):
+def check_result_identity(result: dict):
     "Refuse a result whose parameters are not those that its run was named after, if this version named it: ValueError."
     if result["versions"].get("dora_nb") == __version__ and "checksums" in result:
         try:
@@ -159,7 +161,7 @@ _NEXT = ".dora-nb-next"  # a folder in which a new set of files is put together
 
 
 @contextlib.contextmanager
-def _alone(out: Path):
+def hold_report(out: Path):
     "Hold a report's folder; a set of files that a killed process left half in place is put in place, or away."
     lock = Lock(out / ".lock")
     lock.acquire(lambda: say(f"another process is making the report in {out}; waiting for it"))
@@ -183,7 +185,7 @@ def _finish(out: Path):
             new.rmdir()
 
 
-def _store(out: Path, found: Results):
+def store_results(out: Path, found: Results):
     "Write a report's files, all or none of them."
     new = out / _NEXT
     new.mkdir(exist_ok=True)
@@ -195,7 +197,7 @@ def _store(out: Path, found: Results):
     _finish(out)
 
 # %% ../../nbs/7_results/44_stored.ipynb #0847064e
-def _stored(out: Path) -> Results:
+def load_stored(out: Path) -> Results:
     "Read a report's files, other runs included: ValueError names the one that does not belong to the rest."
     about, data = read_results(out / RESULTS), {}
     results, others, files = about["results"], about["others"], about.get("files", {})
@@ -224,46 +226,46 @@ def _stored(out: Path) -> Results:
     return Results(results, about.get("problems", []), *tables, probes, others)
 
 # %% ../../nbs/7_results/44_stored.ipynb #c4403844
-def _check_there(out: Path):
+def check_report(out: Path):
     "Refuse a folder that is no report's."
     if not (out / RESULTS).exists() and not (out / _NEXT / RESULTS).exists():
         raise ValueError(f"{out} holds no {RESULTS}; `dora-nb report RUNS --out {out}` gathers it")
 
 
-def _read(out: Path) -> Results:
+def read_all(out: Path) -> Results:
     "Read all that a report holds, of one writing."
     since = time.monotonic()
-    _check_there(out)
+    check_report(out)
     while time.monotonic() - since < PATIENCE:
         try:
-            return _stored(out)
+            return load_stored(out)
         except (ValueError, OSError):  # it may be written at this moment
             time.sleep(0.05)
     if (out / _NEXT).is_dir():  # a process was killed while it wrote
-        with _alone(out):
-            return _stored(out)
-    return _stored(out)
+        with hold_report(out):
+            return load_stored(out)
+    return load_stored(out)
 
 
 def read_report(
     out: str | Path,  # a folder that `collect` filled
 ) -> Results:
     "Return what `collect` gathered: all of one writing, and of the grid's runs only; ValueError names a file that does not belong to the others."
-    return _shown(_read(Path(out)))
+    return page_results(read_all(Path(out)))
 
 
-def _shown(found: Results) -> Results:
+def page_results(found: Results) -> Results:
     "Return what a page shows: the grid's runs, and the results of the others."
     if not found.others:
         return found
-    own = _part(found, {r["run"] for r in found.results})
+    own = select_runs(found, {r["run"] for r in found.results})
     return own._replace(results=found.results, problems=found.problems, others=found.others)
 
 
 MADE = re.compile("<!-- made by dora-nb report(?:, sha256 ([0-9a-f]{16}))? -->")  # the last line of a page
 
 
-def _is_page(path: Path) -> bool:
+def is_page(path: Path) -> bool:
     "Return whether a page was made here: by its last line."
     return bool(MADE.fullmatch(read_text(path).strip().rpartition("\n")[2]))
 
@@ -285,4 +287,4 @@ def check_out(
             raise ValueError(
                 f"{out} holds {found[0]}, and no {RESULTS} of a report; nothing was changed. Choose another place with --out"
             )
-    check_replaceable(out / "report.md", _is_page)
+    check_replaceable(out / "report.md", is_page)

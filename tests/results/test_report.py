@@ -895,7 +895,7 @@ def test_a_history_whose_last_line_is_cut_off(six, tmp_path, capsys):
     path = dirs(runs)[0] / HISTORY
     path.write_text(path.read_text()[:-20])
     assert len(collect(runs, out, grid)) == 6 and len(read_report(out).history) == 11
-    assert f"{path.parent.name}: the last line of {HISTORY} is cut off" in capsys.readouterr().err
+    assert f"{path.parent.name}: the last line of {HISTORY} is incomplete" in capsys.readouterr().err
 
 
 @pytest.mark.attack("silent error")
