@@ -112,7 +112,7 @@ def test_what_two_saved_one_loads(model_dir, two, way, kind):
     answers = rank_choices(model, tokenizer, load_task("boolq", limit=7), progress=False)[1]
     for mine, theirs in zip(answers, told["answers"]):
         assert mine["loglikelihood"] == pytest.approx(theirs["loglikelihood"], abs=1e-3)
-    with pytest.warns(UserWarning, match="processes: 2 began, 1 goes on"):
+    with pytest.warns(UserWarning, match="processes: begun with 2, continued with 1"):
         params, said = fitted(model_dir, folder / "one", way, Distributed(), checkpoints=folder / "checkpoints")
     assert said["records"] == told["records"]  # all was done, and nothing was done again
     state = load_file(next((folder / "checkpoints").iterdir()))
@@ -245,7 +245,7 @@ def surroundings(monkeypatch, **variables):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    dora_nb.training.distributed._say.cache_clear()
+    dora_nb.training.distributed._log_once.cache_clear()
 
 
 def free_port():
@@ -276,7 +276,7 @@ def test_what_a_job_system_left_behind_is_ignored(monkeypatch, capsys, left, nam
     surroundings(monkeypatch, **left)
     assert [Distributed().size, Distributed().rank, Distributed().size] == [1, 0, 1]
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and f"({named} is missing or no number)" in lines[0] and "works alone" in lines[0]
+    assert len(lines) == 1 and f"({named} is missing or not a number)" in lines[0] and "works alone" in lines[0]
 
 
 @pytest.mark.parametrize("size", ["", "0", "1"])
@@ -291,7 +291,7 @@ def test_others_that_never_come(monkeypatch, rank):
     "The first process waits for workers, another one for the first: not for ever."
     surroundings(monkeypatch, **WHOLE | dict(RANK=rank, MASTER_PORT=free_port()))
     monkeypatch.setattr(dora_nb.training.distributed, "JOIN_SECONDS", 1.0)
-    with pytest.raises(RuntimeError, match=rf"did not come within 1 s: RANK={rank} of WORLD_SIZE=2 at .*unset these"):
+    with pytest.raises(RuntimeError, match=rf"did not arrive within 1 s: RANK={rank} of WORLD_SIZE=2 at .*unset these"):
         Distributed()
     assert not dist.is_initialized()
 
@@ -303,7 +303,7 @@ def test_a_store_that_answers_and_a_process_that_does_not_come(monkeypatch):
     store = dist.TCPStore("127.0.0.1", int(port), 2, is_master=True, wait_for_workers=False)
     surroundings(monkeypatch, **WHOLE | dict(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True"))
     monkeypatch.setattr(dora_nb.training.distributed, "JOIN_SECONDS", 1.0)
-    with pytest.raises(RuntimeError, match="1 of 2 came"):
+    with pytest.raises(RuntimeError, match="1 of 2 arrived"):
         Distributed()
     del store
     assert not dist.is_initialized()

@@ -640,7 +640,7 @@ def test_a_checkpoint_of_other_versions_goes_on_with_a_warning(tiny, stopped, na
     change = lambda facts: facts.update({name: before}) if before else facts.pop(name)
     rewritten(stopped[1], change)
     then = before or "an earlier version"
-    with pytest.warns(UserWarning, match=f"{name}: {then} began, .* goes on; what comes out may differ"):
+    with pytest.warns(UserWarning, match=f"{name}: begun with {then}, continued with .*; the result may differ"):
         same(attempts(tiny, stopped[0].parent), attempts(tiny, None))
 
 
