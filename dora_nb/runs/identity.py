@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from ..data.assets import data_digest, model_digest
 from ..data.cache import FetchError
 from ..models.methods import AdapterConfig
-from .config import RunConfig, _patterns, trained_tasks
+from .config import RunConfig, read_patterns, trained_tasks
 from ..training.config import TrainConfig
 
 import dora_nb
@@ -58,7 +58,7 @@ def checksums(
     found = {"model": model_digest(config.model, config.source), "data": data(config.task)}
     if config.mixture:
         found["mixture"] = _digest([data(task) for task in trained_tasks(config)])
-    return found | ({"ranks": _digest(_patterns(config.ranks))} if config.ranks else {})
+    return found | ({"ranks": _digest(read_patterns(config.ranks))} if config.ranks else {})
 
 # %% ../../nbs/6_runs/29_identity.ipynb #6e6d10ea
 MANNER = ("checkpoint_seconds", "processes", "fsdp")  # how a run is made, and not what it is

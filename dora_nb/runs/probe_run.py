@@ -17,9 +17,9 @@ from ..files import check_replaceable, read_json, write_json
 from ..models.adapter_files import load_adapter
 from ..models.compress import parse_scheme
 from .base import load_base
-from .config import _check_values
-from .folder import SCHEMA, _machine, _versions
-from .observers import _blocks, _peak_memory
+from .config import check_values
+from .folder import SCHEMA, describe_machine, library_versions
+from .observers import split_blocks, peak_memory
 from ..training.config import TrainConfig
 
 # %% ../../nbs/6_runs/35_probe_run.ipynb #fc1b04c2
@@ -45,7 +45,7 @@ class ProbeConfig:
     seed: int = 0  # of random vectors
 
     def __post_init__(self):
-        _check_values(self)
+        check_values(self)
         if self.compress:
             parse_scheme(self.compress)
         if not self.adapter:
@@ -66,10 +66,14 @@ def run_probe(
     model, tokenizer = load_base(config.model, config.source, config.compress, calibrate, device, config.dev_cut)
     load_adapter(model, config.adapter)
     found = probe(
-        model, tokenizer, items, training, _blocks(config.blocks), config.eigenvalues, config.products, config.seed
+        model, tokenizer, items, training, split_blocks(config.blocks), config.eigenvalues, config.products, config.seed
     )
-    cost = dict(seconds=time.perf_counter() - start, peak_memory_bytes=_peak_memory(device))
-    result = dict(schema=SCHEMA, params=asdict(config), versions=_versions(), machine=_machine(device)) | found | cost
+    cost = dict(seconds=time.perf_counter() - start, peak_memory_bytes=peak_memory(device))
+    result = (
+        dict(schema=SCHEMA, params=asdict(config), versions=library_versions(), machine=describe_machine(device))
+        | found
+        | cost
+    )
     check_replaceable(out, lambda path: read_json(path, ["schema", "params", "blocks"]))  # it may have come meanwhile
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_json(Path(out), result)

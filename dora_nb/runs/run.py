@@ -34,7 +34,7 @@ from ..models.adapt import adapt, can_merge, count_parameters, merge
 from ..models.adapter_files import load_adapter, save_adapter
 from ..models.methods import AdapterConfig
 from .base import check_model, load_base
-from .config import RunConfig, _patterns, config_from, trained_tasks
+from .config import RunConfig, read_patterns, config_from, trained_tasks
 from dora_nb.runs.folder import (
     CHECKPOINTS,
     CURVATURE,
@@ -44,19 +44,19 @@ from dora_nb.runs.folder import (
     RANKS,
     RESULT,
     SCHEMA,
-    _adapter_files,
-    _alone,
-    _files,
-    _machine,
-    _there,
-    _versions,
+    adapter_file_names,
+    hold_folder,
+    file_checksums,
+    describe_machine,
+    finished_result,
+    library_versions,
     check_files,
     read_result,
     say,
 )
 from .identity import checksums, effective, run_id, run_name, training_id
-from .observers import _geometer, _peak_memory, _points, _prober, _revision
-from .processes import _in_processes
+from .observers import geometry_observer, peak_memory, read_points, curvature_observer, source_revision
+from .processes import run_in_processes
 from ..training.checkpoints import forget_checkpoints
 from ..training.config import resolve_precision
 from ..training.distributed import Distributed, shard
@@ -73,9 +73,9 @@ def _identity(config: RunConfig, device: torch.device) -> dict:
         id=run_id(config),
         params=asdict(config),
         checksums=checksums(config),
-        revision=_revision(),
-        versions=_versions(),
-        machine=_machine(device),
+        revision=source_revision(),
+        versions=library_versions(),
+        machine=describe_machine(device),
         precision=precision,
     ) | ({} if config.method == "base" else dict(training_id=training_id(config)))
 
@@ -93,7 +93,7 @@ def _adapter(config: RunConfig, model, tokenizer, items, run_dir: Path) -> Adapt
         ranks = warm_ranks(model, tokenizer, items, config.training(), adapter, config.allocate)
         write_json(path, as_patterns(ranks, adapter) | dict(training_id=training_id(config)))
         accelerate.utils.set_seed(config.seed)  # as if nothing had been trained
-    return dataclasses.replace(adapter, **_patterns(str(path)))
+    return dataclasses.replace(adapter, **read_patterns(str(path)))
 
 # %% ../../nbs/6_runs/34_run.ipynb #7e1e0896
 def _same_training(config: RunConfig, run_dir: Path) -> Path | None:
@@ -123,7 +123,7 @@ def _take_over(config: RunConfig, model, run_dir: Path, twin: Path, team: Distri
     "Put what a twin has learnt on the model, and leave it merged; returns what it took then."
     if team.rank == 0:
         (run_dir / "adapter").mkdir(exist_ok=True)
-        for name in (*_adapter_files(twin), HISTORY, CURVATURE, GEOMETRY, RANKS):
+        for name in (*adapter_file_names(twin), HISTORY, CURVATURE, GEOMETRY, RANKS):
             if (twin / name).exists():
                 _copy(twin / name, run_dir / name)
     if config.method == "full":
@@ -181,8 +181,8 @@ def _fit(config: RunConfig, model, tokenizer, run_dir: Path, progress: bool, tea
     trainable, total = count_parameters(model)
     if config.fsdp:
         shard(model, team)
-    looks = [_prober(config, model, tokenizer, run_dir)] if config.probe and team.rank == 0 else []
-    looks += [_geometer(config, model, run_dir)] if config.geometry and team.rank == 0 else []
+    looks = [curvature_observer(config, model, tokenizer, run_dir)] if config.probe and team.rank == 0 else []
+    looks += [geometry_observer(config, model, run_dir)] if config.geometry and team.rank == 0 else []
 
     def look(record):
         _check_there(run_dir)
@@ -249,14 +249,14 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
     return result | dict(
         timings=_timings(result, run_dir, loaded - start),
         seconds=time.perf_counter() - start + earlier,
-        peak_memory_bytes=max(team.gather(_peak_memory(device))),
+        peak_memory_bytes=max(team.gather(peak_memory(device))),
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
 # %% ../../nbs/6_runs/34_run.ipynb #75047fb0
 def _timings(result: dict, run_dir: Path, loading: float) -> dict[str, float]:
     "Seconds by part of a run; those of tries that were stopped count in training and probing."
-    probes = _points(run_dir / CURVATURE) if result["params"]["probe"] else []
+    probes = read_points(run_dir / CURVATURE) if result["params"]["probe"] else []
     return dict(
         loading=loading,
         training=(result["training"] or {}).get("seconds", 0.0),  # whenever that was
@@ -274,14 +274,14 @@ def run(
     config, run_dir = effective(config), Path(run_dir)
     team = Distributed(join=config.processes > 1)
     if team.size != config.processes:
-        return _in_processes(config, run_dir, progress, team)
+        return run_in_processes(config, run_dir, progress, team)
     first = team.rank == 0
-    with _alone(config, run_dir) if first else contextlib.nullcontext():
-        result = team.gather(_there(config, run_dir) if first else None)[0]
+    with hold_folder(config, run_dir) if first else contextlib.nullcontext():
+        result = team.gather(finished_result(config, run_dir) if first else None)[0]
         if result is None:
             result = _train_and_evaluate(config, run_dir, progress, team)
             if first:
-                result["files"] = _files(run_dir, result)
+                result["files"] = file_checksums(run_dir, result)
                 if (run_dir / RESULT).exists():
                     set_aside(run_dir / RESULT)  # a damaged one; until now nothing took its place
                 write_json(run_dir / RESULT, result)
