@@ -54,6 +54,7 @@ def peak_memory(device: torch.device) -> int:
 
 # %% ../../nbs/6_runs/33_observers.ipynb #e84d03c2
 def split_blocks(text: str) -> list[str]:
+    "Return the names in a comma-separated list of parameter blocks."
     return [block.strip() for block in text.split(",")]
 
 

@@ -799,7 +799,7 @@ def test_a_damaged_adapter_is_not_taken_over(made, tmp_path, capsys, damage):
     beside = RunConfig(**vars(config) | dict(eval_items=3))
     result = run(beside, tmp_path / run_name(beside), progress=False)
     assert "trained_by" not in result["training"] and read_result(folder)
-    assert "its training is not taken over" in capsys.readouterr().err
+    assert "its training is not reused" in capsys.readouterr().err
 
 
 @pytest.mark.attack("crash")
