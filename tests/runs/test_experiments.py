@@ -165,7 +165,7 @@ def test_ranks_found_in_a_warm_up(make, way, method):
 @pytest.mark.parametrize(
     "params,named",
     [
-        ({"mixture": "boolq, hellaswagg"}, "mixture: 'hellaswagg' is no task"),
+        ({"mixture": "boolq, hellaswagg"}, "mixture: 'hellaswagg' is not a task"),
         ({"allocate": "magic"}, "curvature, gates, random"),
         ({"allocate": "gates", "processes": 2}, "allocate finds ranks in one process"),
         ({"eval_format": "cloze", "protocol": "generate"}, "needs eval_format='instruction'"),

@@ -32,7 +32,7 @@ from dora_nb.runs.folder import (
 from dora_nb.runs.grid import RESULTS, Incomplete, gathered, load_grid, run_grid
 from dora_nb.runs.identity import effective, run_id, run_name, training_id
 from dora_nb.runs.jobs import Job, gpus, notebook
-from dora_nb.runs.observers import _is_due, _peak_memory
+from dora_nb.runs.observers import _is_due, peak_memory
 from dora_nb.runs.probe_run import ProbeConfig, run_probe
 from dora_nb.runs.processes import cores
 from dora_nb.runs.progress import progress_of
@@ -799,7 +799,7 @@ def test_a_damaged_adapter_is_not_taken_over(made, tmp_path, capsys, damage):
     beside = RunConfig(**vars(config) | dict(eval_items=3))
     result = run(beside, tmp_path / run_name(beside), progress=False)
     assert "trained_by" not in result["training"] and read_result(folder)
-    assert "its training is not taken over" in capsys.readouterr().err
+    assert "its training is not reused" in capsys.readouterr().err
 
 
 @pytest.mark.attack("crash")
@@ -1011,7 +1011,7 @@ def test_memory_is_measured_where_there_is_no_resource_module(monkeypatch):
     "Windows has none; psutil knows the peak there."
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setattr("psutil.Process.memory_info", lambda self: SimpleNamespace(peak_wset=4711))
-    assert _peak_memory(torch.device("cpu")) == 4711
+    assert peak_memory(torch.device("cpu")) == 4711
 
 
 @pytest.mark.attack("hostile input")
