@@ -154,3 +154,10 @@ def test_lint():
 @pytest.mark.parametrize("path", sorted((ROOT / "dora_nb").rglob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_a_module_holds_one_idea(path):
     assert len(path.read_text().splitlines()) <= 450
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_lead_somewhere(path):
+    text = "\n".join(source(c) for c in cells(path, "markdown"))
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)\)", text) if not link.startswith("http")]
+    assert not [link for link in links if not (path.parent / link).exists()]
