@@ -530,6 +530,7 @@ def test_ranks_are_not_written_over_the_adapter_that_is_cut(tmp_path, capsys, mo
 
 AT_IMPORT = """
 import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have none
 
 class Finder:
     def find_spec(self, name, *_):

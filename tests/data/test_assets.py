@@ -836,7 +836,7 @@ def test_a_configuration_of_no_model_is_named_in_a_line(change, named, save):
 
 
 @pytest.mark.attack("hostile input")
-@pytest.mark.parametrize("name", ("", "file.gguf", "./nowhere", "/nowhere/at/all"))
+@pytest.mark.parametrize("name", ("file.gguf", "./nowhere", "/nowhere/at/all"))
 def test_names_of_no_model(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file.gguf").touch()

@@ -206,8 +206,11 @@ run(config_from({k: v for k, v in globals().items() if k in names}), run_dir)
 """
 QUICK = f"""
 import json
-result = dict(schema={SCHEMA}, run=Path(run_dir).name, params={{}}, metrics=dict(acc=1.0, n=1), seconds=1.0)
-result |= dict(machine={{}}, versions={{}}, precision={{}}, training=dict(steps=1), timings=dict(loading=0.1, evaluation=0.2))
+names = ("task", "method", "seed", "protocol", "eval_split", "rank")
+result = dict(schema={SCHEMA}, run=Path(run_dir).name, params={{name: globals()[name] for name in names}}, seconds=1.0)
+result |= dict(metrics=dict(acc=1.0, n=1, seconds=0.2), training=dict(items=1, steps=1, trainable=1, total=2))
+result |= dict(machine=dict(cpu="", gpu=None, threads=1), versions={{}}, peak_memory_bytes=1)
+result |= dict(precision=dict(precision="float32", eval_precision="float32"), timings=dict(loading=0.1, evaluation=0.2))
 (Path(run_dir) / "{PREDICTIONS}").touch()
 (Path(run_dir) / "{RESULT}").write_text(json.dumps(result))
 """

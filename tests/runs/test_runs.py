@@ -606,9 +606,10 @@ def test_a_dry_run_writes_nothing(grid, tmp_path):
     (folder / CHECKPOINTS / "step-00000001.safetensors").write_text("hours of work")
     (folder / MARKER).write_text(json.dumps({"made_by": "dora_nb", "kind": "run", "name": folder.name}))
     report.mkdir()
-    machine, timings = dict(gpu=None), dict(loading=1.0, evaluation=1.0)
-    done = dict(run=folder.name, params=vars(configs[0]), metrics=dict(acc=1.0), machine=machine, timings=timings)
-    (report / RESULTS).write_text(json.dumps({"results": [done | dict(training=None, seconds=1.0)]}))
+    done = dict(run=folder.name, params=vars(configs[0]), metrics=dict(acc=1.0, n=1, seconds=1.0), training=None)
+    done |= dict(machine=dict(cpu="", gpu=None, threads=1), versions={}, timings=dict(loading=1.0, evaluation=1.0))
+    done |= dict(precision=dict(precision="float32", eval_precision="float32"), peak_memory_bytes=1, seconds=1.0)
+    (report / RESULTS).write_text(json.dumps({"results": [done]}))
     before = tree(tmp_path)
     run_grid(grid, tmp_path / "runs", dry_run=True, known=[report])
     assert tree(tmp_path) == before
@@ -684,7 +685,7 @@ def test_a_damaged_result_stays_until_a_new_one_takes_its_place(made, tmp_path, 
 @pytest.mark.attack("data loss")
 def test_a_run_s_folder_is_moved_while_it_trains(tiny, tmp_path, monkeypatch):
     "The run stops and says so; moved back, the same call goes on."
-    from dora_nb.runs.run import run as runs
+    import dora_nb.runs.run as runs
 
     config, folder, moved = tiny(train_items=16), tmp_path / "run", tmp_path / "moved"
     check, calls = runs._check_there, []
