@@ -13,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BOOK = sorted((ROOT / "nbs").glob("[0-9]*/[0-9]*.ipynb"), key=lambda p: p.name)
-APPENDIX = [ROOT / "nbs" / "files.ipynb"]  # every chapter may use it, and it uses none
+APPENDIX = [
+    ROOT / "nbs" / f"{name}.ipynb" for name in ("files", "registry")
+]  # every chapter may use them, and they use none
 NOTEBOOKS = [*BOOK, *sorted((ROOT / "nbs").glob("[a-z]*.ipynb")), *sorted((ROOT / "nbs" / "runs").glob("*.ipynb"))]
 BIN = Path(sys.executable).parent
 
@@ -29,7 +31,7 @@ def source(cell):
 def module_of(path):
     "The module that a notebook is exported to: its part without the number, and its name without the number."
     names = [path.parent.name, path.stem] if path in BOOK else [path.stem]
-    return ".".join(re.sub(r"^\d+_", "", name) for name in names)
+    return ".".join(re.sub(r"^\d+[a-z]?_", "", name) for name in names)
 
 
 @pytest.fixture(scope="module")

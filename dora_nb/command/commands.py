@@ -145,7 +145,7 @@ def evaluate_command(args: argparse.Namespace):
     "Evaluate a model on the items of a task; print a summary, and write one line per item."
     from dora_nb.data.tasks import load_task
     from dora_nb.files import check_replaceable, write_whole
-    from dora_nb.models.adapt import can_merge, merge
+    from dora_nb.models.merge import can_merge, merge
     from dora_nb.models.adapter_files import check_adapter
     from dora_nb.models.compress import parse_scheme
     from dora_nb.training.evaluate import evaluate, format_of
@@ -241,7 +241,7 @@ def ranks_options(p: argparse.ArgumentParser):
 def _check_ranks(folder: Path):
     "Refuse a folder with a pattern or adapter that `dora-nb ranks` did not write: ValueError."
     from dora_nb.files import check_replaceable, check_writable, read_json
-    from dora_nb.models.adapter_files import CONFIG, WEIGHTS
+    from dora_nb.models.peft_format import CONFIG, WEIGHTS
 
     pattern, adapter = folder / "ranks.json", folder / "adapter"
     _check_place(folder)

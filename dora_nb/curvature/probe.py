@@ -17,7 +17,7 @@ from .kronecker import Metric, canonical, update_metrics
 from .lanczos import spectral_density, top_eigenpairs
 from .operators import Operator, Params, Part, effective_rank, gradients, gram, gram_eigenvalues, hvp
 from ..data.rows import Batch
-from ..models.adapt import adapter_layers, trainable_parameters
+from ..models.adapt import adapter_layers, adapter_state, trainable_parameters
 from ..models.scoring import context_length, shares_prompts, token_logits
 from dora_nb.training.batches import (
     check_differentiable,
@@ -39,7 +39,7 @@ def probing(
     model: nn.Module,  # adapted, not merged, in float32
 ):
     "Make a model twice differentiable inside a `with` block; refuse merged adapters and low precision."
-    if getattr(model, "dora_nb_merged", None):
+    if adapter_state(model).merged:
         raise RuntimeError("the adapters are merged into the weights; unmerge(model) brings them back to be probed")
     if low := next((n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype.itemsize < 4), None):
         raise ValueError(

@@ -23,7 +23,8 @@ from .operators import Params, Part, effective_rank, ggn_root, gradients
 from .probe import item_parts, probing
 from ..layers.linear import LoRALinear
 from ..layers.lora import scaling
-from ..models.adapt import adapt, adapter_layers, remove_adapter
+from ..models.adapt import adapt, adapter_layers, adapter_state, change_state
+from ..models.merge import remove_adapter
 from ..models.methods import AdapterConfig
 from ..training.config import OVER_CHOICES, TrainConfig
 from ..training.train import train
@@ -132,7 +133,7 @@ def truncate(
     ranks: dict[str, int],  # layer → number of first components to keep
 ) -> nn.Module:  # the same model
     "Replace every update by its first components, as a smaller adapter; refuse an impossible rank: ValueError."
-    layers, config = adapter_layers(model), model.dora_nb_config
+    layers, config = adapter_layers(model), adapter_state(model).config
     if wrong := [n for n in layers if not 1 <= ranks.get(n, 0) <= len(found[n].score)]:
         raise ValueError(
             f"rank {ranks.get(wrong[0], 0)} of {wrong[0]!r} must be between 1 and {len(found[wrong[0]].score)}"
@@ -147,7 +148,7 @@ def truncate(
         layer.lora_A = nn.Parameter((A / even[:, None]).to(like))
         alphas[name] = layer.scaling * (r**0.5 if config.rslora else r)
     alphas = {n: alphas[n] for n in sorted(alphas, key=len, reverse=True)}  # a name may be the end of a longer one
-    model.dora_nb_config = replace(config, rank_pattern={n: ranks[n] for n in alphas}, alpha_pattern=alphas)
+    change_state(model, config=replace(config, rank_pattern={n: ranks[n] for n in alphas}, alpha_pattern=alphas))
     return model
 
 
@@ -155,7 +156,7 @@ def rank_pattern(
     model: nn.Module,  # truncated
 ) -> dict[str, dict]:  # rank_pattern and alpha_pattern, as `AdapterConfig` and PEFT's LoraConfig take them
     "Return the ranks of a truncated adapter, to train with them from the start."
-    config = model.dora_nb_config
+    config = adapter_state(model).config
     return {"rank_pattern": dict(config.rank_pattern), "alpha_pattern": dict(config.alpha_pattern)}
 
 # %% ../../nbs/5_curvature/27_rank.ipynb #7b5b3776

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from .stored import StoredLinear
 from torch import Tensor, nn
 
 # %% ../../nbs/1_layers/03_fused.ipynb #100cb0d1
@@ -252,7 +253,11 @@ def seen_through(
     "Return whether the plain formula is needed: for hooks, a trainable base, a compiler, a tracer or torch.func."
     weight = base._parameters.get("weight")
     return bool(
-        (weight.requires_grad if weight is not None else not hasattr(base, "stored") and base.weight.requires_grad)
+        (
+            weight.requires_grad
+            if weight is not None
+            else not isinstance(base, StoredLinear) and base.weight.requires_grad
+        )
         or (base.bias is not None and base.bias.requires_grad)
         or base._forward_pre_hooks
         or base._forward_hooks
@@ -287,7 +292,7 @@ def product(
     dropped = draw_dropped(rows.shape, p, rows.device) if p else None
     if backward or p:
         factors = tuple(t.s / (1 - p) for t in operands)
-        makers = tuple(m.base_layer if hasattr(m.base_layer, "stored") else None for m in layers)
+        makers = tuple(m.base_layer if isinstance(m.base_layer, StoredLinear) else None for m in layers)
         outputs = _Product.apply(rows, dropped, plan, factors, makers, *_flatten(operands))
     else:
         with contextlib.nullcontext() if cast is None else torch.autocast(device, enabled=False):

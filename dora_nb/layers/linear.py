@@ -107,6 +107,11 @@ class LoRALinear(_Adapter):
         self.scaling, self.plan, self.shared_input = scaling(alpha, rank, rslora), plan, None
         init_update(self.lora_A, self.lora_B, init)
 
+    @classmethod
+    def parameter_shapes(cls, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
+        "Return the shapes of the layer's own parameters by name, as a file must hold them."
+        return {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
+
     def update(self, x: Tensor) -> Tensor:
         "Return s·BAx, (…, in) → (…, out), in the dtype of `x`."
         return F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scaling
@@ -208,6 +213,11 @@ class DoRALinear(_Scaled):
             raise ValueError(f"dropout_form={dropout_form!r} does not exist; choose one of {', '.join(DROPOUT_FORMS)}")
         self.detach_norm, self.dropout_form = detach_norm, dropout_form
         self.magnitude = nn.Parameter(row_norm(base_layer.weight.detach()))
+
+    @classmethod
+    def parameter_shapes(cls, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
+        "Return the shapes of the layer's own parameters by name, as a file must hold them."
+        return super().parameter_shapes(out_features, in_features, rank) | {"magnitude": (out_features,)}
 
     def plain(self, x: Tensor) -> Tensor:
         "Return the output by the formula, (…, in) → (…, out)."

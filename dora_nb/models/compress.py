@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUANTISERS', 'PRUNERS', 'round_to_nearest', 'on_grid', 'half_quadratic', 'pack_codes', 'unpack_codes',
-           'QuantisedLinear', 'input_norms', 'prune_', 'parse_scheme', 'compress', 'weight_bits']
+           'QuantisedLinear', 'prune_', 'input_norms', 'parse_scheme', 'compress', 'weight_bits']
 
 # %% ../../nbs/3_models/15_compress.ipynb #530b1d6c
 import functools
@@ -15,9 +15,10 @@ import math
 import torch
 import torch.nn.functional as F
 from ..data.rows import collate, encode_item
-from .adapt import find_targets, unreached
-from .methods import NEGLIGIBLE
+from ..layers.stored import StoredLinear
+from .adapt import adapter_state, change_state
 from .scoring import context_length, token_logits
+from .targets import NEGLIGIBLE, find_targets, unreached
 from torch import Tensor, nn
 
 # %% ../../nbs/3_models/15_compress.ipynb #8d18c5b1
@@ -110,7 +111,7 @@ class _Frozen(torch.autograd.Function):
 QUANTISERS = {"rtn": round_to_nearest, "hqq": half_quadratic}
 
 
-class QuantisedLinear(nn.Module):
+class QuantisedLinear(StoredLinear):
     "Apply a frozen linear layer whose weight is stored as codes."
 
     def __init__(
@@ -123,9 +124,7 @@ class QuantisedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         if self.in_features % group:
-            raise ValueError(
-                f"a row of {self.in_features} entries cannot be cut into groups of {group}; choose a divisor"
-            )
+            raise ValueError(f"a row of {self.in_features} entries cannot be cut into groups of {group}")
         codes, step, low = QUANTISERS[method](linear.weight.detach(), bits, group)
         self.bits, self.group, self.method, self.dtype = bits, group, method, linear.weight.dtype
         for name, t in dict(codes=pack_codes(codes, bits), step=step, low=low).items():
@@ -162,35 +161,6 @@ class QuantisedLinear(nn.Module):
         "Return sizes, method and bits for `print`."
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.method}, {self.bits} bits, groups of {self.group}"
 
-# %% ../../nbs/3_models/15_compress.ipynb #e7ccf570
-@torch.no_grad()
-def input_norms(
-    model: nn.Module,  # a causal language model of transformers
-    tokenizer,  # its tokenizer
-    items,  # of a task's train split, as `load_task` gives them
-    layers: dict[str, nn.Module],  # name → linear layer of the model
-) -> dict[str, Tensor]:  # name → (in,), ‖x_j‖₂ over all positions of the items
-    "Return the norm of each input feature of linear layers, over all positions of some items."
-    squares = {
-        name: torch.zeros(layer.in_features, dtype=torch.float32, device=layer.weight.device)
-        for name, layer in layers.items()
-    }
-
-    def add(name, layer, args):
-        "Add a layer's squared inputs; with the name given, this is a hook."
-        squares[name] += args[0].float().flatten(0, -2).square().sum(0)
-
-    hooks = [layer.register_forward_pre_hook(functools.partial(add, name)) for name, layer in layers.items()]
-    longest = min(2048, (context_length(model) or 2048) + 1)  # the last token is not an input
-    try:
-        for item in items:
-            for row in encode_item(tokenizer, item, [item["gold"]], longest)[0]:
-                token_logits(model.eval(), collate([[row]]).to(model.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: s.sqrt() for name, s in squares.items()}
-
 # %% ../../nbs/3_models/15_compress.ipynb #642f69a1
 def prune_(
     linear: nn.Linear,  # (out, in), changed in place
@@ -207,6 +177,33 @@ def prune_(
         below, at = worth < edge, worth == edge
         W.view(worth.shape)[below | at & (at.cumsum(1) <= k - below.sum(1, keepdim=True))] = 0
     linear.pruned = share
+
+# %% ../../nbs/3_models/15_compress.ipynb #e7ccf570
+@torch.no_grad()
+def input_norms(
+    model: nn.Module,  # a causal language model of transformers
+    tokenizer,  # its tokenizer
+    items,  # of a task's train split, as `load_task` gives them
+    layers: dict[str, nn.Module],  # name → linear layer of the model
+) -> dict[str, Tensor]:  # name → (in,), ‖x_j‖₂ over all positions of the items
+    "Return the norm of each input feature of linear layers, over all positions of some items."
+    zeros = lambda layer: torch.zeros(layer.in_features, dtype=torch.float32, device=layer.weight.device)
+    squares = {name: zeros(layer) for name, layer in layers.items()}
+
+    def add(name, layer, args):
+        "Add a layer's squared inputs; with the name given, this is a hook."
+        squares[name] += args[0].float().flatten(0, -2).square().sum(0)
+
+    hooks = [layer.register_forward_pre_hook(functools.partial(add, name)) for name, layer in layers.items()]
+    longest = min(2048, (context_length(model) or 2048) + 1)  # the last token is not an input
+    try:
+        for item in items:
+            for row in encode_item(tokenizer, item, [item["gold"]], longest)[0]:
+                token_logits(model.eval(), collate([[row]]).to(model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: s.sqrt() for name, s in squares.items()}
 
 # %% ../../nbs/3_models/15_compress.ipynb #b5bdca8f
 PRUNERS = ("magnitude", "wanda")
@@ -262,8 +259,8 @@ def compress(
     "Compress the linear layers of a model's blocks; ValueError if too many weights lie elsewhere, RuntimeError if the model is adapted or compressed already."
     method, level = parse_scheme(scheme)
     layers = find_targets(model, "all-linear")
-    before = getattr(model, "dora_nb_config", None) or getattr(model, "dora_nb_compressed", "")
-    if before or any(type(layer) is not nn.Linear for layer in layers.values()):
+    state = adapter_state(model)
+    if state.config or state.compressed or any(type(layer) is not nn.Linear for layer in layers.values()):
         raise RuntimeError("this model is adapted or compressed already; compress it first, and once")
     if method == "wanda" and (tokenizer is None or not items):
         raise ValueError("wanda needs inputs; give compress a tokenizer and some items of the train split")
@@ -276,7 +273,7 @@ def compress(
         else:
             model.set_submodule(name, QuantisedLinear(linear, int(level), method, math.gcd(group, linear.in_features)))
     # stored with a saved adapter: other items give other zeros
-    model.dora_nb_compressed = f"{scheme} on items {_digest(items)}" if method == "wanda" else scheme
+    change_state(model, compressed=f"{scheme} on items {_digest(items)}" if method == "wanda" else scheme)
     return model
 
 # %% ../../nbs/3_models/15_compress.ipynb #28c518c3
@@ -285,6 +282,6 @@ def weight_bits(
 ) -> float:  # bits per entry of the blocks' weights, grids included
     "Return the mean number of bits per entry of the blocks' weights, including those in full precision."
     layers, others = find_targets(model, "all-linear").values(), unreached(model)[0].values()
-    stored = [t for m in layers for t in (m.stored if hasattr(m, "stored") else (m.weight,))] + list(others)
+    stored = [t for m in layers for t in (m.stored if isinstance(m, StoredLinear) else (m.weight,))] + list(others)
     numbers = sum(m.in_features * m.out_features for m in layers) + sum(p.numel() for p in others)
     return sum(8 * t.numel() * t.element_size() for t in stored) / numbers

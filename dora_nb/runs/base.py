@@ -13,7 +13,7 @@ import torch
 from ..data.assets import is_cached, load_model, model_path, outline
 from ..data.sources import HUB_MODELS
 from ..data.tasks import load_task
-from ..models.adapt import find_targets
+from ..models.targets import find_targets
 from ..models.compress import compress, parse_scheme
 from .config import RunConfig
 from .identity import checksums

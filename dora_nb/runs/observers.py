@@ -20,7 +20,8 @@ from ..curvature.probe import check_blocks, probe
 from ..data.tasks import load_task
 from ..files import HERE, read_json, write_json
 from ..layers.decompose import delta_direction, delta_magnitude, row_norm
-from ..models.adapt import adapter_layers, find_targets
+from ..models.adapt import adapter_layers
+from ..models.targets import find_targets
 from ..models.methods import AdapterConfig
 from .config import RunConfig
 from .folder import CURVATURE, GEOMETRY, SCHEMA, say

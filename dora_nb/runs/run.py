@@ -31,7 +31,8 @@ from ..curvature.rank import as_patterns, warm_ranks
 from ..data.assets import load_model
 from ..data.tasks import load_task
 from ..files import check_replaceable, owned, read_json, set_aside, write_json, write_whole
-from ..models.adapt import adapt, can_merge, count_parameters, merge
+from ..models.adapt import adapt, count_parameters
+from ..models.merge import can_merge, merge
 from ..models.adapter_files import load_adapter, save_adapter
 from ..models.methods import AdapterConfig
 from .base import check_model, load_base

@@ -26,7 +26,7 @@ from accelerate.utils import set_seed
 from ..data.rows import Batch, Row
 from ..files import check_replaceable, read_text
 from ..layers.linear import cached_scales
-from ..models.adapt import adapter_layers, trainable_parameters, whole
+from ..models.adapt import adapter_layers, adapter_state, trainable_parameters, whole
 from ..models.scoring import context_length, shares_prompts
 from dora_nb.training.batches import (
     check_differentiable,
@@ -213,7 +213,7 @@ def fitting_step(
 # %% ../../nbs/4_training/21_train.ipynb #b7e21a55
 def _identity(training) -> str:
     "Return a hash of a training's settings, items and frozen weights, a space, and a hash of its starting values."
-    how, adapter = asdict(replace(training.config, batch_tokens=None)), getattr(training.model, "dora_nb_config", None)
+    how, adapter = asdict(replace(training.config, batch_tokens=None)), adapter_state(training.model).config
     frozen = {n: t for n, t in training.model.state_dict().items() if n not in training.params}
     weights = {n: list(p.shape) for n, p in training.params.items()}
     rows = [[row.ids, row.choice] for each in training.rows for row in each]

@@ -23,7 +23,8 @@ from dora_nb.curvature.rank import (
 )
 from dora_nb.data.assets import load_model
 from dora_nb.data.tasks import load_task
-from dora_nb.models.adapt import adapt, adapter_layers, remove_adapter, trainable_parameters
+from dora_nb.models.adapt import adapt, adapter_layers, adapter_state, trainable_parameters
+from dora_nb.models.merge import remove_adapter
 from dora_nb.models.methods import AdapterConfig
 from dora_nb.models.scoring import choice_logprobs, context_length
 from dora_nb.training.batches import encode_items, make_batch, micro_batches
@@ -63,7 +64,7 @@ class Lab:
 
     def fresh(self, rank, seed, pattern=None, targets=TARGETS):
         "The model with a new adapter; α = 2r for every layer, so s = 2 whatever the rank."
-        if getattr(self.model, "dora_nb_config", None):
+        if adapter_state(self.model).config:
             remove_adapter(self.model)
         torch.manual_seed(seed)
         pattern = pattern or {}

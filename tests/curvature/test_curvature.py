@@ -17,7 +17,8 @@ from dora_nb.curvature.probe import item_parts, loss_parts, probe, probe_blocks,
 from dora_nb.data.rows import encode_item, pack
 from dora_nb.data.tasks import load_task
 from dora_nb.layers.linear import DoRALinear, LoRALinear
-from dora_nb.models.adapt import adapt, merge, remove_adapter, trainable_parameters
+from dora_nb.models.adapt import adapt, trainable_parameters
+from dora_nb.models.merge import merge, remove_adapter
 from dora_nb.models.methods import AdapterConfig
 from dora_nb.training.batches import make_batch
 from dora_nb.training.config import TrainConfig

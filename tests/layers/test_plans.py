@@ -18,7 +18,8 @@ import dora_nb.layers.fused
 import dora_nb.layers.linear
 from dora_nb.layers.fused import choose_plan, draw_dropped, resolve_plan
 from dora_nb.layers.linear import DoRALinear, LoRALinear, cached_scales, constant_scale
-from dora_nb.models.adapt import adapt, adapter_layers, merge, remove_adapter, trainable_parameters
+from dora_nb.models.adapt import adapt, adapter_layers, trainable_parameters
+from dora_nb.models.merge import merge, remove_adapter
 from dora_nb.models.methods import AdapterConfig
 
 PLANS = ("factored", "dense")

@@ -15,18 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dora_nb.models.adapt import (
-    adapt,
-    adapter_layers,
-    can_merge,
-    count_parameters,
-    find_targets,
-    merge,
-    remove_adapter,
-    trainable_parameters,
-    unmerge,
-)
-from dora_nb.models.adapter_files import CONFIG, WEIGHTS, load_adapter, save_adapter
+from dora_nb.models.adapt import adapt, adapter_layers, adapter_state, count_parameters, trainable_parameters
+from dora_nb.models.merge import can_merge, merge, remove_adapter, unmerge
+from dora_nb.models.targets import find_targets
+from dora_nb.models.peft_format import CONFIG
+from dora_nb.models.adapter_files import load_adapter, save_adapter
+from dora_nb.models.peft_format import WEIGHTS
 from dora_nb.models.compress import compress
 from dora_nb.models.methods import AdapterConfig
 from dora_nb.models.names import match_names
@@ -42,7 +36,7 @@ def assert_untouched(model, before):
     after = state(model)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[n][0], p) and after[n][1] == g for n, (p, g) in before.items())
-    assert not adapter_layers(model) and not getattr(model, "dora_nb_config", None)
+    assert not adapter_layers(model) and not adapter_state(model).config
 
 
 @pytest.mark.parametrize(
@@ -184,7 +178,7 @@ def test_over_codes_too_a_merged_model_is_a_plain_checkpoint(llama, shake, ids, 
     assert {n for n in unmerge(model).state_dict() if n.endswith("codes")} == codes
     torch.testing.assert_close(model(ids).logits, adapted)
     merge(model, keep_base=False)
-    assert not [n for n in model.state_dict() if n.endswith("codes")] and not model.dora_nb_compressed
+    assert not [n for n in model.state_dict() if n.endswith("codes")] and not adapter_state(model).compressed
 
 
 def test_what_torch_compile_wraps_is_saved_by_its_own_names(llama, shake, ids, tmp_path):
@@ -231,7 +225,9 @@ def test_save_and_load(llama, shake, ids, tmp_path, method):
     again = load_adapter(llama(), tmp_path / "deep" / "folder", dropout=0.1)
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert (
-        again.dora_nb_config.dropout == 0.1 and again.dora_nb_config.rslora and again.dora_nb_config.init == "gaussian"
+        adapter_state(again).config.dropout == 0.1
+        and adapter_state(again).config.rslora
+        and adapter_state(again).config.init == "gaussian"
     )
     merge(model)
     save_adapter(model, tmp_path / "merged")  # what is merged can still be saved
@@ -242,8 +238,8 @@ def test_save_and_load(llama, shake, ids, tmp_path, method):
 def test_what_peft_has_no_field_for_comes_back_too(llama, tmp_path):
     config = AdapterConfig("dora", init="gaussian", detach_norm=False, dropout_form="lowrank", dropout=0.2)
     save_adapter(adapt(llama(), config), tmp_path)
-    assert load_adapter(llama(), tmp_path).dora_nb_config == config
-    assert load_adapter(llama(), tmp_path, detach_norm=True).dora_nb_config.detach_norm
+    assert adapter_state(load_adapter(llama(), tmp_path)).config == config
+    assert adapter_state(load_adapter(llama(), tmp_path, detach_norm=True)).config.detach_norm
     with pytest.raises(ValueError, match="alpha cannot be changed"):
         load_adapter(llama(), tmp_path, alpha=1.0)
 

@@ -11,7 +11,9 @@ from torch import nn
 
 from dora_nb.data.tasks import load_task
 from dora_nb.layers.decompose import row_norm
-from dora_nb.models.adapt import adapt, count_parameters, merge, remove_adapter, unmerge, unreached
+from dora_nb.models.adapt import adapt, adapter_state, count_parameters
+from dora_nb.models.merge import merge, remove_adapter, unmerge
+from dora_nb.models.targets import unreached
 from dora_nb.models.adapter_files import load_adapter, save_adapter
 from dora_nb.models.compress import (
     QuantisedLinear,
@@ -269,7 +271,7 @@ def test_a_mixture_of_experts_is_not_compressed(kind, scheme):
     with pytest.raises(ValueError, match=rf"{part:.0%} of the weights .*'model.layers.0.mlp.experts.gate_up_proj'"):
         compress(model, scheme)
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
-    assert not getattr(model, "dora_nb_compressed", "")
+    assert not adapter_state(model).compressed
 
 
 @pytest.mark.attack("silent error")

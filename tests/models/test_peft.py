@@ -8,8 +8,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from dora_nb.models.adapt import adapt, adapter_layers
-from dora_nb.models.adapter_files import WEIGHTS, load_adapter, save_adapter
+from dora_nb.models.adapt import adapt, adapter_layers, adapter_state
+from dora_nb.models.adapter_files import load_adapter, save_adapter
+from dora_nb.models.peft_format import WEIGHTS
 from dora_nb.models.methods import AdapterConfig
 
 SETTINGS = [
@@ -81,8 +82,8 @@ def test_targets_that_peft_passed_over_are_named(llama, ids, tmp_path):
 
 def test_pefts_dropout_is_gone_on_with(llama, tmp_path):
     shaken_peft(llama(), True, dict(lora_dropout=0.5)).save_pretrained(tmp_path)
-    assert load_adapter(llama(), tmp_path).dora_nb_config.dropout_form == "delta"
-    assert load_adapter(llama(), tmp_path, dropout_form="lowrank").dora_nb_config.dropout_form == "lowrank"
+    assert adapter_state(load_adapter(llama(), tmp_path)).config.dropout_form == "delta"
+    assert adapter_state(load_adapter(llama(), tmp_path, dropout_form="lowrank")).config.dropout_form == "lowrank"
 
 
 def test_a_model_that_does_not_generate(shake, ids, tmp_path):

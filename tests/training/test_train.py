@@ -20,7 +20,8 @@ import dora_nb.training.train
 from dora_nb.data.assets import load_model
 from dora_nb.data.rows import collate
 from dora_nb.data.tasks import load_task
-from dora_nb.models.adapt import adapt, adapter_layers, merge, trainable_parameters
+from dora_nb.models.adapt import adapt, adapter_layers, trainable_parameters
+from dora_nb.models.merge import merge
 from dora_nb.models.methods import AdapterConfig
 from dora_nb.models.scoring import _sees_masked_tokens, context_length, original_length, shares_prompts, token_logprobs
 from dora_nb.training.batches import epoch_batches, micro_batches
