@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import datasets
 import torch
 from ..data.rows import Batch, Row, collate
-from ..data.tasks import check_items
+from ..data.items import check_items
 from .config import TrainConfig
 from .objectives import encode_for
 from torch import Tensor, nn

@@ -12,10 +12,37 @@ from lm_eval.tasks.hellaswag.utils import preprocess, process_docs
 from dora_nb.data.assets import TASK_NAMES, load_items
 from dora_nb.data.rows import collate, encode_item, encode_pair, encode_text, pack
 from dora_nb.data.sources import _hellaswag, clean_hellaswag
-from dora_nb.data.tasks import DEV_ITEMS, TASKS, check_items, format_item, load_task, winogrande_twins
+from dora_nb.data.tasks import DEV_ITEMS, TASKS, format_item, load_task
+from dora_nb.data.items import check_items
+from dora_nb.data.twins import winogrande_twins
 from dora_nb.models.scoring import choice_logprobs, shares_prompts
 
 DEV_TWINS = [46, 47, 48, 49, 150]
+
+
+SHARED = {  # validation items that are also in train or dev: as seen, by letters and digits, by context and right answer
+    "boolq": (0, 4, 4),
+    "hellaswag": (0, 0, 12),
+    "winogrande": (0, 0, 0),
+    "piqa": (1, 2, 4),
+    "social_iqa": (0, 0, 0),
+    "arc_easy": (2, 2, 4),
+    "arc_challenge": (0, 0, 1),
+    "openbookqa": (0, 0, 15),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_what_two_splits_share(name):
+    bare = lambda text: re.sub(r"[^a-z0-9]", "", text.lower())
+    seen = lambda item: (*item["contexts"], *item["continuations"])
+    loosely = lambda item: tuple(map(bare, seen(item)))
+    answered = lambda item: (bare(item["contexts"][item["gold"]]), bare(item["continuations"][item["gold"]]))
+    trained = [item for split in ("train", "dev") for item in load_task(name, split)]
+    held = list(load_task(name, "validation"))
+    shared = [sum(key(item) in known for item in held) for key in (seen, loosely, answered) for known in [set(map(key, trained))]]
+    assert tuple(shared) == SHARED[name]
 
 
 @pytest.mark.parametrize("name", TASK_NAMES)

@@ -614,9 +614,9 @@ def test_what_cannot_be_loaded_here_has_a_way_out(llama, saved, changes):
 @pytest.mark.attack("crash")
 @pytest.mark.parametrize("method", METHODS)
 def test_adapting_is_all_or_nothing(llama, monkeypatch, method):
-    from dora_nb.models import adapt as module
+    from dora_nb.layers import linear as module
 
-    model, made, original = llama(), [], module._new_layer
+    model, made, original = llama(), [], module.init_update
     model.model.layers[0].requires_grad_(False)
     before = state(model)
 
@@ -626,7 +626,7 @@ def test_adapting_is_all_or_nothing(llama, monkeypatch, method):
             raise KeyError("no memory")
         return original(*args)
 
-    monkeypatch.setattr(module, "_new_layer", fail)
+    monkeypatch.setattr(module, "init_update", fail)
     with pytest.raises(KeyError, match="no memory"):
         adapt(model, AdapterConfig(method))
     assert_untouched(model, before)
