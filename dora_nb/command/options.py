@@ -12,12 +12,16 @@ import contextlib
 import dataclasses
 import inspect
 import re
+from ..registry import announced
 
 # %% ../../nbs/8_command/53_options.ipynb #297a2daa
 SOURCE_OPTION = dict(choices=("package", "hub"), default="package")
 
 
-TASK_OPTIONS = ("boolq", "hellaswag", "winogrande", "piqa", "social_iqa", "arc_easy", "arc_challenge", "openbookqa")
+TASK_OPTIONS = (
+    *("boolq", "hellaswag", "winogrande", "piqa", "social_iqa", "arc_easy", "arc_challenge", "openbookqa"),
+    *announced("dora_nb.tasks"),
+)  # as `TASKS`, which takes seconds to import
 
 # %% ../../nbs/8_command/53_options.ipynb #9bb7ca34
 def comments(

@@ -30,6 +30,11 @@ class Method:
     line: dict = field(default_factory=dict, hash=False)  # options of its lines in figures
     trains: bool = True  # False for the base model, which is only evaluated
 
+    @property
+    def has_magnitude(self) -> bool:
+        "Return whether the layer trains a magnitude, as DoRA does."
+        return self.layer is not None and issubclass(self.layer, DoRALinear)
+
 
 METHODS = Registry("method", Method, "dora_nb.methods")
 

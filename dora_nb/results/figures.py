@@ -12,12 +12,11 @@ import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
 import pandas as pd
+from ..models.methods import METHODS
 from .accuracy import cell, column_labels
 from .collect import own_trainings
 from dora_nb.results.labels import (
     ALWAYS,
-    COLORS,
-    LABELS,
     among,
     factors,
     figure_text,
@@ -25,6 +24,7 @@ from dora_nb.results.labels import (
     in_order,
     method_color,
     method_label,
+    method_line,
     parameters,
     place,
     run_labels,
@@ -49,7 +49,7 @@ def plot_accuracy(
     size = (wide * len(panels) + 1, 2.6 + 0.15 * max(0, *(under(t).count("\n") - 1 for t in table.label)))
     fig, axes = plt.subplots(1, len(panels), figsize=size, dpi=110, sharey=True, squeeze=False)
     for ax, (panel, rows) in zip(axes[0], panels.items()):
-        rows = sorted(rows, key=lambda r: among(LABELS, r.method))
+        rows = sorted(rows, key=lambda r: among(METHODS, r.method))
         for x, r in enumerate(rows):
             style = dict(color=method_color(r.method), lw=7, alpha=0.35, solid_capstyle="butt")
             ax.plot([x, x], [100 * r.low, 100 * r.high], **style)
@@ -198,14 +198,14 @@ def plot_learning_curves(
         labels.setdefault(params["method"], {})[label] = None
     fig, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels) + 2.4, 2.6), dpi=110, squeeze=False)
     for ax, (panel, kinds) in zip(axes[0], panels.items()):
-        for (method, label), runs in sorted(kinds.items(), key=lambda kind: among(COLORS, kind[0][0])):
+        for (method, label), runs in sorted(kinds.items(), key=lambda kind: among(METHODS, kind[0][0])):
             own = list(labels[method])
             curves = history[history.run.isin(runs)].pivot(index="step", columns="run", values="loss")
             curves = curves.rolling(max(1, len(curves) // 10), min_periods=1).mean()
             curve, ends = curves.mean(axis=1), (curves.min(axis=1), curves.max(axis=1))
             if len(runs) > 1 and sum(m == method for m, _ in kinds) <= 3:
                 ax.fill_between(curve.index, *ends, color=method_color(method), alpha=0.15, lw=0)
-            style = dict(lw=4, alpha=0.35) if method == "lora" else dict(lw=1.2)  # both show where they agree
+            style = method_line(method)  # both show where they agree
             # paler for earlier kinds, and the same in every panel
             style["alpha"] = style.get("alpha", 1) * (own.index(label) + 1) / len(own)
             words = label if len(own) <= 3 else None

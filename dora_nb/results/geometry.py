@@ -24,6 +24,7 @@ from dora_nb.results.labels import (
     CALIBRATION,
     factors,
     figure_text,
+    has_magnitude,
     ignored,
     in_order,
     method_color,
@@ -149,7 +150,7 @@ def geometry_table(
                 "paper's correlation": f"{PAPER_CORRELATIONS[method]:+.2f}" if method in PAPER_CORRELATIONS else "–",
                 **looks,
                 "ΔM ÷ a random step's": f"{end.of_step.median():.2f}",
-                "ΔM ÷ a random walk's": f"{end.of_walk.median():.2f}" if method == "dora" else "–",
+                "ΔM ÷ a random walk's": f"{end.of_walk.median():.2f}" if has_magnitude(method) else "–",
             }
         )
     return pd.DataFrame(table)

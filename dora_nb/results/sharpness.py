@@ -12,13 +12,14 @@ import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
 import pandas as pd
+from ..data.tasks import TASKS
 from .collect import own_trainings
 from dora_nb.results.labels import (
-    TASK_LABELS,
     among,
     factors,
     figure_text,
     method_color,
+    method_line,
     parameters,
     place,
     run_labels,
@@ -32,7 +33,7 @@ def curvature_rows(
 ) -> pd.DataFrame:  # a row per run and probe that succeeded, with the probe itself in `probe`
     "Return the probes with the parameters of their runs."
     keys, names = ("task", "method", "rank", "seed", "eval_split", "learning_rate"), factors(results)
-    order = lambda r: (among(TASK_LABELS, r["params"]["task"]), place(parameters(r), names), r["params"]["seed"])
+    order = lambda r: (among(TASKS, r["params"]["task"]), place(parameters(r), names), r["params"]["seed"])
     each = sorted(own_trainings(results), key=order)
     rows = [
         {k: r["params"][k] for k in keys} | {"label": label, "at": p["at"], "step": p["step"], "probe": p}
@@ -83,7 +84,7 @@ def _lines(rows: pd.DataFrame):
     "Yield the rows, line style and label of every run of a task. Earlier kinds of a method are paler; a label is given once."
     given, kinds = set(), {m: list(dict.fromkeys(labels)) for m, labels in rows.groupby("method").label}
     for (label, method, _), group in rows.groupby(["label", "method", "seed"], sort=False):
-        style = dict(lw=4, alpha=0.35) if method == "lora" else dict(lw=1.2, alpha=1)  # both show where they agree
+        style = {"alpha": 1} | method_line(method)  # both show where they agree
         style["alpha"] *= (kinds[method].index(label) + 1) / len(kinds[method])
         yield (
             group.sort_values("step"),

@@ -17,6 +17,7 @@ from dora_nb.results.labels import (
     ALWAYS,
     FROM_FILE,
     factors,
+    has_adapter,
     in_order,
     kind,
     markdown_text,
@@ -88,7 +89,7 @@ def _dev_cuts(params: list[dict]) -> str:
 def _training_extras(params: list[dict], trained: list[dict]) -> str:
     "Return settings of the training that are mentioned only where they are unusual."
     mixed = sorted({p["mixture"] for p in params if p["mixture"]})
-    allocated = {p["allocate"] or "the same everywhere" for p in params if p["method"] in ("lora", "dora")}
+    allocated = {p["allocate"] or "the same everywhere" for p in params if has_adapter(p["method"])}
     formats = _listed(trained, "format")
     more = [f"format {_words(formats)}"] if formats != ["cloze"] else []
     more += [f"trained together: {'; '.join(mixed)}"] if mixed else []

@@ -22,7 +22,7 @@ from ..files import HERE, read_json, write_json
 from ..layers.decompose import delta_direction, delta_magnitude, row_norm
 from ..models.adapt import adapter_layers
 from ..models.targets import find_targets
-from ..models.methods import AdapterConfig
+from ..models.methods import AdapterConfig, METHODS
 from .config import RunConfig
 from .folder import CURVATURE, GEOMETRY, SCHEMA, say
 from .identity import run_name
@@ -75,7 +75,7 @@ def curvature_observer(config: RunConfig, model, tokenizer, run_dir: Path) -> Ca
     "Return a function that records the curvature at three steps of a training: ValueError if a block is impossible."
     where = dict(source=config.source, dev_cut=config.dev_cut)
     items = load_task(config.task, "dev", config.format, config.probe_items, **where)
-    wanted = [b for b in split_blocks(config.probe_blocks) if (b, config.method) != ("m", "lora")]  # LoRA has no m
+    wanted = [b for b in split_blocks(config.probe_blocks) if b != "m" or METHODS[config.method].has_magnitude]
     check_blocks(model, wanted)
     device = next(model.parameters()).device
     points = read_points(run_dir / CURVATURE)

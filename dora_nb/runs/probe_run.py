@@ -28,7 +28,7 @@ class ProbeConfig:
     "Describe a probe of a saved adapter. Every value is checked on construction: ValueError."
 
     adapter: str = ""  # the folder of an adapter, saved by this package or by PEFT
-    task: str = "winogrande"  # a name in `TASK_NAMES`, for instance boolq or hellaswag
+    task: str = "winogrande"  # a name in `TASKS`, for instance boolq or hellaswag
     model: str = "smollm2-135m-instruct"  # a model of this package, a local folder, or a Hub id
     source: str = "package"  # where the package's model and the data come from: package or hub
     compress: str = ""  # compression of the adapter's base model: rtn-4, hqq-3, …; none if empty

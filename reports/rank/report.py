@@ -12,7 +12,7 @@ from scipy import stats
 
 from benchmarks.common import table
 from dora_nb.results.accuracy import mean_interval
-from dora_nb.results.labels import TASK_LABELS
+from dora_nb.results.labels import task_label
 from reports.rank.factors import off
 from reports.rank.rank import CUTS, NARROW, WIDE
 
@@ -222,7 +222,7 @@ def factors(path):
     by = {kind: said.format(*off(rows, kind)) for kind in ("factors", "unscaled")}
     return [
         "## How far off are Kronecker factors?",
-        f"What a layer's update is worth in the local model of the loss, ½ ΔW·G·ΔW with its own Gauss-Newton matrix G, in nats: exactly, by Kronecker factors that were given G's trace (`update_metrics`), and by the factors as they come. LoRA of rank {o['rank']} after {o['train_items']} items of {TASK_LABELS[o['task']]} in batches of 8, {o['items']} dev items, {len(rows)} layers; {where['count']} {where['unit']} of {where['device']}.",
+        f"What a layer's update is worth in the local model of the loss, ½ ΔW·G·ΔW with its own Gauss-Newton matrix G, in nats: exactly, by Kronecker factors that were given G's trace (`update_metrics`), and by the factors as they come. LoRA of rank {o['rank']} after {o['train_items']} items of {task_label(o['task'])} in batches of 8, {o['items']} dev items, {len(rows)} layers; {where['count']} {where['unit']} of {where['device']}.",
         table(shown, found["columns"]),
         f"With the trace: {by['factors']}. Without: {by['unscaled']}. At layer 11's down projection the first token's input is 550 times as long as any other, and its gradient is not. What is above was measured on q and v, without the trace.",
     ]

@@ -25,8 +25,8 @@ from dora_nb.curvature.rank import (
 )
 from dora_nb.data.rows import Row, collate
 from dora_nb.models.adapt import adapt, adapter_layers, trainable_parameters
-from dora_nb.models.merge import merge
 from dora_nb.models.adapter_files import load_adapter, save_adapter
+from dora_nb.models.merge import merge
 from dora_nb.models.methods import AdapterConfig
 
 TARGETS = ("q_proj", "v_proj", "down_proj")

@@ -25,8 +25,8 @@ from dora_nb.data import cache as caching
 from dora_nb.data.assets import data_digest, fetch, load_items, load_model, model_digest, model_path, outline
 from dora_nb.data.cache import FetchError, Wheel, build, download, manifest
 from dora_nb.models.adapt import adapt
-from dora_nb.models.merge import merge
 from dora_nb.models.adapter_files import save_adapter
+from dora_nb.models.merge import merge
 from dora_nb.models.methods import AdapterConfig
 from dora_nb.runs.base import check_model
 from dora_nb.runs.config import RunConfig

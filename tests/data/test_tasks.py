@@ -10,10 +10,10 @@ from datasets import Dataset
 from lm_eval.tasks.hellaswag.utils import preprocess, process_docs
 
 from dora_nb.data.assets import TASK_NAMES, load_items
+from dora_nb.data.items import check_items
 from dora_nb.data.rows import collate, encode_item, encode_pair, encode_text, pack
 from dora_nb.data.sources import _hellaswag, clean_hellaswag
 from dora_nb.data.tasks import DEV_ITEMS, TASKS, format_item, load_task
-from dora_nb.data.items import check_items
 from dora_nb.data.twins import winogrande_twins
 from dora_nb.models.scoring import choice_logprobs, shares_prompts
 
@@ -41,7 +41,11 @@ def test_what_two_splits_share(name):
     answered = lambda item: (bare(item["contexts"][item["gold"]]), bare(item["continuations"][item["gold"]]))
     trained = [item for split in ("train", "dev") for item in load_task(name, split)]
     held = list(load_task(name, "validation"))
-    shared = [sum(key(item) in known for item in held) for key in (seen, loosely, answered) for known in [set(map(key, trained))]]
+    shared = [
+        sum(key(item) in known for item in held)
+        for key in (seen, loosely, answered)
+        for known in [set(map(key, trained))]
+    ]
     assert tuple(shared) == SHARED[name]
 
 

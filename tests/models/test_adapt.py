@@ -16,14 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dora_nb.models.adapt import adapt, adapter_layers, adapter_state, count_parameters, trainable_parameters
-from dora_nb.models.merge import can_merge, merge, remove_adapter, unmerge
-from dora_nb.models.targets import find_targets
-from dora_nb.models.peft_format import CONFIG
 from dora_nb.models.adapter_files import load_adapter, save_adapter
-from dora_nb.models.peft_format import WEIGHTS
 from dora_nb.models.compress import compress
+from dora_nb.models.merge import can_merge, merge, remove_adapter, unmerge
 from dora_nb.models.methods import AdapterConfig
 from dora_nb.models.names import match_names
+from dora_nb.models.peft_format import CONFIG, WEIGHTS
+from dora_nb.models.targets import find_targets
 
 METHODS = ("lora", "dora")
 

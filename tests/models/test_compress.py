@@ -12,8 +12,6 @@ from torch import nn
 from dora_nb.data.tasks import load_task
 from dora_nb.layers.decompose import row_norm
 from dora_nb.models.adapt import adapt, adapter_state, count_parameters
-from dora_nb.models.merge import merge, remove_adapter, unmerge
-from dora_nb.models.targets import unreached
 from dora_nb.models.adapter_files import load_adapter, save_adapter
 from dora_nb.models.compress import (
     QuantisedLinear,
@@ -25,7 +23,9 @@ from dora_nb.models.compress import (
     round_to_nearest,
     weight_bits,
 )
+from dora_nb.models.merge import merge, remove_adapter, unmerge
 from dora_nb.models.methods import AdapterConfig
+from dora_nb.models.targets import unreached
 from dora_nb.runs.config import RunConfig
 from dora_nb.runs.folder import RESULT
 from dora_nb.runs.identity import run_id

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from dora_nb.models.adapt import adapt, adapter_layers, adapter_state
 from dora_nb.models.adapter_files import load_adapter, save_adapter
-from dora_nb.models.peft_format import WEIGHTS
 from dora_nb.models.methods import AdapterConfig
+from dora_nb.models.peft_format import WEIGHTS
 
 SETTINGS = [
     dict(),

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_nb.data.assets import load_model
 from dora_nb.layers.decompose import decompose
-from dora_nb.models.merge import merge
 from dora_nb.models.adapter_files import load_adapter
+from dora_nb.models.merge import merge
 from dora_nb.runs.config import RunConfig, config_from
 from dora_nb.runs.folder import GEOMETRY, HISTORY, PREDICTIONS, RANKS, RESULT
 from dora_nb.runs.grid import load_grid, run_grid

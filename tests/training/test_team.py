@@ -22,8 +22,8 @@ import dora_nb.runs.grid
 import dora_nb.training.distributed
 from dora_nb.data.assets import load_model
 from dora_nb.data.tasks import load_task
-from dora_nb.models.merge import merge
 from dora_nb.models.adapter_files import load_adapter
+from dora_nb.models.merge import merge
 from dora_nb.runs.config import RunConfig
 from dora_nb.runs.engines import Local
 from dora_nb.runs.execute import DIED
