@@ -79,7 +79,11 @@ def _check_together(config):
         raise ValueError(
             f"checkpoint_seconds={config.checkpoint_seconds} and geometry={config.geometry} must be at least 0"
         )
-    tasks = trained_tasks(config)
+    method, tasks = METHODS[config.method], trained_tasks(config)
+    if method.layer is not None and method.peft is None:
+        raise ValueError(
+            f"method={config.method!r} cannot be run, as its adapters cannot be saved: PEFT has no such method"
+        )
     if wrong := [t for t in tasks if t not in TASKS]:
         raise ValueError(f"mixture: {wrong[0]!r} is not a task; choose from {', '.join(TASKS)}")
     if wrong := [t for t in tasks if tasks.count(t) > 1]:
