@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -210,7 +211,9 @@ def test_a_process_that_imports_nothing_of_the_package_knows_both(package):
     assert done.stdout.startswith("sums-pissa-r2-s0-"), done.stderr
 
 
-@pytest.mark.parametrize("old,new,label", [("dora", "renamed", "| renamed |"), ("winogrande", "gone", "gone (n = ")])
+@pytest.mark.parametrize(
+    "old,new,label", [("dora", "renamed", r"\| renamed +\|"), ("winogrande", "gone", r"gone \(n = ")]
+)
 def test_a_stored_result_keeps_a_plain_label(tmp_path, old, new, label):
     "A report was made with a method or a task that is not installed here."
     page = shutil.copytree(QUICK, tmp_path / "page")
@@ -218,7 +221,7 @@ def test_a_stored_result_keeps_a_plain_label(tmp_path, old, new, label):
     for result in stored["results"]:
         result["params"] |= {k: new for k, v in result["params"].items() if v == old and k in ("task", "method")}
     (page / RESULTS).write_text(json.dumps(stored))
-    assert label in render(page).read_text()
+    assert re.search(label, render(page).read_text())
 
 
 class Thing:
