@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..layers.dora import DROPOUT_FORMS
-from ..layers.fused import PLANS
 from ..layers.lora import INITS
+from ..layers.plans import PLANS
 from .names import LONGEST, MOST, shorten, expressions, match_names
 
 # %% ../../nbs/3_models/12_methods.ipynb #780ed42c
