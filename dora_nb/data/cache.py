@@ -17,7 +17,6 @@ from pathlib import Path
 import psutil
 from dora_nb.files import (
     MARKER,
-    Lock,
     check_writable,
     child_environment,
     claim,
@@ -27,6 +26,7 @@ from dora_nb.files import (
     write_json,
     writer_of,
 )
+from ..locks import Lock
 
 # %% ../../nbs/2_data/05_cache.ipynb #1ca614f1
 class FetchError(RuntimeError):

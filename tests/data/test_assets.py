@@ -19,7 +19,7 @@ import transformers
 from filelock import SoftFileLock
 from safetensors.torch import load_file, save_file
 
-from dora_nb import files
+from dora_nb import files, locks
 from dora_nb.data import assets, sources
 from dora_nb.data import cache as caching
 from dora_nb.data.assets import data_digest, fetch, load_items, load_model, model_digest, model_path, outline
@@ -419,8 +419,8 @@ def test_a_lock_of_a_dead_host_does_not_last(cache, monkeypatch, capfd):
     "Where the file system has no locks, the lock is a file, and stays when its host dies."
     cache.mkdir()
     (cache / ".x.lock").write_text("1\nanother-host\n")
-    monkeypatch.setattr(files, "FileLock", SoftFileLock)
-    monkeypatch.setattr(files, "STALE", 0.3)
+    monkeypatch.setattr(locks, "FileLock", SoftFileLock)
+    monkeypatch.setattr(locks, "STALE", 0.3)
     build(cache / "x", "toy", lambda folder: (folder / "a").write_text("new"))
     assert manifest(cache / "x") and "waiting for another process" in capfd.readouterr().err
 
