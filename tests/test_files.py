@@ -11,11 +11,10 @@ import pytest
 from filelock import SoftFileLock
 from torch.distributed.run import get_args_parser
 
-from dora_nb import files
+from dora_nb import files, locks
 from dora_nb.files import (
     HERE,
     MARKER,
-    Lock,
     check_file,
     check_replaceable,
     check_writable,
@@ -30,6 +29,7 @@ from dora_nb.files import (
     write_json,
     write_whole,
 )
+from dora_nb.locks import Lock
 
 
 def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
@@ -186,7 +186,7 @@ def without_flock(monkeypatch):
 
 @pytest.mark.attack("hang")
 def test_a_lock_of_a_dead_host_does_not_last(tmp_path, without_flock, monkeypatch):
-    monkeypatch.setattr(files, "STALE", 0.3)
+    monkeypatch.setattr(locks, "STALE", 0.3)
     (tmp_path / ".lock").write_text("4711\nanother-host\n1\n")
     os.utime(tmp_path / ".lock", (1, 1))  # days old
     lock, waited = Lock(tmp_path / ".lock"), []
@@ -198,7 +198,7 @@ def test_a_lock_of_a_dead_host_does_not_last(tmp_path, without_flock, monkeypatc
 def test_a_lock_that_is_held_is_not_taken(tmp_path, without_flock, monkeypatch):
     "Its holder touches it, however long it works; a waiter counts from the last touch, by its own clock."
     now = [0.0]
-    monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=lambda: now[0]))
     one, two = Lock(tmp_path / ".lock"), Lock(tmp_path / ".lock")
     one.acquire()
     for passed, touched, free in (
@@ -216,7 +216,7 @@ def test_a_lock_that_is_held_is_not_taken(tmp_path, without_flock, monkeypatch):
 
 
 def test_the_holder_of_a_lock_touches_it(tmp_path, without_flock, monkeypatch):
-    monkeypatch.setattr(files, "BEAT", 0.01)
+    monkeypatch.setattr(locks, "BEAT", 0.01)
     with Lock(tmp_path / ".lock"):
         os.utime(tmp_path / ".lock", (1, 1))
         while (tmp_path / ".lock").stat().st_mtime == 1:

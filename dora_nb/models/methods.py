@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
 from ..layers.dora import DROPOUT_FORMS
-from ..layers.fused import PLANS
+from ..layers.plans import PLANS
 from ..layers.linear import DoRALinear, LoRALinear
 from ..layers.lora import INITS
 from .names import LONGEST, MOST, shorten, expressions, match_names

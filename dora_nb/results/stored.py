@@ -23,17 +23,8 @@ from typing import NamedTuple
 
 import pandas as pd
 import pyarrow as pa
-from dora_nb.files import (
-    Lock,
-    check_file,
-    check_replaceable,
-    owned,
-    read_json,
-    read_text,
-    sha256,
-    write_json,
-    write_whole,
-)
+from ..locks import Lock
+from ..files import check_file, check_replaceable, owned, read_json, read_text, sha256, write_json, write_whole
 from ..files import sweep as remove_temporary
 from .labels import factors, parameters
 from ..runs.config import RunConfig

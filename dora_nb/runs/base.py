@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from ..data.assets import is_cached, load_model, model_path, outline
-from ..data.sources import HUB_MODELS
+from ..data.weights import HUB_MODELS
 from ..data.tasks import load_task
 from ..models.targets import find_targets
 from ..models.compress import compress, parse_scheme

@@ -18,7 +18,7 @@ from ..curvature.rank import WAYS
 from ..data.assets import SOURCES
 from ..data.tasks import DEV_CUTS, FORMATS, SPLITS, TASKS
 from ..files import read_json
-from ..layers.fused import PLANS
+from ..layers.plans import PLANS
 from ..models.compress import parse_scheme
 from ..models.methods import METHODS, AdapterConfig
 from ..training.config import OVER_CHOICES, PRECISIONS, TrainConfig, check_seed

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
-from ..files import Lock, child_environment, claim
+from ..files import child_environment, claim
+from ..locks import Lock
 from .config import RunConfig
 from .execute import DIED, RAISED, STOPPED
 from .folder import ERROR, LOG, say

@@ -23,7 +23,8 @@ import datasets
 import psutil
 import torch
 import transformers
-from ..files import Lock, check_claim, check_file, claim, read_json, sha256, sweep, writer_of
+from ..files import check_claim, check_file, claim, read_json, sha256, sweep, writer_of
+from ..locks import Lock
 from .config import RunConfig
 from .identity import names_of, run_name
 

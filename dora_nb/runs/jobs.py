@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
 import torch
-from ..files import HERE, Lock, check_claim, check_file, check_own, claim, python_command, write_json, write_whole
+from ..files import HERE, check_claim, check_file, check_own, claim, python_command, write_json, write_whole
+from ..locks import Lock
 from .config import RunConfig
 from .folder import CHECKPOINTS, ERROR, LOG, RESULT, read_result
 from .identity import training_id

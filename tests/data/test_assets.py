@@ -19,9 +19,10 @@ import transformers
 from filelock import SoftFileLock
 from safetensors.torch import load_file, save_file
 
-from dora_nb import files
+from dora_nb import files, locks
 from dora_nb.data import assets, sources
 from dora_nb.data import cache as caching
+from dora_nb.data import weights as converting
 from dora_nb.data.assets import data_digest, fetch, load_items, load_model, model_digest, model_path, outline
 from dora_nb.data.cache import FetchError, Wheel, build, download, manifest
 from dora_nb.models.adapt import adapt
@@ -315,16 +316,16 @@ def test_conversion_does_not_trust_the_tokenizer_of_a_gguf_file(tmp_path, smollm
     model, tokenizer = smollm
     other = copy.deepcopy(tokenizer)
     other.eos_token, other.pad_token = "<|im_start|>", None
-    monkeypatch.setattr(sources, "whole_model", lambda *a, **k: model)
-    monkeypatch.setattr(sources.transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: other)
+    monkeypatch.setattr(converting, "whole_model", lambda *a, **k: model)
+    monkeypatch.setattr(converting.transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: other)
     monkeypatch.setattr(model, "save_pretrained", lambda folder: None)
-    sources.convert_model(tmp_path / "model.gguf", tmp_path / "out")
+    converting.convert_model(tmp_path / "model.gguf", tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert (saved["eos_token"], saved["pad_token"]) == ("<|im_end|>", "<|im_end|>")
     monkeypatch.setattr(model.config, "eos_token_id", [2, 0])  # as many configurations have them
     monkeypatch.setattr(model.config, "pad_token_id", None)
     other.eos_token, other.pad_token = "<|im_start|>", None
-    sources.convert_model(tmp_path / "model.gguf", tmp_path / "more")
+    converting.convert_model(tmp_path / "model.gguf", tmp_path / "more")
     saved = json.loads((tmp_path / "more" / "tokenizer_config.json").read_text())
     assert (saved["eos_token"], saved.get("pad_token")) == ("<|im_end|>", None)
 
@@ -420,8 +421,8 @@ def test_a_lock_of_a_dead_host_does_not_last(cache, monkeypatch, capfd):
     "Where the file system has no locks, the lock is a file, and stays when its host dies."
     cache.mkdir()
     (cache / ".x.lock").write_text("1\nanother-host\n")
-    monkeypatch.setattr(files, "FileLock", SoftFileLock)
-    monkeypatch.setattr(files, "STALE", 0.3)
+    monkeypatch.setattr(locks, "FileLock", SoftFileLock)
+    monkeypatch.setattr(locks, "STALE", 0.3)
     build(cache / "x", "toy", lambda folder: (folder / "a").write_text("new"))
     assert manifest(cache / "x") and "waiting for another process" in capfd.readouterr().err
 
@@ -598,7 +599,7 @@ def test_an_adapter_is_no_model(save, tmp_path):
 def ours(cache, save, monkeypatch):
     "Our own packaged model, as if it had been fetched into an empty cache."
     folder = cache / "package" / "smollm2-135m-instruct"
-    build(folder, assets.origin_of(sources.MODEL_WHEEL), lambda f: shutil.copytree(save(), f, dirs_exist_ok=True))
+    build(folder, assets.origin_of(converting.MODEL_WHEEL), lambda f: shutil.copytree(save(), f, dirs_exist_ok=True))
     return folder
 
 
@@ -727,7 +728,7 @@ def test_a_model_of_the_hub_is_loaded_and_hashed_from_its_snapshot(hub, save):
     assert model_path("somebody/model") == str(snapshot) and model_digest("somebody/model") == model_digest(str(folder))
     ids = torch.arange(9)[None]
     assert torch.equal(load_model("somebody/model")[0](ids).logits, load_model(str(folder))[0](ids).logits)
-    hub(sources.HUB_MODELS["smollm2-135m-instruct"], folder)
+    hub(converting.HUB_MODELS["smollm2-135m-instruct"], folder)
     assert model_digest("smollm2-135m-instruct", "hub") == model_digest(str(folder))
 
 

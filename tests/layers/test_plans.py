@@ -14,10 +14,10 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import dora_nb.layers.fused
 import dora_nb.layers.linear
-from dora_nb.layers.fused import choose_plan, draw_dropped, resolve_plan
+import dora_nb.layers.plans
 from dora_nb.layers.linear import DoRALinear, LoRALinear, cached_scales, constant_scale
+from dora_nb.layers.plans import choose_plan, draw_dropped, resolve_plan
 from dora_nb.models.adapt import adapt, adapter_layers, trainable_parameters
 from dora_nb.models.merge import merge, remove_adapter
 from dora_nb.models.methods import AdapterConfig
@@ -60,11 +60,11 @@ def test_dropout_is_the_formula_with_the_mask_that_was_drawn(cls, monkeypatch):
     layer, x, dy = make(cls, dropout=0.4).train(), torch.randn(6, 8, dtype=torch.float64), torch.randn(6, 12).double()
     dropped = draw_dropped(x.shape, 0.4, x.device)
     keep = torch.ones(48, dtype=torch.float64).index_fill(0, dropped, 0).view(6, 8) / 0.6
-    monkeypatch.setattr(dora_nb.layers.fused, "draw_dropped", lambda shape, p, device: dropped)
+    monkeypatch.setattr(dora_nb.layers.plans, "draw_dropped", lambda shape, p, device: dropped)
     got = results(layer, "auto", x, dy)
     layer.dropout.forward = lambda x: x * keep
     torch.testing.assert_close(got, results(layer, "plain", x, dy))
-    monkeypatch.setattr(dora_nb.layers.fused, "draw_dropped", lambda *_: keep == 0)  # as on a GPU
+    monkeypatch.setattr(dora_nb.layers.plans, "draw_dropped", lambda *_: keep == 0)  # as on a GPU
     torch.testing.assert_close(results(layer, "auto", x, dy), got)
     assert layer.eval().drops() == 0
 
