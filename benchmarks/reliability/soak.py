@@ -17,9 +17,10 @@ from benchmarks.common import arguments, finish, resident
 from dora_nb.data.assets import load_model
 from dora_nb.files import write_json
 from dora_nb.runs.folder import load
-from dora_nb.runs.grid import load_grid, run_grid
+from dora_nb.runs.grid import load_grid
 from dora_nb.runs.identity import run_name
 from dora_nb.runs.jobs import notebook
+from dora_nb.runs.launcher import run_grid
 from dora_nb.runs.progress import ProgressBoard
 
 GRID = """
@@ -88,9 +89,9 @@ def main():
         model = tiny_model(folder / "model")
         few = grid_file(folder, model, range(1000, 1000 + options.bare))
         each = [bare(few, folder / "before", options.workers) / options.bare]
-        import dora_nb.runs.grid
+        import dora_nb.runs.launcher
 
-        dora_nb.runs.grid.ProgressBoard = Watch
+        dora_nb.runs.launcher.ProgressBoard = Watch
         began = time.perf_counter()
         made = run_grid(grid_file(folder, model, range(options.runs)), folder, workers=options.workers)
         ours = (time.perf_counter() - began) / options.runs

@@ -12,70 +12,28 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
-from dora_nb.command.commands import (
-    evaluate_command,
-    evaluate_options,
-    fetch_command,
-    fetch_options,
-    probe_command,
-    probe_options,
-    ranks_command,
-    ranks_options,
-    report_command,
-    report_options,
-    run_command,
-    run_options,
-    train_command,
-    train_options,
-)
+from .commands import MODEL_COMMANDS
+from .grid_commands import GRID_COMMANDS
 from .options import WrongUsage
 
 from .. import __version__
 
-# %% ../../nbs/8_command/55_main.ipynb #1f7e2bd7
-COMMANDS = {
-    "fetch": (
-        fetch_command,
-        fetch_options,
-        "Bring the model and the data into the cache ($DORA_NB_CACHE, or ~/.cache/dora_nb): about 240 MB to download, 560 MB on disk.",
-    ),
-    "train": (train_command, train_options, "Train and evaluate one run; prints its metrics as JSON."),
-    "evaluate": (
-        evaluate_command,
-        evaluate_options,
-        "Evaluate a model, with or without an adapter, on the items of a task; prints a JSON summary.",
-    ),
-    "probe": (
-        probe_command,
-        probe_options,
-        "Measure the curvature of the loss around a saved adapter: eigenvalues of its Hessian, and its Gauss-Newton spectrum by layer.",
-    ),
-    "ranks": (
-        ranks_command,
-        ranks_options,
-        "Cut a trained adapter to a budget of parameters, layer by layer; saves the smaller adapter, and rank_pattern and alpha_pattern for PEFT.",
-    ),
-    "run": (run_command, run_options, "Execute the missing runs of a grid."),
-    "report": (
-        report_command,
-        report_options,
-        "Gather the runs of an experiment and make its page. On a report's folder, make its page again; on a folder of reports, make all pages and an overview.",
-    ),
-}
+# %% ../../nbs/8_command/55_main.ipynb #43441e29
+COMMANDS = MODEL_COMMANDS | GRID_COMMANDS
 
 # %% ../../nbs/8_command/55_main.ipynb #96fea925
 def parser(
     command: str | None = None,  # name of the requested command; only its options are added
 ) -> argparse.ArgumentParser:
     "Return the argument parser of `dora-nb`."
-    top = argparse.ArgumentParser(
-        "dora-nb", description="Adapt a language model with LoRA or DoRA, measure it, and compare."
-    )
+    about = "Adapt a language model with LoRA or DoRA, measure it, and compare."
+    top = argparse.ArgumentParser("dora-nb", description=about)
     top.add_argument("--version", action="version", version=__version__)
     sub = top.add_subparsers(dest="command", required=True)
-    for name, (function, options, text) in COMMANDS.items():
-        p = sub.add_parser(name, help=text, description=text)
+    for name, (function, options) in COMMANDS.items():
+        p = sub.add_parser(name, help=function.__doc__, description=function.__doc__)
         p.set_defaults(function=function)
         if name == command:
             options(p)
@@ -93,14 +51,13 @@ class _Stream:
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
-    def _try(self, do, *args):
+    def _try(self, do: Callable, *args):
         try:
             do(*args)
         except BrokenPipeError:
             self.lost = True
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
-            os.close(nowhere)
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
 
     def write(self, text: str) -> int:
         self._try(self.stream.write, text)
@@ -109,27 +66,43 @@ class _Stream:
     def flush(self):
         self._try(self.stream.flush)
 
+# %% ../../nbs/8_command/55_main.ipynb #e1804441
+_OF_FILES = {"SafetensorError", "UnpicklingError", "ArrowException"}
+
+
+def _damaged(e: Exception, args: argparse.Namespace) -> str:
+    "Return a message that names the files which a library failed to read."
+    given = [f"{k} {v}" for k in ("model", "adapter", "runs", "grid") if (v := getattr(args, k, ""))]
+    more = "" if "Unpickling" in type(e).__name__ else f": {str(e).splitlines()[0] if str(e) else ''}"
+    return f"a file of {', '.join(given) or 'the cache'} is damaged, or of another kind ({type(e).__name__}{more})"
+
 # %% ../../nbs/8_command/55_main.ipynb #38ebbd00
-_OF_FILES = {"SafetensorError", "UnpicklingError", "ArrowException"}  # by name, as their libraries may not be imported
-
-
 def _in_words(e: Exception, args: argparse.Namespace) -> str:
     "Return a one-line message for an expected error; empty for one that only a bug can raise."
     if "No space left" in str(e) or "os error 28" in str(e):
         return f"the disk is full ({e})"
     if _OF_FILES & {c.__name__ for c in type(e).__mro__}:
-        given = [f"{k} {v}" for k in ("model", "adapter", "runs", "grid") if (v := getattr(args, k, ""))]
-        more = "" if "Unpickling" in type(e).__name__ else f": {str(e).splitlines()[0] if str(e) else ''}"
-        return (
-            f"a file of {', or '.join(given) or 'the cache'} is damaged, or of another kind ({type(e).__name__}{more})"
-        )
+        return _damaged(e, args)
     if isinstance(e, MemoryError):
         return "there is not enough memory"
     if isinstance(e, ImportError):
         return f"{e}; a package is missing or damaged, so install dora_nb again"
-    return (
-        (str(e) or type(e).__name__) if isinstance(e, (ValueError, RuntimeError, OSError, FloatingPointError)) else ""
-    )
+    expected = isinstance(e, (ValueError, RuntimeError, OSError, FloatingPointError))
+    return (str(e) or type(e).__name__) if expected else ""
+
+# %% ../../nbs/8_command/55_main.ipynb #d30d750f
+@contextlib.contextmanager
+def _handling(interrupt: Callable):
+    "Call a function on SIGINT, inside, unless the signal has another handler already."
+    main = threading.current_thread() is threading.main_thread()  # only this thread may handle signals
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # %% ../../nbs/8_command/55_main.ipynb #b3a1c906
 @contextlib.contextmanager
@@ -141,21 +114,13 @@ def _interruptible():
         came.append(True)
         raise KeyboardInterrupt
 
-    main = threading.current_thread() is threading.main_thread()  # only this thread may handle signals
-    ours = (
-        main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )  # it may be ignored, for instance by nohup
-    if ours:
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield came
-    except Exception:
-        if came:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    with _handling(interrupt):
+        try:
+            yield came
+        except Exception:
+            if came:
+                raise KeyboardInterrupt from None
+            raise
 
 # %% ../../nbs/8_command/55_main.ipynb #901fd676
 def _status(argv: list[str]) -> int:

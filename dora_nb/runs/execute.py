@@ -117,9 +117,7 @@ def _stop_with(parent: int):
 
 # %% ../../nbs/6_runs/36_execute.ipynb #9b6197a1
 def main(
-    argv: list[
-        str
-    ],  # the notebook, its parameters, the executed notebook, a file for an error, the parent's process id
+    argv: list[str],  # the notebook, its parameters, the executed notebook, a file for an error, the parent's id
 ) -> int:  # exit status
     "Execute a notebook as a program: `python -m dora_nb.runs.execute NOTEBOOK PARAMS.json OUT.ipynb ERROR.json PID`."
     notebook, params, out, error, parent = argv

@@ -18,46 +18,37 @@ from .config import RunConfig
 from .folder import HISTORY, say
 from .jobs import Job, gpus, waves
 
-# %% ../../nbs/6_runs/38_progress.ipynb #65231a07
-LEARNING = (
-    "method",
-    "task",
-    "mixture",
-    "train_items",
-    "epochs",
-    "format",
-    "objective",
-)  # parameters that the time of a training depends on
+# %% ../../nbs/6_runs/38_progress.ipynb #c99d41a0
+# parameters that the time of a training depends on
+LEARNING = ("method", "task", "mixture", "train_items", "epochs", "format", "objective")
 ASKING = ("method", "task", "eval_items", "protocol", "eval_format")  # and that of an evaluation
 
 
+def _most_alike(config: RunConfig, keys: Sequence[str], known: list[tuple[dict, float]]) -> float | None:
+    "Return the mean time of the results with the most parameters in common with a run; None without a result."
+    scored = [(sum(r["params"].get(k) == getattr(config, k) for k in keys), seconds) for r, seconds in known]
+    most = max(scored, default=(0, 0.0))[0]
+    best = [seconds for score, seconds in scored if score == most]
+    return sum(best) / len(best) if best else None
+
+# %% ../../nbs/6_runs/38_progress.ipynb #65231a07
 def seconds_of(
     config: RunConfig,  # a run
     done: Sequence[dict],  # results of other runs
     trains: bool = True,  # False if it reuses another run's training
 ) -> float | None:  # seconds; None without a usable result
     "Estimate the time of a run from the most similar results, separately for training and for the rest."
-
-    def most_alike(keys, seconds):
-        scored = [(sum(r["params"].get(k) == getattr(config, k) for k in keys), s) for r, s in seconds]
-        most = max(scored, default=(0, 0.0))[0]
-        best = [s for score, s in scored if score == most]
-        return sum(best) / len(best) if best else None
-
     asking = [(r, r["timings"]["loading"] + r["timings"]["evaluation"]) for r in done]
     learning = [(r, r["seconds"] - s) for r, s in asking if r["training"] and "trained_by" not in r["training"]]
-    parts = [most_alike(ASKING, asking), most_alike(LEARNING, learning) if trains and config.method != "base" else 0.0]
+    trains = trains and config.method != "base"
+    parts = [_most_alike(config, ASKING, asking), _most_alike(config, LEARNING, learning) if trains else 0.0]
     return None if None in parts else sum(parts)
 
 # %% ../../nbs/6_runs/38_progress.ipynb #11971c1d
-def time_left(
-    jobs: Sequence[Job],  # all jobs of a grid
-    workers: int,  # number of runs at a time
-    shared: bool = True,  # whether runs may reuse each other's trainings
-) -> float | None:  # seconds; None without a usable result
-    "Estimate the time until a grid is done."
+def _estimates(jobs: Sequence[Job], shared: bool) -> list[float | None]:
+    "Estimate the remaining time of each unfinished job; None without a usable result."
     of_here = lambda r: bool(r["machine"].get("gpu")) == bool(gpus())  # times of a GPU do not predict those of a CPU
-    done, now, guesses, left = [j.result for j in jobs if j.result and of_here(j.result)], time.monotonic(), {}, [0.0]
+    done, now, guesses, left = [j.result for j in jobs if j.result and of_here(j.result)], time.monotonic(), {}, []
     served = {job.name for job in waves(jobs)[1]} if shared else ()
     for job in jobs:
         if job.state in ("done", "failed"):
@@ -65,12 +56,21 @@ def time_left(
         kind = (job.name in served, *(getattr(job.config, k) for k in (*LEARNING, *ASKING)))
         if kind not in guesses:
             guesses[kind] = seconds_of(job.config, done, job.name not in served)
-        if guesses[kind] is None:
-            return None
-        left.append(max(0.0, guesses[kind] - (now - job.since if job.state == "running" else 0.0)))
-    return max(*left, sum(left) / workers)
+        spent = now - job.since if job.state == "running" else 0.0
+        left.append(None if guesses[kind] is None else max(0.0, guesses[kind] - spent))
+    return left
 
-# %% ../../nbs/6_runs/38_progress.ipynb #e02b9d47
+# %% ../../nbs/6_runs/38_progress.ipynb #f37a880d
+def time_left(
+    jobs: Sequence[Job],  # all jobs of a grid
+    workers: int,  # number of runs at a time
+    shared: bool = True,  # whether runs may reuse each other's trainings
+) -> float | None:  # seconds; None without a usable result
+    "Estimate the time until a grid is done."
+    left = _estimates(jobs, shared)
+    return None if None in left else max(*left, 0.0, sum(left) / workers)
+
+# %% ../../nbs/6_runs/38_progress.ipynb #e45e09b0
 def duration(
     seconds: float,  # a duration
 ) -> str:  # for instance 3 min
@@ -79,23 +79,42 @@ def duration(
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
+# %% ../../nbs/6_runs/38_progress.ipynb #e02b9d47
+def _last_step(job: Job) -> dict:
+    "Return the last line of a run's history; empty if the history is of an earlier try."
+    with open(check_file(job.folder / HISTORY), "rb") as f:
+        if os.fstat(f.fileno()).st_mtime < time.time() - (time.monotonic() - job.since):
+            return {}
+        f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
+        return json.loads(f.read().splitlines()[-1])
+
 
 def progress_of(
     job: Job,  # a running job
 ) -> str:
     "Return the last step, loss and time left of a run's training, in words."
     try:
-        with open(check_file(job.folder / HISTORY), "rb") as f:
-            if os.fstat(f.fileno()).st_mtime < time.time() - (time.monotonic() - job.since):
-                return "starting"  # the history of an earlier try
-            f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
-            last = json.loads(f.read().splitlines()[-1])
+        last = _last_step(job)
         left = last["seconds"] / last["step"] * (last["steps"] - last["step"])
-        return f"step {last['step']}/{last['steps']}, loss {last['loss']:.3f}, " + (
-            f"{duration(left)} of training left" if left else "evaluating"
-        )
+        rest = f"{duration(left)} of training left" if left else "evaluating"
+        return f"step {last['step']}/{last['steps']}, loss {last['loss']:.3f}, {rest}"
     except (OSError, ValueError, IndexError, KeyError):
         return "starting"
+
+# %% ../../nbs/6_runs/38_progress.ipynb #5eac98ca
+_STATES = {"done": "done", "running": "running", "elsewhere": "made elsewhere", "failed": "failed", "waiting": "to do"}
+
+
+def _counts(jobs: Sequence[Job]) -> str:
+    "Return the number of jobs in each state, in words."
+    count = lambda state: sum(job.state == state for job in jobs)
+    return ", ".join(f"{count(s)} {words}" for s, words in _STATES.items() if count(s) or s == "done")
+
+
+def _fitting(block: list[str]) -> list[str]:
+    "Return the last lines of a block that fit into the terminal, each cut to its width."
+    columns, rows = shutil.get_terminal_size()
+    return [line[: max(20, columns - 1)] for line in block[-max(1, rows - 2) :]]
 
 # %% ../../nbs/6_runs/38_progress.ipynb #71198f62
 class ProgressBoard:
@@ -112,17 +131,8 @@ class ProgressBoard:
 
     def summary(self) -> str:
         "Return the state of the whole grid in one line."
-        count = lambda state: sum(j.state == state for j in self.jobs)
-        words = {
-            "done": "done",
-            "running": "running",
-            "elsewhere": "made elsewhere",
-            "failed": "failed",
-            "waiting": "to do",
-        }
-        text = ", ".join(f"{count(s)} {w}" for s, w in words.items() if count(s) or s == "done")
         left = time_left(self.jobs, self.workers, self.shared)
-        return f"{text}; about {duration(max(1, left))} left" if left else text
+        return _counts(self.jobs) + (f"; about {duration(max(1, left))} left" if left else "")
 
     def clear(self):
         "Erase the block."
@@ -149,8 +159,7 @@ class ProgressBoard:
             return say(self.summary())
         running = [j for j in self.jobs if j.state == "running"]
         block = [f"  {j.name}: {progress_of(j)}, {duration(now - j.since)}" for j in running] + [self.summary()]
-        columns, rows = shutil.get_terminal_size()
         self.clear()
-        block = [line[: max(20, columns - 1)] for line in block[-max(1, rows - 2) :]]
+        block = _fitting(block)
         print(*block, sep="\n", file=sys.stderr, flush=True)
         self.lines = len(block)

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from dora_nb import __version__
-from dora_nb.command.commands import _check_file, _check_ranks, _is_answers, _is_probe
 from dora_nb.command.main import main, parser
 from dora_nb.command.options import comments
+from dora_nb.command.places import check_output, check_ranks, is_answers
 from dora_nb.curvature.rank import SCORES
 from dora_nb.data.assets import ASSETS, SOURCES, TASK_NAMES
 from dora_nb.data.tasks import DEV_CUTS, SPLITS
 from dora_nb.files import claim
 from dora_nb.runs.config import RunConfig
+from dora_nb.runs.probe_run import is_probe
 from dora_nb.training.config import PRECISIONS
 from dora_nb.training.evaluate import PROTOCOLS
 
@@ -81,7 +82,7 @@ def test_help_does_not_wait_for_torch():
 
 def test_a_grid_and_a_report_load_no_model_s_classes():
     "These take longer to import than all else together, and only what loads a model needs them."
-    code = "import sys, dora_nb.runs.grid, dora_nb.results.page; print(*sys.modules)"
+    code = "import sys, dora_nb.runs.launcher, dora_nb.results.page; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "torch" in loaded and not {"transformers.modeling_utils", "torch.distributed.tensor", "peft"} & set(loaded)
 
@@ -138,7 +139,7 @@ def test_train_then_evaluate_the_adapter(tiny_model_dir, tmp_path, capsys):
         "acc"
     ]
     lines = [json.loads(line) for line in (tmp_path / "new" / "items.jsonl").read_text().splitlines()]
-    _check_file(str(tmp_path / "new" / "items.jsonl"), _is_answers)  # it would be written again
+    check_output(str(tmp_path / "new" / "items.jsonl"), is_answers)  # it would be written again
     assert len(lines) == 10 and all(
         len(r["loglikelihood"]) == 2 and {"doc_index", "gold", "pred", "pred_norm"} <= r.keys() for r in lines
     )
@@ -155,7 +156,7 @@ def test_train_probe_cut_and_train_anew(tiny_model_dir, tmp_path, capsys, scheme
 
     out = tmp_path / "look" / "curvature.json"
     assert main(["probe", *options, *adapter, "--items", "3", "--products", "8", "--out", str(out)]) == 0
-    _check_file(str(out), _is_probe)
+    check_output(str(out), is_probe)
     blocks = [json.loads(line)["block"] for line in capsys.readouterr().out.splitlines()]
     assert blocks == list(json.loads(out.read_text())["blocks"]) and {"all", "A", "B", "m", "layer 0"} == set(blocks)
 
@@ -163,7 +164,7 @@ def test_train_probe_cut_and_train_anew(tiny_model_dir, tmp_path, capsys, scheme
     assert main([*cut, "--budget", "7"]) == 1
     assert "budget=7 is not possible" in capsys.readouterr().err
     assert main([*cut, "--budget", "0.5"]) == 0
-    _check_ranks(tmp_path / "half")
+    check_ranks(tmp_path / "half")
     *rows, files = map(json.loads, capsys.readouterr().out.splitlines())
     assert all(1 <= r["new_rank"] <= 4 == r["rank"] for r in rows) and sum(r["new_rank"] for r in rows) < 4 * len(rows)
     assert main(["evaluate", *options, "--adapter", files["adapter"], "--limit", "4"]) == 0
@@ -195,7 +196,7 @@ def test_generate(tiny_model_dir, tmp_path, capsys):
         == 0
     )
     assert json.loads(capsys.readouterr().out)["unparsed"] == 1
-    _check_file(str(tmp_path / "o.jsonl"), _is_answers)
+    check_output(str(tmp_path / "o.jsonl"), is_answers)
     assert [json.loads(line)["doc_index"] for line in (tmp_path / "o.jsonl").read_text().splitlines()] == [0, 1, 2]
 
 
@@ -276,10 +277,10 @@ def test_a_file_of_somebody_else_s_is_not_written_over(tmp_path, capsys, monkeyp
 def test_an_empty_file_and_an_empty_folder_are_nobody_s(tmp_path):
     (tmp_path / "answers.jsonl").touch()
     (tmp_path / "ranks").mkdir()
-    _check_file(str(tmp_path / "answers.jsonl"), _is_answers)
-    _check_ranks(tmp_path / "ranks")
+    check_output(str(tmp_path / "answers.jsonl"), is_answers)
+    check_ranks(tmp_path / "ranks")
     (tmp_path / "ranks" / "notes.md").touch()  # beside what will be written
-    _check_ranks(tmp_path / "ranks")
+    check_ranks(tmp_path / "ranks")
 
 
 @pytest.mark.attack("crash")
@@ -457,7 +458,7 @@ def test_a_file_that_comes_while_a_command_works(tiny_model_dir, tmp_path, monke
 def test_ranks_are_not_written_into_a_run_s_folder(tmp_path):
     claim(tmp_path / "run", "run", "boolq-lora")
     with pytest.raises(ValueError, match="is the folder of a run"):
-        _check_ranks(tmp_path / "run")
+        check_ranks(tmp_path / "run")
 
 
 @pytest.mark.attack("silent error")
@@ -476,10 +477,10 @@ def test_the_first_edition_s_dev_can_be_asked(tiny_model_dir, tmp_path):
 def test_notes_below_our_answers_are_somebody_s(tmp_path, more):
     ours = '{"doc_index": 0, "gold": 1, "pred": 1}\n'
     (tmp_path / "a.jsonl").write_text(ours * 2)
-    _check_file(str(tmp_path / "a.jsonl"), _is_answers)
+    check_output(str(tmp_path / "a.jsonl"), is_answers)
     (tmp_path / "a.jsonl").write_text(ours + more)
     with pytest.raises(ValueError, match="this command did not write it"):
-        _check_file(str(tmp_path / "a.jsonl"), _is_answers)
+        check_output(str(tmp_path / "a.jsonl"), is_answers)
 
 
 @pytest.mark.attack("data loss")
@@ -521,7 +522,7 @@ def test_ranks_are_not_written_over_the_adapter_that_is_cut(tmp_path, capsys, mo
         for path in own.iterdir():
             (other / path.name).symlink_to(path)
     given = {"itself": ["--adapter", str(own)], "the model": ["--adapter", str(other), "--model", str(own)]}
-    _check_ranks(tmp_path / "half")  # it is ours
+    check_ranks(tmp_path / "half")  # it is ours
     cut = ["ranks", "--task", "boolq", "--budget", "0.5", "--out", str(tmp_path / "half")]
     assert main([*cut, *given.get(how, ["--adapter", str(other)])]) == 1
     assert "where this command writes; nothing was changed" in capsys.readouterr().err

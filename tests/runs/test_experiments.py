@@ -14,9 +14,10 @@ from dora_nb.models.adapter_files import load_adapter
 from dora_nb.models.merge import merge
 from dora_nb.runs.config import RunConfig, config_from
 from dora_nb.runs.folder import GEOMETRY, HISTORY, PREDICTIONS, RANKS, RESULT
-from dora_nb.runs.grid import load_grid, run_grid
+from dora_nb.runs.grid import load_grid
 from dora_nb.runs.identity import run_name, training_id
 from dora_nb.runs.jobs import Job, waves
+from dora_nb.runs.launcher import run_grid
 from dora_nb.runs.progress import time_left
 from dora_nb.runs.run import run
 

@@ -20,13 +20,15 @@ from safetensors.torch import load_file
 
 from dora_nb.data.cache import FetchError
 from dora_nb.files import claim
+from dora_nb.runs.cluster import make_elsewhere, start_patiently
 from dora_nb.runs.config import RunConfig
-from dora_nb.runs.engines import Local, make_elsewhere, start_patiently
+from dora_nb.runs.engines import Local
 from dora_nb.runs.execute import DONE, execute
 from dora_nb.runs.folder import CHECKPOINTS, ERROR, HISTORY, PREDICTIONS, RESULT, SCHEMA, load
-from dora_nb.runs.grid import Incomplete, load_grid, run_grid
+from dora_nb.runs.grid import load_grid
 from dora_nb.runs.identity import run_name
 from dora_nb.runs.jobs import put_files
+from dora_nb.runs.launcher import Incomplete, run_grid
 
 GRID = """
 name = "tiny"
@@ -536,7 +538,7 @@ def test_a_limit_of_the_system_is_named(grid, tmp_path, monkeypatch, capsys):
     "A kernel that cannot have more files, threads or memory dies; its log says why, and so does the reason."
     body = "import os\nos.write(2, b'OSError: [Errno 24] Too many open files\\n')\nos.kill(os.getpid(), 9)"
     monkeypatch.setattr("dora_nb.runs.jobs.notebook", lambda name: fake(tmp_path, f"import time\n{body}"))
-    monkeypatch.setattr("dora_nb.runs.grid.TRIES", 1)
+    monkeypatch.setattr("dora_nb.runs.launcher.TRIES", 1)
     with pytest.raises(Incomplete):
         run_grid(grid(items=8, method='["lora"]'), tmp_path / "runs")
     assert "its kernel died (Too many open files; see `ulimit -a`)" in capsys.readouterr().err

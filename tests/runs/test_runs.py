@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from dora_nb.files import MARKER, claim, owned, sha256
+from dora_nb.runs.cluster import start_patiently
 from dora_nb.runs.config import RunConfig, config_from
-from dora_nb.runs.engines import start_patiently
 from dora_nb.runs.folder import (
     CHECKPOINTS,
     CURVATURE,
@@ -29,9 +29,10 @@ from dora_nb.runs.folder import (
     read_result,
     say,
 )
-from dora_nb.runs.grid import RESULTS, Incomplete, gathered, load_grid, run_grid
+from dora_nb.runs.grid import RESULTS, gathered, load_grid
 from dora_nb.runs.identity import effective, run_id, run_name, training_id
 from dora_nb.runs.jobs import Job, gpus, notebook
+from dora_nb.runs.launcher import Incomplete, run_grid
 from dora_nb.runs.observers import _is_due, peak_memory
 from dora_nb.runs.probe_run import ProbeConfig, run_probe
 from dora_nb.runs.processes import cores
@@ -554,7 +555,7 @@ def test_two_runs_share_no_file(made, tmp_path):
 @pytest.mark.parametrize("name", ["run.log", "finetune.ipynb", MARKER])
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: os.symlink(p.parent.parent.parent / "mine", p)])
 def test_what_is_no_plain_file_fails_a_run_by_name(grid, tmp_path, capsys, monkeypatch, name, make):
-    monkeypatch.setattr("dora_nb.runs.grid.TRIES", 1)
+    monkeypatch.setattr("dora_nb.runs.launcher.TRIES", 1)
     (tmp_path / "runs" / "mine").parent.mkdir()
     (tmp_path / "runs" / "mine").write_text("mine")
     one = grid.read_text().replace('["boolq", "winogrande"]', '["boolq"]').replace('["base", "dora"]', '["dora"]')

@@ -18,7 +18,7 @@ from team_member import WAYS, fitted
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import dora_nb.runs.engines
-import dora_nb.runs.grid
+import dora_nb.runs.launcher
 import dora_nb.training.distributed
 from dora_nb.data.assets import load_model
 from dora_nb.data.tasks import load_task
@@ -28,9 +28,9 @@ from dora_nb.runs.config import RunConfig
 from dora_nb.runs.engines import Local
 from dora_nb.runs.execute import DIED
 from dora_nb.runs.folder import CHECKPOINTS, ERROR, HISTORY, RESULT
-from dora_nb.runs.grid import run_grid
 from dora_nb.runs.identity import run_id
 from dora_nb.runs.jobs import Job, default_workers, notebook
+from dora_nb.runs.launcher import run_grid
 from dora_nb.runs.run import run
 from dora_nb.training.distributed import Distributed, shard
 from dora_nb.training.evaluate import rank_choices
@@ -223,7 +223,7 @@ def test_settings(model_dir, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="processes=0 must be at least 1"):
         small(model_dir, processes=0)
     assert run_id(small(model_dir)) == run_id(small(model_dir, processes=1)) == run_id(small(model_dir, fsdp=True))
-    for module in (dora_nb.runs.jobs, dora_nb.runs.engines, dora_nb.runs.grid):
+    for module in (dora_nb.runs.jobs, dora_nb.runs.engines, dora_nb.runs.launcher):
         monkeypatch.setattr(module, "gpus", lambda: ["3", "5", "6", "7", "9"])
     assert (default_workers(), default_workers(2)) == (5, 2)
     engine, seen = Local(processes=2), []
