@@ -18,8 +18,9 @@ from ..registry import announced
 def comments(
     cls: type,  # a dataclass
 ) -> dict[str, str]:  # field → comment
-    "Return the comment beside each field of a dataclass."
-    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
+    "Return the comment beside each field of a dataclass, also of inherited fields."
+    source = "".join(inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c))
+    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.M))
 
 # %% ../../nbs/8_command/53_options.ipynb #91dff842
 def _boolean(text: str) -> bool:

@@ -45,7 +45,7 @@ def _outline(folder: str, digest: str) -> torch.nn.Module:
     "Return a model without its weights, cached by the content of its files."
     return outline(Path(folder))
 
-
+# %% ../../nbs/6_runs/32_base.ipynb #f3b150b3
 def check_model(
     config: RunConfig,  # a run
     fetch: bool = True,  # fetch the package's model if it is not cached; if False, skip the check instead

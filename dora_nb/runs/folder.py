@@ -70,14 +70,6 @@ def say(
         print(text, file=sys.stderr, flush=True)
 
 # %% ../../nbs/6_runs/30_folder.ipynb #a24fbd6a
-def _last_error(run_dir: Path) -> str:
-    "Return the error of the last try as part of a message; empty if unknown."
-    try:
-        return f"; the last try ended with {read_json(run_dir / ERROR)['error']}"
-    except (OSError, ValueError, KeyError):
-        return ""
-
-
 def adapter_file_names(run_dir: Path) -> list[str]:
     "List the files of a run's adapter or trained model; folders and hidden files are not the run's."
     return sorted(f"adapter/{p.name}" for p in (run_dir / "adapter").iterdir() if p.is_file() and p.name[0] != ".")
@@ -177,12 +169,17 @@ def check_result(
     if wrong := [k for k, v in params.items() if not kinds(v, KINDS.get(k, (str, int, float, type(None))))]:
         raise ValueError(f"{where}: the parameter {wrong[0]}={params[wrong[0]]!r} is of the wrong type")
 
-# %% ../../nbs/6_runs/30_folder.ipynb #b3a1c907
-def read_result(
-    run_dir: Path,  # folder of a run
-    name: str | None = None,  # required name of the run; any run if None
-) -> dict:  # the content of result.json
-    "Return a finished run's result, with its files checked: ValueError if it is not finished or not readable, `Damaged` if it can be repeated."
+# %% ../../nbs/6_runs/30_folder.ipynb #39f2420b
+def _last_error(run_dir: Path) -> str:
+    "Return the error of the last try as part of a message; empty if unknown."
+    try:
+        return f"; the last try ended with {read_json(run_dir / ERROR)['error']}"
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+def _stored_result(run_dir: Path) -> dict:
+    "Return the content of result.json, unchecked: ValueError if it is missing or not readable, `Damaged` if it is not JSON."
     try:
         check_file(run_dir / RESULT)
     except FileNotFoundError:
@@ -190,11 +187,19 @@ def read_result(
     except (OSError, ValueError) as e:
         raise ValueError(f"{run_dir.name}: {RESULT} cannot be read ({e}); delete it to run again") from None
     try:
-        result = read_json(run_dir / RESULT)
+        return read_json(run_dir / RESULT)
     except OSError as e:
         raise ValueError(f"{run_dir.name}: {RESULT} cannot be read ({e})") from None
     except ValueError as e:
         raise Damaged(f"{run_dir.name}: {RESULT} is damaged ({e}); delete it to run again") from None
+
+# %% ../../nbs/6_runs/30_folder.ipynb #b3a1c907
+def read_result(
+    run_dir: Path,  # folder of a run
+    name: str | None = None,  # required name of the run; any run if None
+) -> dict:  # the content of result.json
+    "Return a finished run's result, with its files checked: ValueError if it is not finished or not readable, `Damaged` if it can be repeated."
+    result = _stored_result(run_dir)
     try:
         if result.get("schema") not in (1, SCHEMA):
             raise ValueError(f"{RESULT} is not a run's, or not of schema 1 or {SCHEMA}")

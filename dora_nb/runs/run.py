@@ -7,7 +7,6 @@ __all__ = ['run']
 
 # %% ../../nbs/6_runs/34_run.ipynb #c5b7f9e1
 import contextlib
-import dataclasses
 import datetime
 import os
 import shutil
@@ -16,54 +15,32 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import accelerate
-import datasets
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from ..curvature.rank import as_patterns, warm_ranks
 from ..data.assets import load_model
 from ..data.tasks import load_task
-from ..files import check_replaceable, owned, read_json, set_aside, write_json, write_whole
-from ..models.adapt import adapt, count_parameters
-from ..models.merge import can_merge, merge
-from ..models.adapter_files import load_adapter, save_adapter
-from ..models.methods import AdapterConfig
+from ..files import read_json, set_aside, write_json, write_whole
+from ..models.adapter_files import load_adapter
 from .base import check_model, load_base
-from .config import RunConfig, read_patterns, config_from, trained_tasks
-from dora_nb.runs.folder import (
-    CHECKPOINTS,
-    CURVATURE,
-    GEOMETRY,
-    HISTORY,
-    PREDICTIONS,
-    RANKS,
-    RESULT,
-    SCHEMA,
-    adapter_file_names,
-    hold_folder,
-    file_checksums,
-    describe_machine,
-    finished_result,
-    library_versions,
-    check_files,
-    read_result,
-    say,
-)
+from .config import RunConfig, config_from, trained_tasks
+from .fit import check_there, fit, merge_for_evaluation
+from .folder import CHECKPOINTS, CURVATURE, GEOMETRY, HISTORY, PREDICTIONS, RANKS, RESULT, SCHEMA
+from .folder import adapter_file_names, check_files, file_checksums, finished_result, hold_folder
+from .folder import describe_machine, library_versions, read_result, say
 from .identity import checksums, effective, run_id, run_name, training_id
-from .observers import geometry_observer, peak_memory, read_points, curvature_observer, source_revision
+from .observers import peak_memory, read_points, source_revision
 from .processes import run_in_processes
 from ..training.checkpoints import forget_checkpoints
 from ..training.config import resolve_precision
 from ..training.distributed import Distributed, shard
 from ..training.evaluate import evaluate, format_of
-from ..training.train import is_history, train
 
 # %% ../../nbs/6_runs/34_run.ipynb #57db114e
 def _identity(config: RunConfig, device: torch.device) -> dict:
@@ -80,22 +57,6 @@ def _identity(config: RunConfig, device: torch.device) -> dict:
         machine=describe_machine(device),
         precision=precision,
     ) | ({} if config.method == "base" else dict(training_id=training_id(config)))
-
-# %% ../../nbs/6_runs/34_run.ipynb #4cacd881
-def _adapter(config: RunConfig, model, tokenizer, items, run_dir: Path) -> AdapterConfig:
-    "Return the adapter's configuration, with ranks chosen in a warm-up if the run allocates them."
-    adapter, path = config.adapter(), run_dir / RANKS
-    if not config.allocate:
-        return adapter
-    try:
-        found = read_json(path)
-    except (FileNotFoundError, ValueError):
-        found = {}  # a damaged file is replaced
-    if found.get("training_id") != training_id(config):
-        ranks = warm_ranks(model, tokenizer, items, config.training(), adapter, config.allocate)
-        write_json(path, as_patterns(ranks, adapter) | dict(training_id=training_id(config)))
-        accelerate.utils.set_seed(config.seed)  # training draws the same numbers as without a warm-up
-    return dataclasses.replace(adapter, **read_patterns(str(path)))
 
 # %% ../../nbs/6_runs/34_run.ipynb #7e1e0896
 def _same_training(config: RunConfig, run_dir: Path) -> Path | None:
@@ -132,103 +93,10 @@ def _take_over(config: RunConfig, model, run_dir: Path, twin: Path, team: Distri
         model.load_state_dict(load_model(str(twin / "adapter"))[0].state_dict())
     else:
         load_adapter(model, twin / "adapter")
-        _merge_for_evaluation(config, model)
+        merge_for_evaluation(config, model)
     taken = read_result(twin)
     first = dict(trained_by=taken["run"], precision=taken["precision"]["precision"], machine=taken["machine"])
     return first | taken["training"] | dict(seconds_of_earlier_tries=0.0)
-
-# %% ../../nbs/6_runs/34_run.ipynb #1243b2d7
-def _save(model, tokenizer, folder: Path, whole: bool, write: bool):
-    "Save an adapter, or a whole model with its tokenizer. Old files are replaced and not written into, as they may be hard links."
-    fresh = folder.with_name(f".dora-nb-{os.getpid()}-adapter")
-    save_adapter(model, fresh, write=write)
-    if not write:
-        return
-    if whole:
-        tokenizer.save_pretrained(fresh)
-    folder.mkdir(exist_ok=True)
-    for path in sorted(fresh.iterdir()):
-        os.replace(path, folder / path.name)
-    fresh.rmdir()
-
-# %% ../../nbs/6_runs/34_run.ipynb #d8694dcc
-def _check_there(run_dir: Path):
-    "Refuse to continue in a folder that was moved or removed during the run: RuntimeError."
-    if not owned(run_dir, "run"):
-        raise RuntimeError(
-            f"{run_dir} was moved or removed while its run was at work; move it back, and the same command goes on"
-        )
-
-# %% ../../nbs/6_runs/34_run.ipynb #4e45d276
-def _merge_for_evaluation(config: RunConfig, model):
-    "Merge the adapter for evaluation, if the model allows it."
-    if not config.fsdp and can_merge(model):
-        merge(model, keep_base=False)
-
-# %% ../../nbs/6_runs/34_run.ipynb #afedbbed
-def _check_history(path: Path):
-    "Rename a damaged history of an earlier try."
-    try:
-        check_replaceable(path, is_history)
-    except ValueError:
-        say(f"{path} is damaged, and was renamed to {set_aside(path).name}")
-
-# %% ../../nbs/6_runs/34_run.ipynb #2ad74840
-def _training_items(config: RunConfig) -> datasets.Dataset:
-    "Return the training items of all tasks of a run."
-    where = dict(source=config.source, dev_cut=config.dev_cut)
-    draw = lambda task: load_task(task, "train", config.format, config.train_items, config.seed, **where)
-    return datasets.concatenate_datasets([draw(task) for task in trained_tasks(config)])
-
-
-def _observer(config: RunConfig, model, tokenizer, run_dir: Path, team: Distributed) -> Callable[[dict], None]:
-    "Return a function that checks the run's folder and calls its observers; `train` calls it after every step."
-    observers = [curvature_observer(config, model, tokenizer, run_dir)] if config.probe and team.rank == 0 else []
-    observers += [geometry_observer(config, model, run_dir)] if config.geometry and team.rank == 0 else []
-
-    def observe(record):
-        _check_there(run_dir)
-        for each in observers:
-            each(record)
-
-    return observe
-
-# %% ../../nbs/6_runs/34_run.ipynb #83c94c4e
-def _training_record(records: list[dict], items: int, earlier: float, trainable: int, total: int) -> dict:
-    "Return the summary of a training that is kept in a result."
-    tokens, seconds, last = sum(r["tokens"] for r in records), records[-1]["seconds"], records[-5:]
-    return dict(
-        items=items,
-        steps=len(records),
-        tokens=tokens,
-        seconds=seconds,
-        seconds_of_earlier_tries=earlier,
-        tokens_per_second=tokens / seconds,
-        trainable=trainable,
-        total=total,
-        last_loss=sum(r["loss"] for r in last) / len(last),
-        batch_tokens=records[-1]["batch_tokens"],  # smaller than configured if memory ran out
-    )
-
-# %% ../../nbs/6_runs/34_run.ipynb #39cd562a
-def _fit(config: RunConfig, model, tokenizer, run_dir: Path, progress: bool, team: Distributed) -> dict:
-    "Adapt and train a model, save the result, and merge it; return the record of the training."
-    items = _training_items(config)
-    adapt(model, _adapter(config, model, tokenizer, items, run_dir))
-    trainable, total = count_parameters(model)
-    if config.fsdp:
-        shard(model, team)
-    observe = _observer(config, model, tokenizer, run_dir, team)
-    if team.rank == 0:
-        _check_history(run_dir / HISTORY)
-    keep = dict(checkpoints=run_dir / CHECKPOINTS, checkpoint_seconds=config.checkpoint_seconds, team=team)
-    start = time.perf_counter()
-    records = train(model, tokenizer, items, config.training(), run_dir / HISTORY, observe, progress, **keep)
-    earlier = max(0.0, records[-1]["seconds"] - (time.perf_counter() - start))  # seconds of earlier, interrupted tries
-    _check_there(run_dir)
-    _save(model, tokenizer, run_dir / "adapter", whole=config.method == "full", write=team.rank == 0)
-    _merge_for_evaluation(config, model)
-    return _training_record(records, len(items), earlier, trainable, total)
 
 # %% ../../nbs/6_runs/34_run.ipynb #54d468a9
 def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: Distributed) -> dict:
@@ -253,13 +121,13 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
     if twin:
         result["training"] = _take_over(config, model, run_dir, Path(twin), team)
     else:
-        result["training"] = _fit(config, model, tokenizer, run_dir, progress, team) if trains else None
+        result["training"] = fit(config, model, tokenizer, run_dir, progress, team) if trains else None
     options = dict(batch_tokens=config.batch_tokens, max_tokens=config.max_tokens, precision=config.eval_precision)
     result["metrics"], answers = evaluate(
         model, tokenizer, items, config.protocol, **options, progress=progress, team=team
     )
     if team.rank == 0:
-        _check_there(run_dir)
+        check_there(run_dir)
         table = pa.Table.from_pylist(answers)
         write_whole(run_dir / PREDICTIONS, lambda p: pq.write_table(table, p, compression="zstd"))
     earlier = (result["training"] or {}).get("seconds_of_earlier_tries", 0.0)

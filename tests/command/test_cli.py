@@ -287,7 +287,7 @@ def test_an_empty_file_and_an_empty_folder_are_nobody_s(tmp_path):
 @pytest.mark.parametrize("command", ("evaluate", "probe", "ranks"))
 def test_an_adapter_that_is_none_is_refused_before_a_model_is_loaded(tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
-    for name in ("data.tasks.load_task", "runs.run.load_task", "runs.base.load_base"):
+    for name in ("data.tasks.load_task", "runs.run.load_task", "runs.fit.load_task", "runs.base.load_base"):
         monkeypatch.setattr(f"dora_nb.{name}", lambda *_, **__: pytest.fail("work began"))
     more = ["--budget", "0.5"] if command == "ranks" else []
     assert main([command, "--task", "boolq", "--adapter", "nowhere", *more]) == 1

@@ -686,10 +686,10 @@ def test_a_damaged_result_stays_until_a_new_one_takes_its_place(made, tmp_path, 
 @pytest.mark.attack("data loss")
 def test_a_run_s_folder_is_moved_while_it_trains(tiny, tmp_path, monkeypatch):
     "The run stops and says so; moved back, the same call goes on."
-    import dora_nb.runs.run as runs
+    import dora_nb.runs.fit as fits
 
     config, folder, moved = tiny(train_items=16), tmp_path / "run", tmp_path / "moved"
-    check, calls = runs._check_there, []
+    check, calls = fits.check_there, []
 
     def move(run_dir):
         calls.append(1)
@@ -697,7 +697,7 @@ def test_a_run_s_folder_is_moved_while_it_trains(tiny, tmp_path, monkeypatch):
             folder.rename(moved)
         check(run_dir)
 
-    monkeypatch.setattr("dora_nb.runs.run._check_there", move)
+    monkeypatch.setattr("dora_nb.runs.fit.check_there", move)
     with pytest.raises(RuntimeError, match="was moved or removed while its run was at work; move it back"):
         run(config, folder, progress=False)
     assert not folder.exists() or not list(folder.glob("*"))
