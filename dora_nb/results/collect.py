@@ -173,40 +173,54 @@ def _check_kept(here: Results, made: set[str], words: str) -> Results:
         )
     return here
 
+# %% ../../nbs/7_results/45_collect.ipynb #0b739cc6
+def _from_reports(reports: list[Results], missing: set[str]) -> list[Results]:
+    "Return the parts of reports with these runs, each run from the first report that holds it."
+    kept = []
+    for report in reports:
+        kept.append(select_runs(report, missing))
+        missing = missing - {r["run"] for r in kept[-1].results}
+    return kept
+
+
+def _unchanged(runs: Path, out: Path, here: Results, problems: list[str]) -> list[dict]:
+    "Return the results that a report holds, where nothing can be added to them. ValueError if it holds none."
+    why = "".join(f"\n  {p}" for p in problems)
+    if not here.results:
+        raise ValueError(f"{runs} holds no finished run{why}")
+    say(
+        f"{runs} holds no finished run of this grid, and {out} none under its present identity; what is there stays{why}"
+    )
+    return here.results
+
+
+def _say_origins(runs: Path, out: Path, old: list[str], others: list[dict]):
+    "Log which runs of a report are not in the folder of runs, and which are not of the grid."
+    if old:
+        say(f"{len(old)} runs are not in {runs}; they are taken from earlier reports")
+    if failed := [run for run in old if (runs / run / ERROR).exists()]:
+        say(f"of these {', '.join(failed)} failed in {runs}")
+    if others:
+        say(f"{len(others)} runs in {out} are not of this grid; they are kept, and listed apart")
+
 # %% ../../nbs/7_results/45_collect.ipynb #a64b3c86
 def _gather(
     runs: Path, out: Path, new: list[Results], reports: list[Results], wanted: set[str] | None, problems: list[str]
 ) -> list[dict]:
     "Merge new runs, the grid's runs from reports, and the other runs of the first report; store them and return the grid's results."
-    here, made, kept = reports[0], {p.results[0]["run"] for p in new}, []
-    missing = (wanted or made) - made
-    for report in reports:
-        kept.append(select_runs(report, missing))
-        missing -= {r["run"] for r in kept[-1].results}
+    here, made = reports[0], {p.results[0]["run"] for p in new}
+    kept = _from_reports(reports, (wanted or made) - made)
     old = [r["run"] for part in kept for r in part.results]
     if not old and not new:
-        why = "".join(f"\n  {p}" for p in problems)
-        if not here.results:
-            raise ValueError(f"{runs} holds no finished run{why}")
-        say(
-            f"{runs} holds no finished run of this grid, and {out} none under its present identity; what is there stays{why}"
-        )
-        return here.results
+        return _unchanged(runs, out, here, problems)
     both = join_results([*kept, *new])
     odd = {run: words for run, words in strangers(both.results, both.predictions).items() if run in made}
     if odd:  # merge again without them
-        problems = [
-            *problems,
-            *(f"{run}: {words}; delete its {RESULT} to make the run again" for run, words in odd.items()),
-        ]
-        return _gather(runs, out, [p for p in new if p.results[0]["run"] not in odd], reports, wanted, problems)
+        told = [f"{run}: {words}; delete its {RESULT} to make the run again" for run, words in odd.items()]
+        others = [p for p in new if p.results[0]["run"] not in odd]
+        return _gather(runs, out, others, reports, wanted, [*problems, *told])
     others = select_runs(here, {r["run"] for r in (*here.results, *here.others)} - {*old, *made})
-    if old:
-        say(f"{len(old)} runs are not in {runs}; they are taken from earlier reports")
-    if failed := [run for run in old if (runs / run / ERROR).exists()]:
-        say(f"of these {', '.join(failed)} failed in {runs}")
-    if others.results:
-        say(f"{len(others.results)} runs in {out} are not of this grid; they are kept, and listed apart")
+    _say_origins(runs, out, old, others.results)
     in_name = lambda results: sorted(results, key=lambda r: r["run"])
     problems = [p for p in problems if p.partition(":")[0] not in set(old)]
     everything = join_results([both, others])._replace(problems=problems, others=in_name(others.results))

@@ -261,7 +261,8 @@ def _draw_curves(ax: plt.Axes, kinds: dict[tuple[str, str], list[str]], labels: 
         curve, ends = curves.mean(axis=1), (curves.min(axis=1), curves.max(axis=1))
         if len(runs) > 1 and sum(m == method for m, _ in kinds) <= 3:
             ax.fill_between(curve.index, *ends, color=method_color(method), alpha=0.15, lw=0)
-        style = line_style(method, (own.index(label) + 1) / len(own))  # the same in every panel
+        style = line_style(method)
+        style["alpha"] = style["alpha"] * (own.index(label) + 1) / len(own)  # the same in every panel
         ax.plot(curve.index, curve, label=_curve_label(label, own), **style)
 
 # %% ../../nbs/7_results/47_figures.ipynb #03fdcc5a
