@@ -47,7 +47,7 @@ def _run(args: argparse.Namespace):
     from dora_nb.runs.launcher import run_grid
 
     need("papermill", "ipykernel", "matplotlib", "pandas")
-    from dora_nb.results.compare import check_page
+    from dora_nb.results.about import check_page
 
     check_counts(args, "workers")
     options = {k: getattr(args, k) for k in ("dry_run", "workers", "timeout", "engine", "address", "known", "scale")}

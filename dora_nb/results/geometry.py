@@ -4,43 +4,32 @@
 
 # %% auto #0
 __all__ = ['PAPER_CORRELATIONS', 'correlation', 'interval', 'partial_rank_correlation', 'geometry_rows', 'correlations',
-           'geometry_table', 'geometry_differences', 'plot_geometry', 'stability_table', 'sharpness_table']
+           'geometry_table', 'geometry_differences', 'plot_geometry']
 
 # %% ../../nbs/7_results/49_geometry.ipynb #c0dc291f
 import itertools
-import json
 import math
-from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
 import pandas as pd
-from .accuracy import cell, choice_losses
 from .collect import own_trainings
 from .figures import hidden_rank
 from dora_nb.results.labels import (
     ALWAYS,
-    CALIBRATION,
     factors,
-    figure_text,
     has_magnitude,
-    ignored,
-    in_order,
     method_color,
     parameters,
     place,
     run_labels,
     task_label,
-    value_label,
 )
-from .stored import Results
+from .text import figure_text
 from scipy.stats import rankdata
 
 # %% ../../nbs/7_results/49_geometry.ipynb #3882ffb0
-PAPER_CORRELATIONS = {"full": -0.62, "lora": 0.83, "dora": -0.31}
-
-
 def correlation(
     points: pd.DataFrame,  # weight, x, y
     draws: int = 1_000,  # bootstrap samples of weights
@@ -83,6 +72,9 @@ def partial_rank_correlation(
     return np.nanmean(found, 0) if found else np.full(draws, math.nan)
 
 # %% ../../nbs/7_results/49_geometry.ipynb #f291f0fd
+PAPER_CORRELATIONS = {"full": -0.62, "lora": 0.83, "dora": -0.31}
+
+
 def _signed(ends: tuple[float, float, float]) -> str:
     "Return a value and its interval as text, with signs."
     return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*ends)
@@ -102,27 +94,34 @@ def _four_correlations(group: pd.DataFrame) -> dict[str, np.ndarray]:
     }
 
 # %% ../../nbs/7_results/49_geometry.ipynb #4e645538
+def _random_step(delta_d: pd.Series, inputs: pd.Series) -> pd.Series:
+    "Return by how much a step in a random direction that turns a row by ΔD changes its relative length."
+    return 2 * np.sqrt(delta_d / inputs / np.pi)
+
+
+def _random_walks(history: pd.DataFrame) -> pd.DataFrame:
+    "Return how far AdamW's steps lead from the start by chance: run, step, walk."
+    squares = history.assign(squared=history.learning_rate**2).groupby("run").squared.cumsum()
+    return history[["run", "step"]].assign(walk=np.sqrt(2 / np.pi * squares))
+
+# %% ../../nbs/7_results/49_geometry.ipynb #ae0594ea
 def geometry_rows(
     results: list[dict],  # from `read_report`
     geometry: pd.DataFrame,  # of the same report
     history: pd.DataFrame,  # of the same report
 ) -> pd.DataFrame:  # geometry with task, method, seed, label, part (of the training), relative, of_step, of_walk
     "Return ΔM and ΔD with the parameters and labels of their runs, and ΔM relative to the row length, a random step and a random walk."
-    keys, names = ("task", "method", "seed"), factors(results)
-    own = own_trainings(results)
+    keys, names, own = ("task", "method", "seed"), factors(results), own_trainings(results)
     labels = run_labels([parameters(r) for r in own], names, (*ALWAYS[:3], "eval_format", *hidden_rank(names)))
     runs = [{"run": r["run"], "label": x} | {k: r["params"][k] for k in keys} for r, x in zip(own, labels)]
-    runs = pd.DataFrame(runs)
-    rows = geometry.merge(runs, on="run")
+    rows = geometry.merge(pd.DataFrame(runs), on="run")
     order = {r["run"]: i for i, r in enumerate(sorted(results, key=lambda r: place(parameters(r), names)))}
     rows = rows.sort_values(["run", "step"], key=lambda c: c.map(order) if c.name == "run" else c, kind="stable")
-    squares = history.assign(squared=history.learning_rate**2).groupby("run").squared.cumsum()
-    walks = history[["run", "step"]].assign(walk=np.sqrt(2 / np.pi * squares))
-    rows = rows.merge(walks, on=["run", "step"], how="left")
+    rows = rows.merge(_random_walks(history), on=["run", "step"], how="left")
     relative = rows.delta_m / rows.m0
-    turned = 2 * np.sqrt(rows.delta_d / rows.inputs / np.pi)
+    of_step = relative / _random_step(rows.delta_d, rows.inputs)
     return rows.assign(
-        part=rows.step / rows.steps, relative=relative, of_step=relative / turned, of_walk=rows.delta_m / rows.walk
+        part=rows.step / rows.steps, relative=relative, of_step=of_step, of_walk=rows.delta_m / rows.walk
     )
 
 # %% ../../nbs/7_results/49_geometry.ipynb #7bcdf338
@@ -132,27 +131,21 @@ def correlations(
     "Return the four correlations of ΔM and ΔD of every kind of run."
     return {key: _four_correlations(group) for key, group in rows.groupby(["task", "method", "label"], sort=False)}
 
-
+# %% ../../nbs/7_results/49_geometry.ipynb #6238144e
 def geometry_table(
     rows: pd.DataFrame,  # from `geometry_rows`
     looked: dict | None = None,  # their `correlations`; computed if None
 ) -> pd.DataFrame:  # text, a row per task and method
     "Return ΔM and ΔD, their four correlations, and ΔM against both yardsticks as text."
     table, looked = [], correlations(rows) if looked is None else looked
-    for (task, method, label), group in rows.groupby(["task", "method", "label"], sort=False):
-        end = group[group.part == 1]
-        looks = {name: _signed(interval(drawn)) for name, drawn in looked[task, method, label].items()}
-        table.append(
-            {
-                "task": task_label(task),
-                "method": label,
-                "ΔM / row length and ΔD": f"{end.relative.mean():.1e}, {end.delta_d.mean():.1e}",
-                "paper's correlation": f"{PAPER_CORRELATIONS[method]:+.2f}" if method in PAPER_CORRELATIONS else "–",
-                **looks,
-                "ΔM ÷ a random step's": f"{end.of_step.median():.2f}",
-                "ΔM ÷ a random walk's": f"{end.of_walk.median():.2f}" if has_magnitude(method) else "–",
-            }
-        )
+    for key, group in rows.groupby(["task", "method", "label"], sort=False):
+        (task, method, label), end = key, group[group.part == 1]
+        paper = f"{PAPER_CORRELATIONS[method]:+.2f}" if method in PAPER_CORRELATIONS else "–"
+        moved = {"ΔM / row length and ΔD": f"{end.relative.mean():.1e}, {end.delta_d.mean():.1e}"}
+        seen = {"paper's correlation": paper} | {name: _signed(interval(x)) for name, x in looked[key].items()}
+        walk = f"{end.of_walk.median():.2f}" if has_magnitude(method) else "–"
+        chance = {"ΔM ÷ a random step's": f"{end.of_step.median():.2f}", "ΔM ÷ a random walk's": walk}
+        table.append({"task": task_label(task), "method": label} | moved | seen | chance)
     return pd.DataFrame(table)
 
 # %% ../../nbs/7_results/49_geometry.ipynb #70047095
@@ -172,6 +165,28 @@ def geometry_differences(
     return lines
 
 # %% ../../nbs/7_results/49_geometry.ipynb #576e6b79
+def _geometry_panel(ax: plt.Axes, own: pd.DataFrame, span: np.ndarray):
+    "Draw the points of one kind of run, darker towards the end, and a line of random steps per number of inputs."
+    color = method_color(own.method.iloc[0])
+    for part, group in own.groupby(own.part.round(2)):
+        dots = dict(s=5, lw=0, color=color, alpha=0.15 + 0.6 * part, label=f"{part:.0%} of the steps")
+        ax.scatter(group.delta_d, group.relative, **dots)
+    for inputs, style in zip(sorted(own.inputs.unique()), ("-", "--", ":")):
+        words = f"random steps, {inputs:.0f} inputs"
+        ax.plot(span, _random_step(span, inputs), color="0.3", ls=style, lw=0.8, label=words)
+    ax.set(xscale="log", yscale="log")
+    ax.tick_params(labelsize=7, which="both")
+
+
+def _dots_legend(fig: matplotlib.figure.Figure, ax: plt.Axes):
+    "Put the legend of a panel below all, with its dots in a neutral colour."
+    handles, words = ax.get_legend_handles_labels()
+    legend = fig.legend(handles, words, loc="lower center", ncols=3, frameon=False, fontsize=7, markerscale=2)
+    for handle in legend.legend_handles:
+        if hasattr(handle, "set_facecolor"):  # a dot
+            handle.set_facecolor("0.3")
+
+# %% ../../nbs/7_results/49_geometry.ipynb #bb1d8b85
 def plot_geometry(
     rows: pd.DataFrame,  # from `geometry_rows`
 ) -> matplotlib.figure.Figure:
@@ -183,77 +198,15 @@ def plot_geometry(
     size = dict(figsize=(2.4 * columns + 0.6, height), dpi=110)
     fig, axes = plt.subplots(lines, columns, sharex=True, sharey=True, squeeze=False, **size)
     span = np.array([rows.delta_d[rows.delta_d > 0].min(), rows.delta_d.max()])
-    for ax, ((task, method, label), own) in zip(axes.flat, panels):
-        for part, group in own.groupby(own.part.round(2)):
-            dots = dict(
-                s=5, lw=0, color=method_color(method), alpha=0.15 + 0.6 * part, label=f"{part:.0%} of the steps"
-            )
-            ax.scatter(group.delta_d, group.relative, **dots)
-        for inputs, style in zip(sorted(own.inputs.unique()), ("-", "--", ":")):
-            words = f"random steps, {inputs:.0f} inputs"
-            ax.plot(span, 2 * np.sqrt(span / inputs / np.pi), color="0.3", ls=style, lw=0.8, label=words)
-        ax.set(title=figure_text(f"{task_label(task)}, {label}"), xscale="log", yscale="log")
-        ax.title.set_fontsize(8)
-        ax.tick_params(labelsize=7, which="both")
+    for ax, ((task, _, label), own) in zip(axes.flat, panels):
+        _geometry_panel(ax, own, span)
+        ax.set_title(figure_text(f"{task_label(task)}, {label}"), fontsize=8)
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
     for ax in axes[-1]:
         ax.set_xlabel("ΔD (1 − cos)", fontsize=8)
     for ax in axes[:, 0]:
         ax.set_ylabel("ΔM / row length", fontsize=8)
-    handles, words = axes.flat[len(panels) - 1].get_legend_handles_labels()
-    legend = fig.legend(handles, words, loc="lower center", ncols=3, frameon=False, fontsize=7, markerscale=2)
-    for handle in legend.legend_handles:
-        if hasattr(handle, "set_facecolor"):  # a dot, in a neutral colour
-            handle.set_facecolor("0.3")
+    _dots_legend(fig, axes.flat[len(panels) - 1])
     fig.tight_layout(rect=(0, 0.4 / height, 1, 1))
     return fig
-
-# %% ../../nbs/7_results/49_geometry.ipynb #3f595cd7
-def stability_table(
-    found: Results,  # of a report, with the base model among its runs
-    against: str,  # a factor
-    broken: Sequence[dict] = (),  # parameters of runs without a result, since their loss was not a number
-) -> pd.DataFrame:  # text, task, method and rest × values of the factor
-    "Return the mean cross-entropy over the choices as text, with the number of diverged seeds where the base model was evaluated."
-    names = factors(found.results)
-    ranked = [r for r in found.results if r["params"]["protocol"] == "loglikelihood"]
-    losses = choice_losses(found.predictions[found.predictions.run.isin([r["run"] for r in ranked])])
-    place_of = lambda p: json.dumps([p.get(k) for k in (*names, CALIBRATION) if k not in ("method", *ignored("base"))])
-    several = len({r["params"]["eval_split"] for r in ranked}) > 1
-    start = {place_of(parameters(r)): losses[r["run"]] for r in ranked if r["params"]["method"] == "base"}
-    each = [(parameters(r), losses[r["run"]]) for r in ranked if r["training"]]
-    each = sorted(
-        [*each, *((parameters({"params": p}), math.nan) for p in broken)],
-        key=lambda x: (x[0]["task"], place(x[0], names)),
-    )
-    cells, values, has = {}, {}, [p[against] for p, _ in each]
-    for (params, loss), kind in zip(each, run_labels([p for p, _ in each], names, (*ALWAYS[:3], against))):
-        split = f", {params['eval_split']}" if several else ""
-        label = f"{task_label(params['task'])}{split}, {kind}"
-        values[params[against]] = value_label(against, params[against], has)
-        worse = not loss <= start[place_of(params)] if place_of(params) in start else None
-        cells.setdefault((label, params[against]), []).append((loss, worse))
-    known = lambda c: all(worse is not None for _, worse in c)
-    count = lambda c: f", {sum(worse for _, worse in c)} of {len(c)}" if known(c) else ""
-    text = lambda c: f"{np.mean([loss for loss, _ in c]):.2f}{count(c)}"
-    order, labels = sorted(values, key=in_order), list(dict.fromkeys(label for label, _ in cells))
-    rows = [[text(cells[label, v]) if (label, v) in cells else "–" for v in order] for label in labels]
-    return pd.DataFrame(rows, labels, [values[v] for v in order])
-
-# %% ../../nbs/7_results/49_geometry.ipynb #bd90afb6
-def sharpness_table(
-    rows: pd.DataFrame,  # as `curvature_rows` makes them
-    table: pd.DataFrame,  # from `accuracies`
-) -> pd.DataFrame:  # text, a row per task, method and rate
-    "Return the largest eigenvalues of the Gauss-Newton matrix by kind of run, rates included, beside the accuracy."
-    share = {(r.task, r.label, r.eval_split): cell(r) for r in table.itertuples()}
-    found = []
-    for key, group in rows.groupby(["task", "label", "eval_split"], sort=False):
-        top = lambda at: np.mean([p["blocks"]["all"]["ggn"]["eigenvalues"][0] for p in group.probe[group["at"] == at]])
-        found.append(
-            {"task": task_label(key[0]), "kind": key[1]}
-            | {f"λmax, {at}": f"{top(at):.3g}" for at in ("warm-up", "middle", "end")}
-            | {"accuracy": share.get(key, "–")}
-        )
-    return pd.DataFrame(found)

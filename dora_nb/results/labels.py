@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['ALWAYS', 'LOOKS', 'CONTENT', 'CALIBRATION', 'FROM_FILE', 'task_label', 'method_label', 'method_color', 'method_line',
            'has_adapter', 'has_magnitude', 'one_word', 'ignored', 'parameters', 'factors', 'without_repeats',
-           'value_label', 'in_order', 'among', 'place', 'kind', 'run_label', 'run_labels', 'markdown_text',
-           'markdown_code', 'markdown_prose', 'markdown_table', 'figure_text']
+           'one_line', 'value_label', 'in_order', 'among', 'place', 'kind', 'run_label', 'run_labels']
 
 # %% ../../nbs/7_results/41_labels.ipynb #01307cf6
 import json
@@ -35,11 +34,6 @@ CALIBRATION = "calibration"  # the task on whose items Wanda measured activation
 FROM_FILE = "from a file"  # the value of rank and alpha where a file sets them for each weight
 
 # %% ../../nbs/7_results/41_labels.ipynb #b541d910
-def _line(text) -> str:
-    "Return a string with spaces for line breaks and other unprintable characters."
-    return "".join(c if c.isprintable() or c == "\u00a0" else " " for c in str(text))
-
-
 def task_label(
     task: str,  # as results name it
 ) -> str:
@@ -171,6 +165,13 @@ def without_repeats(
         found.setdefault(json.dumps([given, scores], sort_keys=True) if "seed" in ignored(method) else id(r), r)
     return list(found.values())
 
+# %% ../../nbs/7_results/41_labels.ipynb #5aa4961a
+def one_line(
+    text,  # from a file
+) -> str:
+    "Return a string with spaces for line breaks and other unprintable characters."
+    return "".join(c if c.isprintable() or c == "\u00a0" else " " for c in str(text))
+
 # %% ../../nbs/7_results/41_labels.ipynb #8ece85c9
 def _short(name: str, value) -> str:
     "Return a short name of a parameter's value; several values may share it."
@@ -223,7 +224,7 @@ def value_label(
 ) -> str:
     "Return the shortest name of a parameter's value that none of its other values has."
     each = {json.dumps(v): v for v in (value, *values)}.values()
-    alike = lambda form: len({_line(form(name, v)) for v in each}) < len(each)
+    alike = lambda form: len({one_line(form(name, v)) for v in each}) < len(each)
     return next((form for form in (_short, _long) if not alike(form)), _exact)(name, value)
 
 # %% ../../nbs/7_results/41_labels.ipynb #687d52f6
@@ -286,7 +287,7 @@ def run_labels(
     labels, found = [run_label(params, names, aside) for params in each], {}
     for params, label in zip(each, labels):
         own = kind(params, names, aside)
-        other = found.setdefault(_line(label), own)
+        other = found.setdefault(one_line(label), own)
         if json.dumps(other) != json.dumps(own):
             words = [
                 ", ".join(_exact(*pair) for pair in k.items() if pair not in o.items())
@@ -296,51 +297,3 @@ def run_labels(
                 f"two kinds of runs are both called {label!r}, one with {words[0] or 'nothing else'} and one with {words[1] or 'nothing else'}; report them in two folders"
             )
     return labels
-
-# %% ../../nbs/7_results/41_labels.ipynb #dcb02268
-_MARKS = re.compile(r"[\\`*|$~]|(?<!\w)_|_(?!\w)|(?<=\])[(\[]")
-
-
-def markdown_text(
-    text,  # from a file
-) -> str:  # one line of Markdown that shows it
-    "Return a string escaped for Markdown, so that a page or a table cell shows it literally."
-    line = _line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _MARKS.sub(r"\\\g<0>", line)
-
-
-def markdown_code(
-    text,  # from a file
-) -> str:
-    "Return a string as inline code in Markdown."
-    line = _line(text)
-    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
-    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
-
-# %% ../../nbs/7_results/41_labels.ipynb #3c355c47
-def markdown_prose(
-    text: str,  # Markdown that a user wrote
-) -> str:
-    "Return Markdown with its HTML tags escaped."
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
-
-
-def markdown_table(
-    table: pd.DataFrame,  # of strings, some of them from files
-    own: bool = False,  # cells already hold Markdown
-    **options,  # of pandas' `to_markdown`
-) -> str:
-    "Return a table as Markdown, with the text of its cells escaped."
-    cell = lambda v: markdown_text(v) if isinstance(v, str) else v
-    table = table if own else table.map(cell)
-    rename = dict(index=cell) if options.get("index", True) else {}
-    table = table.rename(columns=cell, **rename).rename_axis(index=cell(table.index.name))
-    return table.to_markdown(**options)
-
-# %% ../../nbs/7_results/41_labels.ipynb #46ca3403
-def figure_text(
-    text,  # from a file
-) -> str:
-    "Return a string escaped for matplotlib, so that a figure shows it literally."
-    line = "\n".join(map(_line, str(text).split("\n"))).replace("$", r"\$")
-    return f" {line}" if line.startswith("_") else line  # a legend leaves out labels that begin with _

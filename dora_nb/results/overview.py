@@ -11,9 +11,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ..files import check_replaceable, owned
-from .collect import experiment
-from .compare import check_page
-from .labels import markdown_prose, markdown_text
+from .about import experiment
+from .about import check_page
+from .text import markdown_prose, markdown_text
 from .page import write_page
 from .stored import is_page
 from ..runs.folder import RESULT
@@ -42,32 +42,6 @@ def check_overview(
     return {path: grid.report for path, grid in grids.items()}
 
 # %% ../../nbs/7_results/51_overview.ipynb #2bbe4b38
-def overview(
-    folder: str | Path,  # of reports, each experiment with its grid file
-) -> Path:  # README.md
-    "Write README.md with a line per experiment: claim, verdict, links. ValueError as from `check_overview`."
-    grids, folder, lines = check_overview(folder), Path(folder), []
-    about = {p: experiment(p) for p in reports_in(folder)}
-    for path, spec in grids.items():
-        if "claim" not in spec:
-            continue
-        made = [p for p, (_, grid, _) in about.items() if grid == path.resolve()]
-        link = lambda words, target: f"[{markdown_text(words)}]({quote(target.relative_to(folder).as_posix())})"
-        links = ", ".join(link(p.name if p != path.parent else "report", p / "report.md") for p in made)
-        verdicts = [f"{markdown_text(p.name)}: {v}" for p in made if (v := about[p][0].get("verdict"))]
-        words = [
-            spec.get("title", markdown_text(path.parent.name)),
-            spec["claim"],
-            " ".join(verdicts) or ("Under way." if made else "Not measured yet."),
-            links or link("the grid", path),
-        ]
-        cells = " | ".join(re.sub(r"(?<!\\)\|", r"\\|", markdown_prose(" ".join(w.split()))) for w in words)
-        lines.append((spec.get("number", 99), f"| {cells} |"))
-    text = OVERVIEW + "\n".join(line for _, line in sorted(lines))
-    write_page(folder / "README.md", text)
-    return folder / "README.md"
-
-
 OVERVIEW = """\
 # The poster, line by line
 
@@ -76,3 +50,32 @@ The paper is *DoRA: Weight-Decomposed Low-Rank Adaptation* (Liu et al., 2024, [a
 | experiment | claim | what these data say | report |
 |---|---|---|---|
 """
+
+# %% ../../nbs/7_results/51_overview.ipynb #255ca8ee
+def _verdict(made: list[Path], about: dict[Path, tuple]) -> str:
+    "Return the verdicts of an experiment's reports, each after the name of its report."
+    verdicts = [f"{markdown_text(p.name)}: {v}" for p in made if (v := about[p][0].get("verdict"))]
+    return " ".join(verdicts) or ("Under way." if made else "Not measured yet.")
+
+
+def _row(path: Path, spec: dict, about: dict[Path, tuple], folder: Path) -> str:
+    "Return the line of an experiment; `about` holds the `experiment` of every report."
+    made = [p for p, (_, grid, _) in about.items() if grid == path.resolve()]
+    link = lambda words, target: f"[{markdown_text(words)}]({quote(target.relative_to(folder).as_posix())})"
+    links = ", ".join(link(p.name if p != path.parent else "report", p / "report.md") for p in made)
+    title = spec.get("title", markdown_text(path.parent.name))
+    words = [title, spec["claim"], _verdict(made, about), links or link("the grid", path)]
+    cells = " | ".join(re.sub(r"(?<!\\)\|", r"\\|", markdown_prose(" ".join(w.split()))) for w in words)
+    return f"| {cells} |"
+
+# %% ../../nbs/7_results/51_overview.ipynb #ff8f0711
+def overview(
+    folder: str | Path,  # of reports, each experiment with its grid file
+) -> Path:  # README.md
+    "Write README.md with a line per experiment: claim, verdict, links. ValueError as from `check_overview`."
+    grids, folder = check_overview(folder), Path(folder)
+    about = {p: experiment(p) for p in reports_in(folder)}
+    claims = [(path, spec) for path, spec in grids.items() if "claim" in spec]
+    lines = sorted((spec.get("number", 99), _row(path, spec, about, folder)) for path, spec in claims)
+    write_page(folder / "README.md", OVERVIEW + "\n".join(line for _, line in lines))
+    return folder / "README.md"

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import time
@@ -94,6 +95,31 @@ def check_result_identity(result: dict):
             raise ValueError(f"the params or checksums in {RESULT} are not those that the run was made with")
 
 # %% ../../nbs/7_results/44_stored.ipynb #a0bc1e5b
+_METRICS = {"acc": "pred", "acc_norm": "pred_norm"}  # metric → column of the answers
+
+
+def _measures(predictions: pd.DataFrame) -> pd.DataFrame:
+    "Return what the answers of each run come to: items, repeated and unlabelled ones, and the metrics."
+    own = predictions.groupby("run")
+    found = pd.DataFrame({"n": own.size(), "unlabelled": predictions.gold.isna().groupby(predictions.run).any()})
+    found["twice"] = predictions.duplicated(["run", "doc_index"]).groupby(predictions.run).any()
+    for metric, column in _METRICS.items():
+        if column in predictions:
+            found[metric] = (predictions[column] == predictions.gold).groupby(predictions.run).mean()
+    return found
+
+
+def _fault(metrics: dict, found: dict | None) -> str:
+    "Return how the answers of a run contradict its metrics; an empty string if they agree."
+    n = found["n"] if found else 0
+    if n != metrics["n"]:
+        return f"there are answers to {n} items, and the result is of {metrics['n']}"
+    if found["twice"] or found["unlabelled"]:
+        return "an item was answered twice" if found["twice"] else "an item has no right answer"
+    wrong = [m for m in _METRICS if m in metrics and not abs(found.get(m, math.nan) - metrics[m]) <= 1e-6]
+    return f"the answers do not come to the {wrong[0]} of {metrics[wrong[0]]:.4f} that the result has" if wrong else ""
+
+# %% ../../nbs/7_results/44_stored.ipynb #b8dd42f8
 def contradictions(
     results: list[dict],  # of runs
     predictions: pd.DataFrame,  # their answers
@@ -101,66 +127,49 @@ def contradictions(
     "Return the runs whose answers contradict their results, in the number of items or in accuracy."
     if lost := {"run", "doc_index", "gold", "pred"} - set(predictions.columns):
         return {r["run"]: f"the answers have no column {sorted(lost)[0]!r}" for r in results}
-    found, own = {}, predictions.groupby("run")
-    count, unlabelled = own.size(), predictions.gold.isna().groupby(predictions.run).any()
-    twice = predictions.duplicated(["run", "doc_index"]).groupby(predictions.run).any()
-    names = {m: c for m, c in (("acc", "pred"), ("acc_norm", "pred_norm")) if c in predictions}
-    shares = {m: (predictions[c] == predictions.gold).groupby(predictions.run).mean() for m, c in names.items()}
-    for r in results:
-        run, metrics = r["run"], r["metrics"]
-        if run not in count or count[run] != metrics["n"]:
-            found[run] = f"there are answers to {count.get(run, 0)} items, and the result is of {metrics['n']}"
-        elif twice[run] or unlabelled[run]:
-            found[run] = "an item was answered twice" if twice[run] else "an item has no right answer"
-        elif wrong := [
-            m
-            for m in ("acc", "acc_norm")
-            if m in metrics and (m not in shares or abs(shares[m][run] - metrics[m]) > 1e-6)
-        ]:
-            found[run] = f"the answers do not come to the {wrong[0]} of {metrics[wrong[0]]:.4f} that the result has"
-    return found
+    found = _measures(predictions).to_dict("index")
+    faults = {r["run"]: _fault(r["metrics"], found.get(r["run"])) for r in results}
+    return {run: words for run, words in faults.items() if words}
 
 # %% ../../nbs/7_results/44_stored.ipynb #1a415c2a
-def strangers(
-    results: list[dict],  # of runs
-    predictions: pd.DataFrame,  # their answers
-) -> dict[str, str]:  # run → what is wrong
-    "Return the runs whose items, or right answers, differ from those of most runs with the same parameters."
-    found, by_key, of = {}, {}, {}
-    which = ("task", "eval_split", "source", *({"data content"} & set(factors(results))))
+def _other_items(results: list[dict], predictions: pd.DataFrame, of: dict[str, str]) -> dict[str, str]:
+    "Return the runs whose items are not those of most runs with the same parameters; `of` names the data of each run."
+    found, by_key = {}, {}
     items = {run: frame.doc_index.sort_values().to_numpy().tobytes() for run, frame in predictions.groupby("run")}
     for r in results:
         params = parameters(r)
-        of[r["run"]] = " ".join(str(params.get(k)) for k in which)
         key = (of[r["run"]], params.get("eval_items"), params["dev_cut"])
         by_key.setdefault(key, {})[r["run"]] = items.get(r["run"])
     for (task, *_), runs in by_key.items():
         votes = Counter(runs.values())
         odd = [run for run, own in runs.items() if len(votes) > 1 and 2 * votes[own] <= len(runs)]
         found |= {run: f"it was evaluated on other items of {task} than other runs were" for run in odd}
-    rows = predictions[["run", "doc_index", "gold"]].assign(of=predictions.run.map(of)).dropna(subset="of")
-    votes = rows.groupby(["of", "doc_index", "gold"]).run.nunique().rename("votes")
-    few = votes[2 * votes <= votes.groupby(level=[0, 1]).transform("sum")]
-    for run, frame in rows.merge(few.reset_index(), on=["of", "doc_index", "gold"]).groupby("run"):
-        words = f"item {frame.doc_index.iloc[0]} of {of[run]} has another right answer there than in other runs"
-        found.setdefault(run, words)
     return found
 
+
+def _other_answers(predictions: pd.DataFrame, of: dict[str, str]) -> dict[str, str]:
+    "Return the runs with another right answer to an item than most runs on the same data; `of` names the data of each run."
+    found, which = {}, ["of", "doc_index", "gold"]
+    rows = predictions[["run", "doc_index", "gold"]].assign(of=predictions.run.map(of)).dropna(subset="of")
+    votes = rows.groupby(which).run.nunique().rename("votes")
+    few = votes[2 * votes <= votes.groupby(level=[0, 1]).transform("sum")]
+    for run, frame in rows.merge(few.reset_index(), on=which).groupby("run"):
+        found[run] = f"item {frame.doc_index.iloc[0]} of {of[run]} has another right answer there than in other runs"
+    return found
+
+# %% ../../nbs/7_results/44_stored.ipynb #84672744
+def strangers(
+    results: list[dict],  # of runs
+    predictions: pd.DataFrame,  # their answers
+) -> dict[str, str]:  # run → what is wrong
+    "Return the runs whose items, or right answers, differ from those of most runs with the same parameters."
+    which = ("task", "eval_split", "source", *({"data content"} & set(factors(results))))
+    of = {r["run"]: " ".join(str(parameters(r).get(k)) for k in which) for r in results}
+    items = _other_items(results, predictions, of)
+    return items | {run: words for run, words in _other_answers(predictions, of).items() if run not in items}
+
 # %% ../../nbs/7_results/44_stored.ipynb #d0eefe11
-PATIENCE = 2.0  # seconds in which a reader waits for a writer to finish
 _NEXT = ".dora-nb-next"  # a folder in which a new set of files is put together
-
-
-@contextlib.contextmanager
-def hold_report(out: Path):
-    "Hold the lock of a report's folder, and finish or remove a set of files that a killed process left."
-    lock = Lock(out / ".lock")
-    lock.acquire(lambda: say(f"another process is making the report in {out}; waiting for it"))
-    try:
-        _finish(out)
-        yield
-    finally:
-        lock.release()
 
 
 def _finish(out: Path):
@@ -175,6 +184,18 @@ def _finish(out: Path):
         with contextlib.suppress(OSError):  # another program put a file there
             new.rmdir()
 
+# %% ../../nbs/7_results/44_stored.ipynb #1539c05a
+@contextlib.contextmanager
+def hold_report(out: Path):
+    "Hold the lock of a report's folder, and finish or remove a set of files that a killed process left."
+    lock = Lock(out / ".lock")
+    lock.acquire(lambda: say(f"another process is making the report in {out}; waiting for it"))
+    try:
+        _finish(out)
+        yield
+    finally:
+        lock.release()
+
 
 def store_results(out: Path, found: Results):
     "Write all files of a report, or none."
@@ -188,35 +209,55 @@ def store_results(out: Path, found: Results):
     _finish(out)
 
 # %% ../../nbs/7_results/44_stored.ipynb #0847064e
-def load_stored(out: Path) -> Results:
-    "Read a report's files, including runs outside the grid. ValueError names a file that is damaged or does not belong to the others."
-    about, data = read_results(out / RESULTS), {}
-    results, others, files = about["results"], about["others"], about.get("files", {})
+def _read_files(out: Path, files: dict[str, str]) -> dict[str, bytes]:
+    "Read the files beside `results.json` that are listed in it or there. Refuse one with another checksum: ValueError."
+    data = {}
     for name in (n for n in FILES if n in files or (out / n).exists() or n in FILES[:2]):
         data[name] = check_file(out / name).read_bytes()
         if name in files and hashlib.sha256(data[name]).hexdigest() != files[name]:
             raise ValueError(
                 f"{out / name} does not belong to the {RESULTS} beside it, which names another checksum; bring the right file back, or gather the runs into another folder with `dora-nb report RUNS --out`"
             )
+    return data
+
+
+@contextlib.contextmanager
+def _damaged(path: Path, *errors: type):
+    "Turn these errors into a ValueError that names the file."
+    try:
+        yield
+    except errors as e:
+        raise ValueError(f"{path} is damaged ({type(e).__name__}); bring the right file back") from None
+
+
+def _parse(out: Path, data: dict[str, bytes]) -> tuple[list[pd.DataFrame], dict]:
+    "Return the three tables and the probes from the bytes of the files."
     tables = list(NO_RESULTS[2:5])
     for i, name in enumerate(FILES[:3]):
-        try:
+        with _damaged(out / name, pa.ArrowException, OSError, ValueError):
             tables[i] = pd.read_parquet(io.BytesIO(data[name])) if name in data else tables[i]
-        except (pa.ArrowException, OSError, ValueError) as e:
-            raise ValueError(f"{out / name} is damaged ({type(e).__name__}); bring the right file back") from None
-    try:
+    with _damaged(out / ALL_CURVATURE, ValueError, AttributeError, RecursionError):
         probes = json.loads(data.get(ALL_CURVATURE, "{}"))
         probes.values()
-    except (ValueError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{out / ALL_CURVATURE} is damaged ({type(e).__name__}); bring the right file back") from None
-    if wrong := contradictions([*results, *others], tables[0]) or (
-        {} if files else strangers([*results, *others], tables[0])
-    ):
+    return tables, probes
+
+# %% ../../nbs/7_results/44_stored.ipynb #55fa73e8
+def load_stored(out: Path) -> Results:
+    "Read a report's files, including runs outside the grid. ValueError names a file that is damaged or does not belong to the others."
+    about = read_results(out / RESULTS)
+    results, others, files = about["results"], about["others"], about.get("files", {})
+    tables, probes = _parse(out, _read_files(out, files))
+    everything = [*results, *others]
+    wrong = contradictions(everything, tables[0])
+    if wrong := wrong or ({} if files else strangers(everything, tables[0])):
         run, words = next(iter(wrong.items()))
         raise ValueError(f"{out / ALL_PREDICTIONS} does not belong to the {RESULTS} beside it: {run}: {words}")
     return Results(results, about.get("problems", []), *tables, probes, others)
 
 # %% ../../nbs/7_results/44_stored.ipynb #c4403844
+PATIENCE = 2.0  # seconds in which a reader waits for a writer to finish
+
+
 def check_report(out: Path):
     "Refuse a folder without a report: ValueError."
     if not (out / RESULTS).exists() and not (out / _NEXT / RESULTS).exists():

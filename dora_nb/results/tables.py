@@ -20,7 +20,6 @@ from dora_nb.results.labels import (
     has_adapter,
     in_order,
     kind,
-    markdown_text,
     method_label,
     parameters,
     place,
@@ -28,6 +27,7 @@ from dora_nb.results.labels import (
     task_label,
     value_label,
 )
+from .text import markdown_text
 
 # %% ../../nbs/7_results/46_tables.ipynb #27ee7658
 PUBLISHED = pd.DataFrame(
@@ -61,7 +61,7 @@ def _tasks_of(params: dict) -> list[str]:
     "Return the tasks on which a run trains."
     return params["mixture"].split(",") if params["mixture"] else [params["task"]]
 
-
+# %% ../../nbs/7_results/46_tables.ipynb #3b6ca0a7
 def _rates(params: list[dict]) -> str:
     "Return the learning rates as text: by method, and by task where they differ."
     rates = {}  # (method, rate) → tasks
@@ -85,7 +85,7 @@ def _dev_cuts(params: list[dict]) -> str:
     cuts |= {p["dev_cut"] for p in params if p["method"] != "base" and "winogrande" in map(str.strip, _tasks_of(p))}
     return f"; WinoGrande: {', '.join(value_label('dev_cut', c) for c in sorted(cuts))}" if cuts else ""
 
-
+# %% ../../nbs/7_results/46_tables.ipynb #cc29aa1d
 def _training_extras(params: list[dict], trained: list[dict]) -> str:
     "Return settings of the training that are mentioned only where they are unusual."
     mixed = sorted({p["mixture"] for p in params if p["mixture"]})
@@ -109,7 +109,7 @@ def _model_notes(results: list[dict], trained: list[dict]) -> str:
     schemes = [s for s in sorted({parameters(r)["compress"] for r in results}) if s]
     return weights + (f" Compressed by: {', '.join(schemes)} (chapter 10)." if schemes else "")
 
-
+# %% ../../nbs/7_results/46_tables.ipynb #70725e44
 def _machines(results: list[dict]) -> str:
     "Return the machines and the versions of packages as text."
     machines = sorted(
@@ -151,7 +151,7 @@ def _cost(result: dict, trained: bool) -> dict[str, float]:
     cost |= {"evaluate": result["metrics"]["seconds"], "memory": result["peak_memory_bytes"] / 2**30}
     return cost if trained else cost | dict.fromkeys(("tokens_per_second", "seconds", "memory"), math.nan)
 
-
+# %% ../../nbs/7_results/46_tables.ipynb #edcc39ca
 def _cost_cells(r: dict) -> dict[str, str]:
     "Return the mean costs of a row as text."
     number = lambda v, spec: "–" if pd.isna(v) else format(v, spec)
@@ -166,26 +166,25 @@ def _cost_cells(r: dict) -> dict[str, str]:
     }
 
 # %% ../../nbs/7_results/46_tables.ipynb #645ef282
+def _mean_costs(results: list[dict]) -> list[dict]:
+    "Return the mean costs of each kind of run, with its parameters, label and mixed conditions, in the order of the table."
+    own, names, kinds = own_trainings(results), factors(results), {}
+    params = [parameters(r) for r in results]
+    for i, (p, label) in enumerate(zip(params, run_labels(params, names))):
+        kinds.setdefault((json.dumps([*(p[k] for k in ALWAYS[:3]), kind(p, names)]), label), []).append(i)
+    numbers, means = pd.DataFrame([_cost(r, r in own) for r in results]), []
+    for (_, label), own_rows in kinds.items():
+        mixed = {"label": label, "mixed": mixed_words([_made(results[i]) for i in own_rows])}
+        means.append(params[own_rows[0]] | numbers.iloc[own_rows].mean().to_dict() | mixed)
+    return sorted(means, key=lambda r: (r["task"], place(r, names)))
+
+
 def cost_table(
     results: list[dict],  # from `collect`
 ) -> pd.DataFrame:  # text, a row per task and method
     "Return the costs of runs as text: parameters, seconds, tokens per second, peak memory. `attrs` holds the note on †."
-    own = own_trainings(results)
-    rows = [_cost(r, r in own) for r in results]
-    names, kinds = factors(results), {}
-    params = [parameters(r) for r in results]
-    for i, (p, label) in enumerate(zip(params, run_labels(params, names))):
-        kinds.setdefault((json.dumps([*(p[k] for k in ALWAYS[:3]), kind(p, names)]), label), []).append(i)
-    numbers, means = pd.DataFrame(rows), []
-    for (_, label), own_rows in kinds.items():
-        mixed = {"label": label, "mixed": mixed_words([_made(results[i]) for i in own_rows])}
-        means.append(params[own_rows[0]] | numbers.iloc[own_rows].mean().to_dict() | mixed)
-    rows = sorted(means, key=lambda r: (r["task"], place(r, names)))
-    table = pd.DataFrame(
-        [
-            {"task": task_label(r["task"]), "method": r["label"] + (" †" if r["mixed"] else "")} | _cost_cells(r)
-            for r in rows
-        ]
-    )
+    rows = _mean_costs(results)
+    head = lambda r: {"task": task_label(r["task"]), "method": r["label"] + (" †" if r["mixed"] else "")}
+    table = pd.DataFrame([head(r) | _cost_cells(r) for r in rows])
     table.attrs["note"] = mixed_note(pd.DataFrame(rows), "The runs of such a row")
     return table

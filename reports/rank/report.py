@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.common import table
-from dora_nb.results.accuracy import mean_interval
+from dora_nb.results.intervals import mean_interval
 from dora_nb.results.labels import task_label
 from reports.rank.factors import off
 from reports.rank.rank import CUTS, NARROW, WIDE

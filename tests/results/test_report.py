@@ -23,20 +23,10 @@ from dora_nb import __version__
 from dora_nb.files import claim, sha256
 from dora_nb.layers.decompose import delta_direction, delta_magnitude
 from dora_nb.results import stored
-from dora_nb.results.accuracy import (
-    accuracies,
-    accuracy_table,
-    freedom,
-    loss_table,
-    majority,
-    mean_interval,
-    mean_squares,
-    mixed_note,
-    share_interval,
-    standard_error,
-)
-from dora_nb.results.collect import collect, experiment
-from dora_nb.results.compare import agreement, change_verdict, changes, check_page, compare, holm, verdict
+from dora_nb.results.about import check_page, experiment
+from dora_nb.results.accuracy import accuracies, accuracy_table, loss_table, majority, mixed_note
+from dora_nb.results.collect import collect
+from dora_nb.results.compare import agreement, change_verdict, changes, compare, holm, verdict
 from dora_nb.results.figures import plot_accuracy, plot_learning_curves, plot_sweep, sweep, sweep_table
 from dora_nb.results.geometry import (
     correlation,
@@ -44,22 +34,12 @@ from dora_nb.results.geometry import (
     geometry_rows,
     interval,
     partial_rank_correlation,
-    sharpness_table,
-    stability_table,
 )
-from dora_nb.results.labels import (
-    factors,
-    figure_text,
-    in_order,
-    markdown_code,
-    markdown_text,
-    parameters,
-    run_labels,
-    value_label,
-)
+from dora_nb.results.intervals import freedom, mean_interval, mean_squares, share_interval, standard_error
+from dora_nb.results.labels import factors, in_order, parameters, run_labels, value_label
 from dora_nb.results.overview import check_overview, overview, reports_in
-from dora_nb.results.page import render
-from dora_nb.results.sharpness import curvature_rows
+from dora_nb.results.page import SECTIONS, render
+from dora_nb.results.sharpness import curvature_rows, sharpness_table, stability_table
 from dora_nb.results.stored import (
     ALL_CURVATURE,
     ALL_GEOMETRY,
@@ -71,6 +51,7 @@ from dora_nb.results.stored import (
     read_report,
 )
 from dora_nb.results.tables import cost_table
+from dora_nb.results.text import figure_text, markdown_code, markdown_text
 from dora_nb.runs import identity
 from dora_nb.runs.config import RunConfig
 from dora_nb.runs.folder import CURVATURE, GEOMETRY, HISTORY, PREDICTIONS, RESULT
@@ -594,6 +575,18 @@ def test_a_page_of_somebody_else_s_is_not_rendered_over(six, tmp_path):
         render(tmp_path / "out")
     assert (tmp_path / "out" / "report.md").read_text() == FOREIGN
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_section_is_one_function_and_one_entry(six, tmp_path):
+    runs, grid = six
+    collect(runs, tmp_path / "report", grid)
+    own = lambda page: ["## Count\n", f"{len(page.found.results)} runs\n"]
+    SECTIONS.insert(1, own)
+    try:
+        page = render(tmp_path / "report").read_text(encoding="utf-8")
+    finally:
+        SECTIONS.remove(own)
+    assert page.index("\n## Count\n\n6 runs\n") < page.index("## Accuracy")
 
 
 @pytest.mark.attack("data loss")

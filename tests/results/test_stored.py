@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from dora_nb.results import page as chapter
+from dora_nb.results import measured, sections
 from dora_nb.results.overview import check_overview, overview, reports_in
 from dora_nb.results.page import render
 from dora_nb.results.stored import ALL_GEOMETRY, FILES, MADE, read_report
@@ -33,9 +33,10 @@ def first_edition(folder, to):
 def test_a_stored_report_keeps_its_numbers(tmp_path, folder, monkeypatch):
     "The committed page, word for word, from the data alone; figures are compared elsewhere."
     drawn = set()
-    for name in [n for n in vars(chapter) if n.startswith("plot_")]:
-        monkeypatch.setattr(chapter, name, lambda *_: None)
-    monkeypatch.setattr(chapter, "_savefig", lambda _, path: drawn.add(path.name))
+    for chapter in (sections, measured):
+        for name in [n for n in vars(chapter) if n.startswith("plot_")]:
+            monkeypatch.setattr(chapter, name, lambda *_: None)
+    monkeypatch.setattr(sections, "_savefig", lambda _, path: drawn.add(path.name))
     made = first_edition(folder, tmp_path / folder.relative_to(REPORTS))
     page = render(made).read_text(encoding="utf-8")
     assert page == (folder / "report.md").read_text(encoding="utf-8"), f"run `dora-nb report reports/{made.name}`"
