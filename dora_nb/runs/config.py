@@ -14,7 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from ..curvature.rank import WAYS
+from ..curvature.rank_search import WAYS
 from ..data.assets import SOURCES, TASK_NAMES
 from ..data.tasks import DEV_CUTS, FORMATS, SPLITS
 from ..files import read_json

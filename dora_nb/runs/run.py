@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from ..curvature.rank import as_patterns, warm_ranks
+from ..curvature.rank_search import as_patterns, warm_ranks
 from ..data.assets import load_model
 from ..data.tasks import load_task
 from ..files import check_replaceable, owned, read_json, set_aside, write_json, write_whole

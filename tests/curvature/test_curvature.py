@@ -12,8 +12,9 @@ from dora_nb.curvature import kronecker
 from dora_nb.curvature import probe as probing_chapter
 from dora_nb.curvature.kronecker import kfac, update_metrics
 from dora_nb.curvature.lanczos import spectral_density, top_eigenpairs, trace
-from dora_nb.curvature.operators import Operator, Part, efvp, ggnvp, gradients, gram, gram_eigenvalues, hvp
+from dora_nb.curvature.operators import Operator, Part, efvp, ggnvp, gradients, hvp
 from dora_nb.curvature.probe import item_parts, loss_parts, probe, probe_blocks, probing
+from dora_nb.curvature.spectra import gram, gram_eigenvalues
 from dora_nb.data.rows import encode_item, pack
 from dora_nb.data.tasks import load_task
 from dora_nb.layers.linear import DoRALinear, LoRALinear
