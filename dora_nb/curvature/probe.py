@@ -13,9 +13,11 @@ from collections.abc import Iterable, Sequence
 import datasets
 import torch
 import torch.nn.functional as F
-from .kronecker import Metric, canonical, update_metrics
-from .lanczos import spectral_density, top_eigenpairs
-from .operators import Operator, Params, Part, effective_rank, gradients, gram, gram_eigenvalues, hvp
+from .components import canonical
+from .kronecker import Metric, update_metrics
+from .lanczos import Eigenpairs, spectral_density, top_eigenpairs
+from .operators import Operator, Params, Part, gradients, hvp
+from .spectra import effective_rank, gram, gram_eigenvalues
 from ..data.rows import Batch
 from ..models.adapt import adapter_layers, adapter_state, trainable_parameters
 from ..models.scoring import context_length, shares_prompts, token_logits
@@ -34,11 +36,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% ../../nbs/5_curvature/26_probe.ipynb #bc33e658
-@contextlib.contextmanager
-def probing(
-    model: nn.Module,  # adapted, not merged, in float32
-):
-    "Make a model twice differentiable inside a `with` block; refuse merged adapters and low precision."
+def _check_probing(model: nn.Module):
+    "Refuse a model that cannot be differentiated twice: merged adapters, low precision, inference tensors."
     if adapter_state(model).merged:
         raise RuntimeError("the adapters are merged into the weights; unmerge(model) brings them back to be probed")
     if low := next((n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype.itemsize < 4), None):
@@ -46,13 +45,21 @@ def probing(
             f"{low!r} is below float32, which is too coarse for second derivatives; load the model in float32"
         )
     check_differentiable(model)
+
+
+@contextlib.contextmanager
+def probing(
+    model: nn.Module,  # adapted, not merged, in float32
+):
+    "Make a model twice differentiable inside a `with` block; refuse merged adapters and low precision."
+    _check_probing(model)
     layers, training = list(adapter_layers(model).values()), model.training
     wanted = {"plan": "plain", "detach_norm": False}
     before = [{k: v for k, v in vars(layer).items() if k in wanted} for layer in layers]
+    device = next(model.parameters()).device
     try:
         for layer, own in zip(layers, before):
             vars(layer).update({k: wanted[k] for k in own})
-        device = next(model.parameters()).device
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), autocast("float32", device), tf32("float32", device):
             yield model.eval()
     finally:
@@ -135,7 +142,7 @@ def probe_blocks(
             blocks.setdefault(block, []).append(name)
     return blocks
 
-
+# %% ../../nbs/5_curvature/26_probe.ipynb #d131d134
 def check_blocks(
     model: nn.Module,  # adapted, its adapter trainable
     wanted: Sequence[str],  # blocks
@@ -166,6 +173,17 @@ def _ggn_summaries(parts: Sequence[Part], params: Params, blocks: dict[str, list
     return {name: _summary(gram_eigenvalues(grams, block), damping) for name, block in blocks.items()}, damping
 
 # %% ../../nbs/5_curvature/26_probe.ipynb #b910a517
+def _pairing(ends: dict[str, Eigenpairs], operator: Operator) -> dict:
+    "Return the pairing of the two ends, and the top vector's energy in A, B and m; nothing if an end is missing."
+    if not all(len(e.values) for e in ends.values()):
+        return {}
+    high, low = (ends[end].values[0].item() for end in ("top", "bottom"))
+    pairing = 1 - abs(high + low) / (high - low) if high > 0 > low else 0.0
+    top = operator.unflatten(ends["top"].vectors[0] ** 2)
+    energy = lambda key: sum((t.sum().item() for n, t in top.items() if n.endswith(key)), 0.0)
+    return dict(pairing=pairing, share={short: energy(key) for key, short in PARTS_OF_A_LAYER.items()})
+
+# %% ../../nbs/5_curvature/26_probe.ipynb #ba457efd
 def _hessian_summary(operator: Operator, k: int, products: int, seed: int) -> dict:
     "Return the ends, the trace and the density of a Hessian, with the pairing and the top vector's energies."
     ends = top_eigenpairs(operator, k, "both", tol=1e-2, block=2, max_products=products, seed=seed)
@@ -173,13 +191,7 @@ def _hessian_summary(operator: Operator, k: int, products: int, seed: int) -> di
     total, error = density.total()
     summary = {end: dict(values=e.values.tolist(), residuals=e.residuals.tolist()) for end, e in ends.items()}
     summary |= dict(trace=total, trace_error=error, nodes=density.nodes.tolist(), weights=density.weights.tolist())
-    if all(len(e.values) for e in ends.values()):
-        high, low = (ends[end].values[0].item() for end in ("top", "bottom"))
-        summary["pairing"] = 1 - abs(high + low) / (high - low) if high > 0 > low else 0.0
-        top = operator.unflatten(ends["top"].vectors[0] ** 2)
-        energy = lambda key: sum((t.sum().item() for n, t in top.items() if n.endswith(key)), 0.0)
-        summary["share"] = {short: energy(key) for key, short in PARTS_OF_A_LAYER.items()}
-    return summary
+    return summary | _pairing(ends, operator)
 
 # %% ../../nbs/5_curvature/26_probe.ipynb #1585d081
 def _loss_and_norm(parts: Sequence[Part], params: Params) -> tuple[float, float]:

@@ -61,7 +61,7 @@ def _check_saveable(model: nn.Module) -> AdapterConfig:
         raise RuntimeError("this model has no adapter to save; adapt(model, config) adds one")
     if gated := next((n for n, layer in adapter_layers(model).items() if is_parametrized(layer)), None):
         raise RuntimeError(
-            f"{gated!r} has gates, which PEFT's format cannot hold; apply them with dora_nb.curvature.rank.close_gates(model)"
+            f"{gated!r} has gates, which PEFT's format cannot hold; apply them with dora_nb.curvature.rank_search.close_gates(model)"
         )
     return config
 

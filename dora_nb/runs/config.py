@@ -14,7 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from ..curvature.rank import WAYS
+from ..curvature.rank_search import WAYS
 from ..data.assets import SOURCES
 from ..data.tasks import DEV_CUTS, FORMATS, SPLITS, TASKS
 from ..files import read_json

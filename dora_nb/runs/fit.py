@@ -14,7 +14,7 @@ from pathlib import Path
 
 import accelerate
 import datasets
-from ..curvature.rank import as_patterns, warm_ranks
+from ..curvature.rank_search import as_patterns, warm_ranks
 from ..data.tasks import load_task
 from ..files import check_replaceable, owned, read_json, set_aside, write_json
 from ..models.adapt import adapt, count_parameters

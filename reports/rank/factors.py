@@ -7,7 +7,8 @@ import torch
 from scipy.stats import spearmanr
 
 from benchmarks.common import DEVICE, arguments, finish
-from dora_nb.curvature.kronecker import canonical, update_metrics
+from dora_nb.curvature.components import canonical
+from dora_nb.curvature.kronecker import update_metrics
 from dora_nb.curvature.operators import ggnvp
 from dora_nb.curvature.probe import item_parts, probing
 from dora_nb.data.assets import load_model

@@ -7,20 +7,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import DEVICE, arguments, machine
+from dora_nb.curvature.components import components, score_components
 from dora_nb.curvature.kronecker import kfac, update_metrics
 from dora_nb.curvature.operators import gradients
 from dora_nb.curvature.probe import item_parts, probing
-from dora_nb.curvature.rank import (
-    allocate,
-    close_gates,
-    component_costs,
-    components,
-    open_gates,
-    score_components,
-    shrink,
-    shuffled,
-    truncate,
-)
+from dora_nb.curvature.rank import allocate, component_costs, truncate
+from dora_nb.curvature.rank_search import close_gates, open_gates, shrink, shuffled
 from dora_nb.data.assets import load_model
 from dora_nb.data.tasks import load_task
 from dora_nb.models.adapt import adapt, adapter_layers, adapter_state, trainable_parameters

@@ -14,7 +14,7 @@ from dora_nb import __version__
 from dora_nb.command.main import main, parser
 from dora_nb.command.options import comments
 from dora_nb.command.places import check_output, check_ranks, is_answers
-from dora_nb.curvature.rank import SCORES
+from dora_nb.curvature.components import SCORES
 from dora_nb.data.assets import ASSETS, SOURCES, TASK_NAMES
 from dora_nb.data.tasks import DEV_CUTS, SPLITS
 from dora_nb.files import claim

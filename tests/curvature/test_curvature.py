@@ -12,8 +12,9 @@ from dora_nb.curvature import kronecker
 from dora_nb.curvature import probe as probing_chapter
 from dora_nb.curvature.kronecker import kfac, update_metrics
 from dora_nb.curvature.lanczos import spectral_density, top_eigenpairs, trace
-from dora_nb.curvature.operators import Operator, Part, efvp, ggnvp, gradients, gram, gram_eigenvalues, hvp
+from dora_nb.curvature.operators import Operator, Part, efvp, ggnvp, gradients, hvp
 from dora_nb.curvature.probe import item_parts, loss_parts, probe, probe_blocks, probing
+from dora_nb.curvature.spectra import gram, gram_eigenvalues
 from dora_nb.data.rows import encode_item, pack
 from dora_nb.data.tasks import load_task
 from dora_nb.layers.linear import DoRALinear, LoRALinear
@@ -25,6 +26,7 @@ from dora_nb.training.config import TrainConfig
 from dora_nb.training.objectives import choice_scores
 from dora_nb.training.train import train
 
+SMALLER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1)  # for `llama`
 KINDS = {"lora": (LoRALinear, {}), "dora": (DoRALinear, {"detach_norm": False})}
 
 
@@ -144,25 +146,25 @@ def test_a_matrix_of_few_directions():
 
 def test_density_and_trace():
     _, parts, params = network("dora")
-    G = Operator(ggnvp, parts, params)
+    G = Operator(ggnvp, parts, params, keep=True)
     true = torch.linalg.eigvalsh(G.dense())
-    density = spectral_density(G, probes=30, steps=G.shape[0])
+    density = spectral_density(G, probes=10, steps=G.shape[0])
     total, error = density.total()
     assert abs(total - true.sum()) < 3 * error
     dimension, error = density.effective_dimension(0.01)
     assert abs(dimension - (true / (true + 0.01)).sum()) < 3 * error
     grid = torch.linspace(-1, 2, 400).double()
     assert torch.trapezoid(density.smoothed(grid, 0.05), grid).item() == pytest.approx(1, abs=1e-2)
-    total, error = trace(G, 200)
+    total, error = trace(G, 50)
     assert abs(total - true.sum()) < 3 * error
 
 
 def test_labels_that_are_drawn_have_the_same_mean():
     net, parts, params = network("lora")
+    drawn = kfac(net, parts, params, draws=1000)
     for name, exact in kfac(net, parts, params).items():
-        drawn = kfac(net, parts, params, draws=4000)[name]
-        assert torch.allclose(drawn.C, exact.C, atol=1e-10)
-        assert (drawn.S - exact.S).norm() < 0.05 * exact.S.norm()
+        assert torch.allclose(drawn[name].C, exact.C, atol=1e-10)
+        assert (drawn[name].S - exact.S).norm() < 0.1 * exact.S.norm()
 
 
 def ones(operator):
@@ -202,7 +204,7 @@ def test_bad_input(name):
 
 @pytest.fixture
 def items():
-    return load_task("winogrande", "train", limit=4, seed=0)
+    return load_task("winogrande", "train", limit=2, seed=0)
 
 
 def batches(tokenizer, items, alone=True):
@@ -219,7 +221,7 @@ def adapted(smollm):
 
     def make(method):
         torch.manual_seed(0)
-        targets = r"model\.layers\.(14|29)\.self_attn\.[qv]_proj"
+        targets = r"model\.layers\.(28|29)\.self_attn\.[qv]_proj"
         adapt(model, AdapterConfig(method, rank=4, alpha=8, target_modules=targets))
         made.append(model)
         for n, p in trainable_parameters(model).items():
@@ -237,7 +239,7 @@ def test_attention_without_second_derivatives(adapted, items):
     params = {n: p.detach() for n, p in trainable_parameters(model).items()}
     parts = loss_parts(model, batches(tokenizer, items, False), "choices")
     v = {n: torch.ones_like(p) for n, p in params.items()}
-    for layer in ("14", "29"):
+    for layer in ("28", "29"):
         for k in "qv":
             model.model.layers[int(layer)].self_attn.get_submodule(f"{k}_proj").plan = "plain"
     with pytest.raises(RuntimeError, match="probing"):
@@ -277,7 +279,7 @@ def test_the_real_model_against_curvlinops(adapted, items, method):
             [(torch.zeros(len(gold), 1), gold)],
             check_deterministic=False,
         )
-        ours = Operator(ggnvp, [part], params)
+        ours = Operator(ggnvp, [part], params, keep=True)
         v = torch.randn(ours.shape[0], generator=torch.Generator().manual_seed(0))
         a, b = ours @ v, theirs @ v
         assert (a - b).norm() < 5e-5 * b.norm()  # float32; how sums are split over threads shows at 1e-5
@@ -286,19 +288,16 @@ def test_the_real_model_against_curvlinops(adapted, items, method):
         assert values[0].item() == pytest.approx(top.item(), rel=1e-3)
 
 
-def test_a_probe_leaves_everything_as_it_was(llama, tiny_model_dir):
-    from dora_nb.data.assets import load_model
-
-    states = []
+def test_a_probe_leaves_everything_as_it_was(llama, toy_tokenizer):
+    states, tokenizer = [], toy_tokenizer()
     for probed in (False, True):
-        model, tokenizer = load_model(str(tiny_model_dir))
-        torch.manual_seed(0)
+        model = llama(**SMALLER)
         adapt(model, AdapterConfig("dora", rank=2, alpha=4, dropout=0.1))
         items = load_task("winogrande", "train", limit=8, seed=0)
         seen = []
 
         def look(record):
-            seen.append(probe(model, tokenizer, items.select(range(3)), TrainConfig(), ["all", "m", "layer 0"], 1, 8))
+            seen.append(probe(model, tokenizer, items.select(range(2)), TrainConfig(), ["all", "m", "layer 0"], 1, 4))
 
         train(model, tokenizer, items, TrainConfig(batch_size=4), after_step=look if probed else None, progress=False)
         states.append({n: p.detach().clone() for n, p in trainable_parameters(model).items()})
@@ -476,27 +475,30 @@ def test_a_layer_that_sees_its_tokens_in_another_order():
     assert not kronecker._tokens(x, g, inputs[:, :1], "experts.0")[2].any()
 
 
+@pytest.fixture(scope="module")
+def free(toy_tokenizer):
+    "A tiny model whose adapter learns and has moved, what probes it, and its probe."
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | dict(vocab_size=128))).eval()
+    adapt(model, AdapterConfig("dora", rank=2, alpha=4))
+    for n, p in trainable_parameters(model).items():
+        p.data.normal_(std=0.1) if "lora_B" in n else None
+    data, tokenizer = load_task("winogrande", "train", limit=3), toy_tokenizer()
+    look = lambda: probe(model, tokenizer, data, TrainConfig(), ["all"], 1, 2)
+    return model, look, look()
+
+
 @pytest.mark.attack("crash")
 @pytest.mark.parametrize(
     "frozen",
     [lambda n: "lora_A" in n, lambda n: "lora_B" in n, lambda n: "magnitude" not in n, lambda n: "layers.0" in n],
     ids=["A", "B", "all but m", "a layer"],
 )
-def test_an_adapter_of_which_a_part_is_frozen(frozen, tiny_model_dir):
+def test_an_adapter_of_which_a_part_is_frozen(frozen, free):
     "What does not learn is constant: the rest has the curvature that it has in the whole."
-    from dora_nb.data.assets import load_model
-
-    _, tokenizer = load_model(str(tiny_model_dir))
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | dict(vocab_size=len(tokenizer)))).eval()
-    adapt(model, AdapterConfig("dora", rank=2, alpha=4))
-    for n, p in trainable_parameters(model).items():
-        p.data.normal_(std=0.1) if "lora_B" in n else None
-    data = load_task("winogrande", "train", limit=3)
-    look = lambda: probe(model, tokenizer, data, TrainConfig(), ["all"], 1, 2)
-    before = look()
-    for n, p in trainable_parameters(model).items():
-        p.requires_grad_(not frozen(n))
+    model, look, before = free
+    for n, p in model.named_parameters():
+        p.requires_grad_(n.rpartition(".")[2] in probing_chapter.PARTS_OF_A_LAYER and not frozen(n))
     after, learning = look(), trainable_parameters(model)
     assert after["blocks"]["all"]["parameters"] == sum(p.numel() for p in learning.values())
     whole = lambda found, b: found["blocks"][b]["parameters"]
@@ -560,11 +562,11 @@ def test_a_probe_beyond_the_context_sees_what_training_sees(tiny_model_dir):
 
 
 @pytest.mark.attack("crash")
-def test_a_probe_is_the_same_wherever_it_is_called(llama, shake, tiny_model_dir):
+def test_a_probe_is_the_same_wherever_it_is_called(llama, shake, toy_tokenizer):
     "In inference mode, with another default dtype, and where float32 products are made in less."
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model_dir)
-    model = shake(adapt(llama(vocab_size=len(tokenizer)), AdapterConfig("dora", 2, 4)))
-    ask = lambda: probe(model, tokenizer, load_task("winogrande", limit=3), TrainConfig(), products=12)
+    tokenizer, items = toy_tokenizer(), load_task("winogrande", limit=2)
+    model = shake(adapt(llama(**SMALLER), AdapterConfig("dora", 2, 4)))
+    ask = lambda: probe(model, tokenizer, items, TrainConfig(), k=1, products=6)
     expected = ask()
     with torch.inference_mode():
         assert ask() == expected
@@ -580,6 +582,6 @@ def test_a_probe_is_the_same_wherever_it_is_called(llama, shake, tiny_model_dir)
     finally:
         torch.set_float32_matmul_precision("highest")
     with torch.inference_mode():
-        other = adapt(llama(vocab_size=len(tokenizer)), AdapterConfig("dora", 2, 4))
+        other = adapt(llama(), AdapterConfig("dora", 2, 4))
     with pytest.raises(ValueError, match=r"was made inside torch\.inference_mode\(\)"):
-        probe(other, tokenizer, load_task("winogrande", limit=3), TrainConfig())
+        probe(other, tokenizer, items, TrainConfig())

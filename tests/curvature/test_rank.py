@@ -7,22 +7,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from dora_nb.curvature.components import SCORES, components, score_components
 from dora_nb.curvature.kronecker import update_metrics
 from dora_nb.curvature.probe import loss_parts, probing
-from dora_nb.curvature.rank import (
-    SCORES,
-    allocate,
-    close_gates,
-    component_costs,
-    components,
-    fit_budget,
-    open_gates,
-    rank_pattern,
-    score_components,
-    shrink,
-    shuffled,
-    truncate,
-)
+from dora_nb.curvature.rank import allocate, component_costs, fit_budget, rank_pattern, truncate
+from dora_nb.curvature.rank_search import close_gates, open_gates, shrink, shuffled
 from dora_nb.data.rows import Row, collate
 from dora_nb.models.adapt import adapt, adapter_layers, trainable_parameters
 from dora_nb.models.adapter_files import load_adapter, save_adapter
@@ -57,8 +46,7 @@ def scored(model, score):
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("score, rslora", [*((score, False) for score in SCORES), ("obd", True)])
 def test_a_truncated_adapter_is_peft_s_too(moved, llama, ids, tmp_path, method, score, rslora):
     model = moved(method, rslora=rslora)
     whole = model(ids).logits
