@@ -17,7 +17,7 @@ def announced(
     "Return the entries that installed packages announce."
     return {e.name: e for e in entry_points(group=group)}
 
-
+# %% ../nbs/registry.ipynb #db69bb95
 def _import(what: str, found: EntryPoint, kind: type):
     "Return the object of an entry point; ImportError, which names its package, if it is not one of that kind and name."
     where = f"{what} {found.name!r} of the package {found.dist.name if found.dist else '?'} ({found.value})"

@@ -46,14 +46,14 @@ def _canonical(key: str) -> str:
         return key
     return key[: found.start()] + f".{found[1]}" + ("" if found[1] == "lora_magnitude_vector" else ".weight")
 
-# %% ../../nbs/3_models/13c_peft_format.ipynb #5152f30a
+# %% ../../nbs/3_models/13c_peft_format.ipynb #114f1b72
 def _task_type(model: nn.Module) -> str | None:
     "Return the task type with which PEFT wraps this model, or None."
     if not hasattr(model, "prepare_inputs_for_generation"):
         return None
     return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
-
+# %% ../../nbs/3_models/13c_peft_format.ipynb #5152f30a
 def to_peft(
     config: AdapterConfig,  # of the model's adapter
     model: nn.Module,  # adapted
@@ -177,7 +177,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} holds a tensor twice, under an old and a new name")
     return tensors, _our_metadata(metadata, path)
 
-# %% ../../nbs/3_models/13c_peft_format.ipynb #d9951e17
+# %% ../../nbs/3_models/13c_peft_format.ipynb #50b78752
 @contextlib.contextmanager
 def naming_file(
     path: Path,  # of a file
@@ -188,7 +188,7 @@ def naming_file(
     except ValueError as e:
         raise ValueError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
 
-
+# %% ../../nbs/3_models/13c_peft_format.ipynb #d9951e17
 def _read_config(path: Path) -> tuple[AdapterConfig, bool]:
     "Return an adapter's configuration, and whether PEFT's options exclude some targets."
     if not path.exists():
