@@ -24,7 +24,6 @@ from typing import NamedTuple
 import pandas as pd
 import pyarrow as pa
 from dora_nb.files import (
-    Lock,
     check_file,
     check_replaceable,
     owned,
@@ -35,6 +34,7 @@ from dora_nb.files import (
     write_whole,
 )
 from ..files import sweep as remove_temporary
+from ..locks import Lock
 from .labels import factors, parameters
 from ..runs.config import RunConfig
 from ..runs.folder import RESULT, say
