@@ -73,7 +73,7 @@ def match_ends(entries: Iterable[str], names: Iterable[str]) -> dict[str, set[st
                 found[name[dot.end() :]].add(name)
     return found
 
-
+# %% ../../nbs/3_models/11_names.ipynb #516778f8
 def _alike(entry: str, whole: bool, name: str, timeout: float) -> bool:
     "Return whether a plain entry, read as an expression in which a dot is any character, matches a name or the end of one."
     start = len(name) - len(entry)

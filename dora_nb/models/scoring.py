@@ -50,7 +50,7 @@ def original_length(
             own = found.get("original_max_position_embeddings")
             return own or getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
 
-
+# %% ../../nbs/3_models/10_scoring.ipynb #cd788906
 def _apart(model: nn.Module, batch: Batch, long: Tensor) -> Tensor:
     "Return the logits of a batch, with long and short rows computed separately."
     width, parts, places = batch.input_ids.shape[1], [], []
@@ -63,6 +63,15 @@ def _apart(model: nn.Module, batch: Batch, long: Tensor) -> Tensor:
         places.append(here)
     return torch.cat(parts)[torch.cat(places).argsort()]
 
+# %% ../../nbs/3_models/10_scoring.ipynb #b775d9e7
+def _mask_for(model: nn.Module, batch: Batch) -> Tensor:
+    "Return the attention mask in the form that the model's attention takes."
+    mask = batch.attention_mask
+    if mask.dtype != torch.bool or model.config._attn_implementation == "sdpa":
+        return mask
+    added = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
+    return added.masked_fill(~mask, torch.finfo(model.dtype).min)
+
 # %% ../../nbs/3_models/10_scoring.ipynb #cb123cb8
 def token_logits(
     model: nn.Module,  # a causal language model of transformers
@@ -73,15 +82,13 @@ def token_logits(
         long = batch.position_ids.amax(1) >= short
         if long.any() and not long.all():
             return _apart(model, batch, long)
-    mask = batch.attention_mask
-    if (
-        mask.dtype == torch.bool and model.config._attn_implementation != "sdpa"
-    ):  # the others add the mask to the scores
-        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
-            ~mask, torch.finfo(model.dtype).min
-        )
     with scored_only(model.get_output_embeddings(), batch.source):
-        out = model(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
+        out = model(
+            input_ids=batch.input_ids,
+            attention_mask=_mask_for(model, batch),
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
     return out.logits[0].float()
 
 # %% ../../nbs/3_models/10_scoring.ipynb #e087bb14
@@ -116,27 +123,40 @@ def context_length(
     names = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx", "seq_length")
     return next((n for name in names if isinstance(n := getattr(config, name, None), int) and n > 0), None)
 
+# %% ../../nbs/3_models/10_scoring.ipynb #3be738dc
+@contextlib.contextmanager
+def _evaluating(model: nn.Module):
+    "Put a model into evaluation mode within the context."
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _some_tokens(model: nn.Module, count: int, first: int) -> list[int]:
+    "Return valid token ids that differ from one another."
+    n = min(model.config.get_text_config().vocab_size, 1000)
+    return [(31 * i + first) % n for i in range(count)]
+
 # %% ../../nbs/3_models/10_scoring.ipynb #d9ed4f8b
 @torch.no_grad()
 def check_causal(
     model: nn.Module,  # of transformers
 ):
     "Refuse a model whose outputs depend on later tokens, such as an encoder: ValueError."
-    training, n = model.training, min(model.config.get_text_config().vocab_size, 1000)
-    ids = [(31 * i + 5) % n for i in range(8)]
+    ids = _some_tokens(model, 8, 5)
     ends = [[*ids[3:], ids[0], 0], [*ids[3:], ids[1], 0]]  # the last token is not an input
-    model.eval()
-    try:
+    with _evaluating(model):
         a, b = (token_logits(model, collate([[pack({0: (ids[:3], e)})]]).to(model.device))[:-1] for e in ends)
-    finally:
-        model.train(training)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.03  # experts round differently in other groups
     if (a - b).abs().nan_to_num().max() > tolerance * a.abs().nan_to_num().max():
         raise ValueError(
             f"this {model.config.model_type} model is no causal language model: its output at a token changes with later tokens, so its scores would mean nothing. Use a causal model"
         )
 
-# %% ../../nbs/3_models/10_scoring.ipynb #c819e907
+# %% ../../nbs/3_models/10_scoring.ipynb #632cbcd7
 def _sees_masked_tokens(model: nn.Module) -> bool:
     "Return whether a mask with branches would replace a model's own mask, or some layers use no mask."
     config = model.config.get_text_config()
@@ -144,7 +164,17 @@ def _sees_masked_tokens(model: nn.Module) -> bool:
     own = getattr(config, "sliding_window", None) or set(layers) - {"full_attention", "global"}
     return bool(own) or any(isinstance(m, nn.Conv1d) for m in model.modules())  # state-space models
 
+# %% ../../nbs/3_models/10_scoring.ipynb #d6dfa37c
+def _two_ways(model: nn.Module) -> tuple[Tensor, Tensor]:
+    "Return the scores of two short choices in one row, and in a row each."
+    n = min(model.config.get_text_config().vocab_size, 1000)
+    pairs = {k: ([7 % n, 77 % n, 17 % n, 27 % n], _some_tokens(model, 6, 5 + 11 * k)) for k in (0, 1)}
+    batch = collate([[pack(pairs)], *([pack({k: pairs[k]})] for k in pairs)])
+    with _evaluating(model):
+        scores = choice_logprobs(model, batch.to(model.device))
+    return scores[0], scores[1:].diagonal()
 
+# %% ../../nbs/3_models/10_scoring.ipynb #c819e907
 @torch.no_grad()
 def shares_prompts(
     model: nn.Module,  # a causal language model of transformers
@@ -155,16 +185,11 @@ def shares_prompts(
         return False
     if model.config._attn_implementation not in ("sdpa", "eager") or _sees_masked_tokens(model):
         return False
-    training, n = model.training, min(model.config.get_text_config().vocab_size, 1000)
-    pairs = {k: ([7 % n, 77 % n, 17 % n, 27 % n], [(31 * i + 11 * k + 5) % n for i in range(6)]) for k in (0, 1)}
-    batch = collate([[pack(pairs)], *([pack({k: pairs[k]})] for k in pairs)])
     try:
-        scores = choice_logprobs(model.eval(), batch.to(model.device))
+        together, alone = _two_ways(model)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError):  # it does not accept a mask of this shape
         return False
-    finally:
-        model.train(training)
-    a, b = scores[0], scores[1:].diagonal()  # in one row, and each in its own
-    return bool((a - b).abs().max() <= (1e-3 if model.dtype == torch.float32 else 0.01 * b.abs().min()))
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.01 * alone.abs().min()
+    return bool((together - alone).abs().max() <= tolerance)
