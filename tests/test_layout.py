@@ -29,7 +29,7 @@ def source(cell):
 def module_of(path):
     "The module that a notebook is exported to: its part without the number, and its name without the number."
     names = [path.parent.name, path.stem] if path in BOOK else [path.stem]
-    return ".".join(re.sub(r"^\d+_", "", name) for name in names)
+    return ".".join(re.sub(r"^\d+[a-z]?_", "", name) for name in names)
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,8 @@ from ..training.checkpoints import forget_checkpoints
 from ..training.config import resolve_precision
 from ..training.distributed import Distributed, shard
 from ..training.evaluate import evaluate, format_of
-from ..training.train import is_history, train
+from ..training.history import is_history
+from ..training.train import train
 
 # %% ../../nbs/6_runs/34_run.ipynb #57db114e
 def _identity(config: RunConfig, device: torch.device) -> dict:
