@@ -59,7 +59,7 @@ def tensor_sums(
     parts = team.gather(own) if team.sharded else [own]
     return {n: sum(s) % 2**64 for n, s in zip(tensors, zip(*parts))}
 
-
+# %% ../../nbs/4_training/20_checkpoints.ipynb #49dab4ec
 def hash_sums(
     sums: dict[str, int],  # from `tensor_sums`
 ) -> str:
@@ -78,7 +78,7 @@ def _of_all(random: dict[str, Tensor], team: Distributed) -> dict[str, Tensor]:
     states = team.gather({k: t.tolist() for k, t in random.items()})
     return {f"{k}/{rank}": torch.tensor(v, dtype=torch.uint8) for rank, of in enumerate(states) for k, v in of.items()}
 
-
+# %% ../../nbs/4_training/20_checkpoints.ipynb #f41b751b
 def _checksum(tensors: dict[str, Tensor], *texts: str) -> str:
     "Return the SHA-256 of some texts, and of the names and bytes of tensors."
     digest = hashlib.sha256(json.dumps(texts).encode())
@@ -177,6 +177,14 @@ def _newest(folder: Path | None, what: str) -> Path | None:
         return path
 
 # %% ../../nbs/4_training/20_checkpoints.ipynb #e79d33fd
+def _state_of(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    "Return parameters and the optimiser's state, by their names in a checkpoint."
+    tensors = {f"parameter/{n}": p for n, p in params.items()}
+    for i, kept in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{i}/{k}": t for k, t in kept.items()}
+    return tensors
+
+
 def _part(t: Tensor, like: Tensor) -> Tensor:
     "Return this process's part of a whole tensor if `like` is sharded, and all of it otherwise."
     if t.shape != like.shape or not hasattr(like, "placements"):
@@ -185,7 +193,7 @@ def _part(t: Tensor, like: Tensor) -> Tensor:
 
     return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)
 
-
+# %% ../../nbs/4_training/20_checkpoints.ipynb #997771d1
 def _put_back(tensors: dict[str, Tensor], params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, rank: int):
     "Load the state of a checkpoint into parameters, optimiser and random number generators."
     state, numbered = {}, list(params.values())
@@ -211,6 +219,32 @@ def _free_path(folder: Path, steps: int) -> Path:
         i += 1
     return path
 
+# %% ../../nbs/4_training/20_checkpoints.ipynb #830fa6c9
+def _circumstances(device: torch.device, team: Distributed) -> dict:
+    "Return what changes the order in which sums are added up."
+    found = {"threads": torch.get_num_threads(), "processes": team.size, "device": device.type}
+    return found | {
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "dora_nb": __version__,
+    }
+
+
+def _warn_of_changes(by: dict, facts: dict):
+    "Warn where the circumstances in a checkpoint's facts differ from the present ones, and remove them from the facts."
+    for name, now in by.items():
+        if (then := facts.pop(name, "an earlier version")) != now:
+            warnings.warn(f"{name}: begun with {then}, continued with {now}; the result may differ", stacklevel=3)
+
+
+def _save(folder: Path, steps: int, tensors: dict[str, Tensor], what: str, facts: str, keep: int):
+    "Write the checkpoint after some steps, and remove all but the newest ones."
+    meta = {"what": what, "facts": facts, "sha256": _checksum(tensors, what, facts)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(_free_path(folder, steps), lambda p: save_file(tensors, p, meta))
+    for old in [p for p in _named(folder) if _ours(p)][keep:]:
+        old.unlink()
+
 # %% ../../nbs/4_training/20_checkpoints.ipynb #53a58e90
 class Checkpoints:
     "Keep the last states of a training in files from which it can continue."
@@ -230,9 +264,7 @@ class Checkpoints:
             raise ValueError(f"{folder} is a file; checkpoints need a folder")
         self.every, self.keep, self.written, self.team = every, keep, time.monotonic(), team or Distributed()
         self.facts, self.random, self.device = {"records": []}, {}, next(iter(params.values())).device
-        # what changes the order in which sums are added up
-        self.by = {"threads": torch.get_num_threads(), "processes": self.team.size, "device": self.device.type}
-        self.by |= {"torch": str(torch.__version__), "transformers": transformers.__version__, "dora_nb": __version__}
+        self.by = _circumstances(self.device, self.team)
 
     def mark(self, **facts):
         "Remember the random states of this moment, and facts that JSON can hold."
@@ -242,17 +274,11 @@ class Checkpoints:
         "Write the moment that was marked; since then, nothing but gradients may have changed."
         if self.folder is None or not self.random:
             return
-        tensors = {f"parameter/{n}": p for n, p in self.params.items()}
-        for i, kept in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{i}/{k}": t for k, t in kept.items()}
-        tensors = whole_tensors(tensors, self.team.rank == 0) | _of_all(self.random, self.team)
+        tensors = whole_tensors(_state_of(self.params, self.optimizer), self.team.rank == 0)
+        tensors |= _of_all(self.random, self.team)
         if self.team.rank == 0:
             facts = json.dumps(self.facts | self.by)
-            meta = {"what": self.what, "facts": facts, "sha256": _checksum(tensors, self.what, facts)}
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(_free_path(self.folder, len(self.facts["records"])), lambda p: save_file(tensors, p, meta))
-            for old in [p for p in _named(self.folder) if _ours(p)][self.keep :]:
-                old.unlink()
+            _save(self.folder, len(self.facts["records"]), tensors, self.what, facts, self.keep)
         self.team.gather(None)  # wait for the file: a launcher stops all processes when one of them ends
         self.written = time.monotonic()
 
@@ -266,11 +292,7 @@ class Checkpoints:
         path = _newest(self.folder, self.what) if self.team.rank == 0 else None
         if (path := self.team.gather(path and str(path))[0]) is not None:
             self.what, facts, tensors = _read(Path(path))
-            for name, now in self.by.items():
-                if (then := facts.pop(name, "an earlier version")) != now:
-                    warnings.warn(
-                        f"{name}: begun with {then}, continued with {now}; the result may differ", stacklevel=2
-                    )
+            _warn_of_changes(self.by, facts)
             _put_back(tensors, self.params, self.optimizer, self.team.rank)
             self.mark(**facts)
         return self.facts

@@ -25,7 +25,7 @@ def has_bfloat16(
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
-
+# %% ../../nbs/4_training/16_config.ipynb #1f7b0b5a
 def resolve_precision(
     precision: str,  # one of `PRECISIONS`
     device: torch.device,  # of the model
@@ -80,7 +80,7 @@ def check_types(
             wanted = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
             raise ValueError(f"{name}={value!r} must be of type {wanted}")
 
-
+# %% ../../nbs/4_training/16_config.ipynb #effa6d78
 def check_seed(
     seed: int,  # of a random number generator
 ):

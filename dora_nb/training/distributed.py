@@ -33,7 +33,7 @@ def _log_once(line: str):
     "Print a line to stderr, once per process."
     print(line, file=sys.stderr)
 
-
+# %% ../../nbs/4_training/19_distributed.ipynb #d0fbcd22
 def _others_expected() -> bool:
     "Return whether the environment names other processes to join, as torchrun's does."
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -77,6 +77,16 @@ def _join(device: torch.device):
     )
     PartialState(cpu=device.type == "cpu")  # selects the GPU, and sets the number of threads
 
+# %% ../../nbs/4_training/19_distributed.ipynb #c38c45f0
+def _gather_ragged(mine: torch.Tensor, size: int) -> list[torch.Tensor]:
+    "Return the vector of every process, in order of rank; the vectors may differ in length."
+    lengths = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([len(mine)], device=mine.device))
+    most = int(max(lengths))
+    found = [mine.new_zeros(most) for _ in lengths]
+    dist.all_gather(found, nn.functional.pad(mine, (0, most - len(mine))))
+    return [vector[:n] for vector, n in zip(found, lengths)]
+
 # %% ../../nbs/4_training/19_distributed.ipynb #47a70cb9
 class Distributed:
     "Communicate with the processes that train and evaluate one model together; most often there is one."
@@ -106,11 +116,7 @@ class Distributed:
         if self.size == 1:
             return [thing]
         mine = torch.frombuffer(bytearray(json.dumps(thing).encode()), dtype=torch.uint8).to(self.device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(mine)], device=self.device))
-        texts = [mine.new_zeros(max(sizes)) for _ in sizes]
-        dist.all_gather(texts, nn.functional.pad(mine, (0, int(max(sizes)) - len(mine))))
-        return [json.loads(text[:n].cpu().numpy().tobytes()) for text, n in zip(texts, sizes)]
+        return [json.loads(part.cpu().numpy().tobytes()) for part in _gather_ragged(mine, self.size)]
 
     def agree(self, params: Sequence[nn.Parameter]):
         "Copy the parameters of the first process to all others."

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 import dora_nb.training.checkpoints
+import dora_nb.training.step
 import dora_nb.training.train
 from dora_nb.data.assets import load_model
 from dora_nb.data.rows import collate
@@ -29,7 +30,8 @@ from dora_nb.training.checkpoints import Checkpoints, Stopped, _sum_of_bits
 from dora_nb.training.config import TrainConfig, autocast, resolve_precision, tf32
 from dora_nb.training.evaluate import generate_answers, rank_choices
 from dora_nb.training.objectives import count_terms, encode_for, summed_loss
-from dora_nb.training.train import Diverged, memory_plan, train, train_step, warmup_and_decay
+from dora_nb.training.step import memory_plan, train_step
+from dora_nb.training.train import Diverged, train, warmup_and_decay
 
 
 def items(name="winogrande", n=24, **kwargs):
@@ -246,7 +248,7 @@ def test_out_of_memory_halves_the_micro_batches_and_changes_nothing(tiny, monkey
     config = TrainConfig(batch_size=8, batch_tokens=2000, precision="float32")
     model, tokenizer = tiny()
     plenty = train(model, tokenizer, items(), config, progress=False)
-    want, forward, refused = params(model), dora_nb.training.train.summed_loss, []
+    want, forward, refused = params(model), dora_nb.training.step.summed_loss, []
 
     def small_gpu(model, batch, gold, objective):
         if batch.input_ids.numel() > 130:
@@ -254,7 +256,7 @@ def test_out_of_memory_halves_the_micro_batches_and_changes_nothing(tiny, monkey
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return forward(model, batch, gold, objective)
 
-    monkeypatch.setattr(dora_nb.training.train, "summed_loss", small_gpu)
+    monkeypatch.setattr(dora_nb.training.step, "summed_loss", small_gpu)
     model, _ = tiny()
     with pytest.warns(UserWarning, match="batch_tokens="):
         records = train(model, tokenizer, items(), config, progress=False)
@@ -263,7 +265,7 @@ def test_out_of_memory_halves_the_micro_batches_and_changes_nothing(tiny, monkey
     torch.testing.assert_close(params(model), want, atol=1e-5, rtol=1e-3)
 
     monkeypatch.setattr(
-        dora_nb.training.train, "summed_loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
+        dora_nb.training.step, "summed_loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
     )
     with (
         pytest.warns(UserWarning),
@@ -322,7 +324,7 @@ def same(a, b):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_in_the_middle_of_steps(tiny, tmp_path, monkeypatch, method, number):
     "A signal in a forward pass: that step is given up, and made again with the same dropout."
-    plain, calls, history = dora_nb.training.train.summed_loss, [], tmp_path / "history.jsonl"
+    plain, calls, history = dora_nb.training.step.summed_loss, [], tmp_path / "history.jsonl"
 
     def signalled(*args):
         out = plain(*args)
@@ -332,7 +334,7 @@ def test_stopped_in_the_middle_of_steps(tiny, tmp_path, monkeypatch, method, num
         return out
 
     whole = attempts(tiny, None, method=method)
-    monkeypatch.setattr(dora_nb.training.train, "summed_loss", signalled)
+    monkeypatch.setattr(dora_nb.training.step, "summed_loss", signalled)
     before = signal.getsignal(number)
     parts = attempts(tiny, tmp_path / "c", method=method, history=history)
     assert len(calls) == 9 and parts[2] == 4 and signal.getsignal(number) is before
