@@ -26,7 +26,8 @@ from .folder import CHECKPOINTS, HISTORY, RANKS, say
 from .identity import training_id
 from .observers import curvature_observer, geometry_observer
 from ..training.distributed import Distributed, shard
-from ..training.train import is_history, train
+from ..training.history import is_history
+from ..training.train import train
 
 # %% ../../nbs/6_runs/33a_fit.ipynb #4cacd881
 def _adapter_config(config: RunConfig, model, tokenizer, items, run_dir: Path) -> AdapterConfig:
