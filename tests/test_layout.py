@@ -76,6 +76,13 @@ def test_readme_is_the_index(tmp_path):
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run `make readme`"
 
 
+def test_the_index_lists_every_chapter():
+    text = (ROOT / "README.md").read_text()
+    for path in BOOK:
+        subtitle = re.search(r"^> (.+?)\.?$", source(cells(path)[0]), re.M)[1]
+        assert f"[{path.stem}](nbs/{path.parent.name}/{path.name}) | {subtitle} |" in text, path.stem
+
+
 def is_exported(cell):
     return cell["cell_type"] == "code" and "#| export" in source(cell)
 
@@ -155,6 +162,12 @@ def test_what_is_exported_is_shown(path):
                     assert re.search(rf"\b{node.name}\b", shown), (
                         f"{node.name} is not used in the next two visible cells"
                     )
+
+
+@pytest.mark.parametrize("path,following", zip(BOOK, BOOK[1:]), ids=[p.stem for p in BOOK[:-1]])
+def test_a_chapter_ends_with_a_link_to_the_next(path, following):
+    last = cells(path)[-1]
+    assert last["cell_type"] == "markdown" and f"{following.name})" in source(last)
 
 
 @pytest.mark.parametrize("path", [*BOOK, *APPENDIX], ids=lambda p: p.stem)
