@@ -1,6 +1,8 @@
 "What the tests share. Real model and data come from the cache, and are fetched into it on the first run."
 
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on the Hub
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -9,6 +11,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cor
 
 import pytest
 import torch
+import warm_processes
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
@@ -111,3 +114,22 @@ def tiny_model_dir(tmp_path_factory, smollm):
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def stock():
+    "A process that has imported everything, and forks what is to be started; None where that is not possible."
+    if not (sys.platform == "linux" and hasattr(subprocess, "_fork_exec")):
+        yield None
+        return
+    made = warm_processes.Stock()
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def warm(stock, request):
+    "Start Python processes that need import nothing. Tests that are `cold` or `slow` show that a fresh interpreter can."
+    cold = any(request.node.get_closest_marker(mark) for mark in ("cold", "slow"))
+    with warm_processes.warm_from(None if cold else stock):
+        yield
