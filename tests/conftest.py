@@ -1,5 +1,7 @@
 "What the tests share. Real model and data come from the cache, and are fetched into it on the first run."
 
+import copy
+import json
 import os
 import subprocess
 import sys
@@ -15,9 +17,9 @@ import warm_processes
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dora_nb.data.assets import load_model
+from dora_nb.data.assets import load_model, model_path
 from dora_nb.models.adapt import adapter_layers
 
 
@@ -96,12 +98,23 @@ def smollm():
 
 
 @pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory, smollm):
-    "A model that runs in no time, with the real tokenizer: its answers mean nothing."
+def small_tokenizer():
+    "The real model's tokenizer with its most frequent 8192 tokens: the size of a vocabulary is most of a small model's time."
+    tokenizer = AutoTokenizer.from_pretrained(model_path("smollm2-135m-instruct"))
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = {word: i for word, i in spec["model"]["vocab"].items() if i < 8192}
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in spec["model"]["merges"])
+    spec["model"].update(vocab=vocab, merges=[pair for pair in pairs if "".join(pair) in vocab])
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, small_tokenizer):
+    "A model that runs in no time: its answers mean nothing."
     torch.manual_seed(0)
-    tokenizer = smollm[1]
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(small_tokenizer),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=1,
@@ -112,8 +125,15 @@ def tiny_model_dir(tmp_path_factory, smollm):
     )
     folder = tmp_path_factory.mktemp("tiny-model")
     LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    small_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_model_dir):
+    "Makes a copy of this model, and gives its tokenizer: to load it takes longer."
+    model, tokenizer = load_model(str(tiny_model_dir))
+    return lambda: (copy.deepcopy(model), tokenizer)
 
 
 @pytest.fixture(scope="session")
