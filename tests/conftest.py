@@ -23,10 +23,16 @@ from dora_nb.data.assets import load_model, model_path
 from dora_nb.models.adapt import adapter_layers
 
 
+LONG_FILES = "notebooks layout build benchmarks faults experiments team lm_eval report stored curvature".split()
+LONG_FIXTURES = {"smollm", "stock"}  # the real model, and processes
+
+
 def pytest_collection_modifyitems(items):
     "Put the longest first, so that no process is left alone with one of them at the end; attacks say of which kind they are."
     items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
     for item in items:
+        if item.path.stem.removeprefix("test_") in LONG_FILES or LONG_FIXTURES & {*item.fixturenames}:
+            item.add_marker("long")
         for mark in item.iter_markers("attack"):
             item.user_properties.append(("attack", mark.args[0]))  # goes into pytest's XML, for reports/reliability
 

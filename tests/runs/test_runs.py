@@ -38,8 +38,6 @@ from dora_nb.runs.processes import cores
 from dora_nb.runs.progress import progress_of
 from dora_nb.runs.run import run
 
-pytestmark = pytest.mark.usefixtures("warm")
-
 
 @pytest.mark.parametrize(
     "params,named",
@@ -250,7 +248,7 @@ def test_wrong_grids(grid, old, new, named):
     assert "grid.toml" in str(e.value)
 
 
-def test_a_grid_from_start_to_report(grid, tmp_path, capsys, monkeypatch):
+def test_a_grid_from_start_to_report(grid, tmp_path, capsys, monkeypatch, warm):
     "Runs what is missing, skips what is done, reports what fails, mends what is damaged."
     from dora_nb.results.collect import collect
     from dora_nb.results.page import render
@@ -335,7 +333,7 @@ def test_what_a_grid_leaves_out(grid):
         load_grid(grid)
 
 
-def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys):
+def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys, warm):
     "A grid made in two places, or on two days: the report keeps what it has and takes what is new."
     from dora_nb.results.collect import collect
     from dora_nb.results.stored import read_report
@@ -362,7 +360,6 @@ def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys):
         run_grid(grid, tmp_path / "tuesday", known=[tmp_path / "report"])
 
 
-@pytest.mark.cold
 def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
     text = grid.read_text().replace("set = { learning_rate = 2e-3 }", "set = { max_tokens = 1 }")
     grid.write_text(text + '\n[[exclude]]\ntask = "arc_easy"\n')
@@ -374,7 +371,7 @@ def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
     assert [r["params"]["method"] for r in results] == ["base"] and len(problems) == 1 and "not finished" in problems[0]
 
 
-def test_papermill_by_hand_refuses_what_it_does_not_know(tmp_path):
+def test_papermill_by_hand_refuses_what_it_does_not_know(tmp_path, warm):
     command = [
         sys.executable,
         "-m",
@@ -901,7 +898,7 @@ def test_a_result_that_lacks_a_part(made, tmp_path, change):
 
 
 @pytest.mark.attack("silent error")
-def test_a_start_up_file_of_the_user_s_sets_no_parameter(tiny, tmp_path, monkeypatch):
+def test_a_start_up_file_of_the_user_s_sets_no_parameter(tiny, tmp_path, monkeypatch, warm):
     "papermill by hand, in a shell whose IPython profile sets seed and rank: what was asked for is what is made."
     startup = tmp_path / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
