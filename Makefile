@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help reproduce report test test-slow speed reliability notebooks readme clean
+.PHONY: help reproduce report test test-fast test-slow speed reliability notebooks readme clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +37,9 @@ report: $(READY) ## every page, table and figure in reports/ again, from the sto
 
 test: $(READY) ## everything that CI runs
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal
+
+test-fast: $(READY) ## what takes a minute: no real model, no other process
+	$(BIN)/python -m pytest tests -m 'not slow and not long' -n 2 --dist worksteal
 
 test-slow: $(READY) ## faults at many moments, minutes each
 	$(BIN)/python -m pytest tests -m slow

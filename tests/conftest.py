@@ -1,6 +1,10 @@
 "What the tests share. Real model and data come from the cache, and are fetched into it on the first run."
 
+import copy
+import json
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on the Hub
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -9,19 +13,25 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cor
 
 import pytest
 import torch
+import warm_processes
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dora_nb.data.assets import load_model
+from dora_nb.data.assets import load_model, model_path
 from dora_nb.models.adapt import adapter_layers
+
+LONG_FILES = "notebooks layout build benchmarks faults experiments team lm_eval report stored curvature".split()
+LONG_FIXTURES = {"smollm", "stock"}  # the real model, and processes
 
 
 def pytest_collection_modifyitems(items):
     "Put the longest first, so that no process is left alone with one of them at the end; attacks say of which kind they are."
     items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
     for item in items:
+        if item.path.stem.removeprefix("test_") in LONG_FILES or LONG_FIXTURES & {*item.fixturenames}:
+            item.add_marker("long")
         for mark in item.iter_markers("attack"):
             item.user_properties.append(("attack", mark.args[0]))  # goes into pytest's XML, for reports/reliability
 
@@ -93,12 +103,23 @@ def smollm():
 
 
 @pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory, smollm):
-    "A model that runs in no time, with the real tokenizer: its answers mean nothing."
+def small_tokenizer():
+    "The real model's tokenizer with its most frequent 8192 tokens: the size of a vocabulary is most of a small model's time."
+    tokenizer = AutoTokenizer.from_pretrained(model_path("smollm2-135m-instruct"))
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = {word: i for word, i in spec["model"]["vocab"].items() if i < 8192}
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in spec["model"]["merges"])
+    spec["model"].update(vocab=vocab, merges=[pair for pair in pairs if "".join(pair) in vocab])
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, small_tokenizer):
+    "A model that runs in no time: its answers mean nothing."
     torch.manual_seed(0)
-    tokenizer = smollm[1]
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(small_tokenizer),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=1,
@@ -109,5 +130,31 @@ def tiny_model_dir(tmp_path_factory, smollm):
     )
     folder = tmp_path_factory.mktemp("tiny-model")
     LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    small_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_model_dir):
+    "Makes a copy of this model, and gives its tokenizer: to load it takes longer."
+    model, tokenizer = load_model(str(tiny_model_dir))
+    return lambda: (copy.deepcopy(model), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def stock():
+    "A process that has imported everything, and forks what is to be started; None where that is not possible."
+    if not (sys.platform == "linux" and hasattr(subprocess, "_fork_exec")):
+        yield None
+        return
+    made = warm_processes.Stock()
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def warm(stock, request):
+    "Start Python processes that need import nothing. Tests that are `cold` or `slow` show that a fresh interpreter can."
+    cold = any(request.node.get_closest_marker(mark) for mark in ("cold", "slow"))
+    with warm_processes.warm_from(None if cold else stock):
+        yield

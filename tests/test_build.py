@@ -44,11 +44,11 @@ def test_wheel(dist, tmp_path):
     assert said.count(str(tmp_path)) == 2, "the package outside the source tree, and its own notebooks"
 
 
-def test_sdist_builds_again(dist, tmp_path):
+def test_sdist(dist):
+    "Of which `build` has made the wheel."
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as t:
         names = {n.split("/", 1)[-1] for n in t.getnames()}
-        t.extractall(tmp_path, filter="data")
     assert {
         "settings.ini",
         "setup.py",
@@ -57,10 +57,3 @@ def test_sdist_builds_again(dist, tmp_path):
         "constraints.txt",
         "nbs/1_layers/00_decompose.ipynb",
     } <= names
-    (folder,) = tmp_path.iterdir()
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "again", folder],
-        check=True,
-        capture_output=True,
-    )
-    assert len(list((tmp_path / "again").glob("dora_nb-*.whl"))) == 1

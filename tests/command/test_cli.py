@@ -93,7 +93,7 @@ def test_the_installed_command():
 
 
 def test_train_then_evaluate_the_adapter(tiny_model_dir, tmp_path, capsys):
-    options = ["--task", "winogrande", "--model", str(tiny_model_dir)]
+    options = ["--task", "arc_easy", "--model", str(tiny_model_dir)]
     assert (
         main(
             [
@@ -147,7 +147,7 @@ def test_train_then_evaluate_the_adapter(tiny_model_dir, tmp_path, capsys):
 
 @pytest.mark.parametrize("scheme", ("", "rtn-4"))
 def test_train_probe_cut_and_train_anew(tiny_model_dir, tmp_path, capsys, scheme):
-    options = ["--task", "winogrande", "--model", str(tiny_model_dir)]
+    options = ["--task", "arc_easy", "--model", str(tiny_model_dir)]
     options += ["--compress", scheme] if scheme else []
     small = ["--train-items", "8", "--batch-size", "4", "--eval-items", "4"]
     adapter = ["--adapter", str(tmp_path / "run" / "adapter")]

@@ -75,7 +75,7 @@ def test_the_committed_overview_is_what_the_code_makes(tmp_path):
 
 
 @pytest.mark.attack("crash")
-def test_the_report_notebook_shows_a_stored_report(tmp_path):
+def test_the_report_notebook_shows_a_stored_report(tmp_path, warm):
     "One with ΔM and ΔD, and with probes."
     import papermill
 

@@ -21,7 +21,9 @@ from dora_nb.runs.launcher import run_grid
 from dora_nb.runs.progress import time_left
 from dora_nb.runs.run import run
 
-SMALL = dict(rank=2, alpha=4.0, train_items=12, batch_size=4, eval_items=6, precision="float32", dropout=0.0)
+SMALL = dict(
+    task="arc_easy", rank=2, alpha=4.0, train_items=12, batch_size=4, eval_items=6, precision="float32", dropout=0.0
+)
 
 
 @pytest.fixture
@@ -67,12 +69,12 @@ def test_what_is_trained_already_is_not_counted_again(tmp_path):
     assert time_left(jobs, 1) == 10 + 100 + 10
 
 
-def test_what_cannot_be_merged_is_asked_as_it_is(make, tmp_path, tiny_model_dir, smollm):
+def test_what_cannot_be_merged_is_asked_as_it_is(make, tmp_path, tiny_model_dir, small_tokenizer):
     "An adapter on a vocabulary projection whose weight is the embeddings', too."
     config = LlamaConfig.from_pretrained(tiny_model_dir, tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
-    smollm[1].save_pretrained(tmp_path / "tied")
-    options = dict(method="dora", task="winogrande", model=str(tmp_path / "tied"), target_modules="q_proj,lm_head")
+    small_tokenizer.save_pretrained(tmp_path / "tied")
+    options = dict(method="dora", model=str(tmp_path / "tied"), target_modules="q_proj,lm_head")
     result, _ = make(**options)
     again, _ = make(**options, eval_split="dev")
     assert result["metrics"]["n"] == 6 and again["training"]["trained_by"] == result["run"]
@@ -98,8 +100,8 @@ def test_what_is_asked_afterwards_needs_no_second_training(make, method):
 
 
 def test_taken_over_answers_are_those_of_one_s_own_training(make, tmp_path):
-    make(task="winogrande")
-    _, taken = make(task="winogrande", eval_items=9)
+    make()
+    _, taken = make(eval_items=9)
     config = RunConfig(**SMALL | json.loads((taken / RESULT).read_text())["params"])
     run(config, tmp_path / "elsewhere" / "run", progress=False)
     own = pd.read_parquet(tmp_path / "elsewhere" / "run" / PREDICTIONS)
@@ -119,7 +121,7 @@ def test_instruction_items_are_ranked_too(make):
     ranked, folder = make(format="instruction", objective="prompt", eval_format="instruction")
     written, _ = make(format="instruction", objective="prompt", protocol="generate")
     assert written["training"]["trained_by"] == ranked["run"] and "unparsed" in written["metrics"]
-    assert len(pd.read_parquet(folder / PREDICTIONS).loglikelihood[0]) == 2
+    assert len(pd.read_parquet(folder / PREDICTIONS).loglikelihood[0]) == 4
 
 
 @pytest.mark.parametrize("method", ("lora", "dora", "full"))
@@ -188,6 +190,7 @@ GRID = """
 name = "x"
 [fixed]
 model = "MODEL"
+task = "arc_easy"
 train_items = 8
 batch_size = 4
 precision = "float32"
@@ -252,7 +255,7 @@ def test_a_grid_of_wrong_types_is_answered_in_a_line(tmp_path, words, said):
     assert str(e.value).startswith(f"{path}: ") and said in str(e.value) and "\n" not in str(e.value)
 
 
-def test_a_grid_trains_once_what_is_asked_twice(tmp_path, tiny_model_dir):
+def test_a_grid_trains_once_what_is_asked_twice(tmp_path, tiny_model_dir, warm):
     path = tmp_path / "grid.toml"
     path.write_text(GRID.replace("MODEL", str(tiny_model_dir)))
     jobs = [Job(c, tmp_path / run_name(c)) for c in load_grid(path).configs]

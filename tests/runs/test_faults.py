@@ -17,6 +17,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
+from warm_processes import warm_from
 
 from dora_nb.data.cache import FetchError
 from dora_nb.files import claim
@@ -30,11 +31,13 @@ from dora_nb.runs.identity import run_name
 from dora_nb.runs.jobs import put_files
 from dora_nb.runs.launcher import Incomplete, run_grid
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 GRID = """
 name = "tiny"
 [fixed]
 model = "{model}"
-task = "winogrande"
+task = "arc_easy"
 rank = 2
 dropout = 0.1
 train_items = {items}
@@ -82,10 +85,10 @@ def outcome(folder):
     return found
 
 
-def start(grid, out, *options, **manner):
+def start(grid, out, *options):
     "A launcher in a process of its own."
-    command, manner = [*COMMAND, str(grid), "--out", str(out), *options], dict(start_new_session=True) | manner
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **manner)
+    command = [*COMMAND, str(grid), "--out", str(out), *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def holds(p, folder):
@@ -116,17 +119,18 @@ def wait_for(condition, seconds=900):  # a limit for what hangs, far above what 
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
+        time.sleep(0.1)  # to look at every process takes as long
     return found
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_model_dir):
+def undisturbed(tmp_path_factory, tiny_model_dir, stock):
     "What the grid gives when nobody disturbs it, and how long it takes."
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "grid.toml").write_text(GRID.format(model=tiny_model_dir, items=200))
-    began = time.monotonic()
-    made = run_grid(folder / "grid.toml", folder, workers=2)
+    with warm_from(stock):
+        began = time.monotonic()
+        made = run_grid(folder / "grid.toml", folder, workers=2)
     return outcome(made), time.monotonic() - began
 
 
@@ -192,8 +196,11 @@ def test_two_launchers_share_the_work(grid, tmp_path, undisturbed):
     cores = sorted(os.sched_getaffinity(0))
     # as many threads as when one launcher has two workers: sums depend on their number
     halves = [cores[::2], cores[1::2] or cores]
-    shares = [lambda half=half: os.sched_setaffinity(0, half) for half in halves]
-    both = [start(grid(), tmp_path / "runs", "--workers", "1", preexec_fn=share) for share in shares]
+    both = []
+    for half in halves:  # a new process gets the cores of the one that starts it
+        os.sched_setaffinity(0, half)
+        both.append(start(grid(), tmp_path / "runs", "--workers", "1"))
+    os.sched_setaffinity(0, cores)
     said = [p.communicate(timeout=900)[1] for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert outcome(tmp_path / "runs" / "tiny") == undisturbed[0]
@@ -305,6 +312,7 @@ def test_a_result_that_is_none(grid, tmp_path):
     assert not load(run_dir.parent)[1] and (run_dir / f"damaged-{RESULT}").read_text() == content
 
 
+@pytest.mark.cold  # Ray starts its own
 def test_a_lost_machine(grid, tmp_path, undisturbed, capsys):
     "Two nodes of a Ray cluster, one of them lost in mid-run: every run finishes, once."
     import ray
@@ -448,6 +456,7 @@ def test_the_error_of_a_try_is_forgotten_when_it_is_done(grid, tmp_path, monkeyp
     assert not load(folder)[1] and not list(folder.glob(f"*/{ERROR}"))
 
 
+@pytest.mark.cold
 @pytest.mark.attack("hostile input")
 def test_a_kernel_runs_the_code_of_its_launcher(grid, tmp_path, monkeypatch):
     "Whatever the working directory, the user's profile and the job system hold."

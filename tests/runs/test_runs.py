@@ -189,10 +189,10 @@ batch_size = 4
 eval_items = 6
 precision = "float32"
 [axes]
-task = ["boolq", "winogrande"]
+task = ["boolq", "arc_easy"]
 method = ["base", "dora"]
 [[exclude]]
-task = "winogrande"
+task = "arc_easy"
 method = "base"
 [[override]]
 when = {{ method = "dora" }}
@@ -209,7 +209,7 @@ def grid(tmp_path, tiny_model_dir):
 
 def test_grid(grid):
     runs = [(c.task, c.method, c.learning_rate) for c in load_grid(grid).configs]
-    assert runs == [("boolq", "base", 1e-3), ("boolq", "dora", 2e-3), ("winogrande", "dora", 2e-3)]
+    assert runs == [("boolq", "base", 1e-3), ("boolq", "dora", 2e-3), ("arc_easy", "dora", 2e-3)]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_grid(grid):
         ('name = "tiny"', "", "name is missing"),
         ("rank = 2", "rnk = 2", "did you mean 'rank'"),
         ("rank = 2", "rank = -2", "rank=-2"),
-        ('["boolq", "winogrande"]', '"boolq"', "axes.task must be a list"),
+        ('["boolq", "arc_easy"]', '"boolq"', "axes.task must be a list"),
         ("learning_rate = 2e-3", "learning_rat = 2e-3", "did you mean 'learning_rate'"),
         ('when = { method = "dora" }', 'when = { methd = "dora" }', "did you mean 'method'"),
         ("when = ", "wenn = ", "exactly the keys"),
@@ -249,7 +249,7 @@ def test_wrong_grids(grid, old, new, named):
     assert "grid.toml" in str(e.value)
 
 
-def test_a_grid_from_start_to_report(grid, tmp_path, capsys, monkeypatch):
+def test_a_grid_from_start_to_report(grid, tmp_path, capsys, monkeypatch, warm):
     "Runs what is missing, skips what is done, reports what fails, mends what is damaged."
     from dora_nb.results.collect import collect
     from dora_nb.results.page import render
@@ -334,13 +334,13 @@ def test_what_a_grid_leaves_out(grid):
         load_grid(grid)
 
 
-def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys):
+def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys, warm):
     "A grid made in two places, or on two days: the report keeps what it has and takes what is new."
     from dora_nb.results.collect import collect
     from dora_nb.results.stored import read_report
 
     whole = grid.read_text()
-    grid.write_text(whole + '\n[[exclude]]\ntask = "winogrande"\n')
+    grid.write_text(whole + '\n[[exclude]]\ntask = "arc_easy"\n')
     collect(run_grid(grid, tmp_path / "monday", workers=2), tmp_path / "report", grid)
     assert len(read_report(tmp_path / "report")[0]) == 2
     grid.write_text(whole)
@@ -363,7 +363,7 @@ def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys):
 
 def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
     text = grid.read_text().replace("set = { learning_rate = 2e-3 }", "set = { max_tokens = 1 }")
-    grid.write_text(text + '\n[[exclude]]\ntask = "winogrande"\n')
+    grid.write_text(text + '\n[[exclude]]\ntask = "arc_easy"\n')
     with pytest.raises(Incomplete, match="1 of 2 runs failed.*boolq-dora"):
         run_grid(grid, tmp_path / "runs", workers=2)
     said = capsys.readouterr().err
@@ -372,7 +372,7 @@ def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
     assert [r["params"]["method"] for r in results] == ["base"] and len(problems) == 1 and "not finished" in problems[0]
 
 
-def test_papermill_by_hand_refuses_what_it_does_not_know(tmp_path):
+def test_papermill_by_hand_refuses_what_it_does_not_know(tmp_path, warm):
     command = [
         sys.executable,
         "-m",
@@ -426,7 +426,7 @@ def tiny(tiny_model_dir):
     "Configures a run that takes no time."
 
     def make(**changes):
-        given = dict(task="winogrande", method="lora", model=str(tiny_model_dir), rank=2, train_items=8)
+        given = dict(task="arc_easy", method="lora", model=str(tiny_model_dir), rank=2, train_items=8)
         given |= dict(batch_size=4, eval_items=4, dropout=0.0, precision="float32")
         return RunConfig(**given | changes)
 
@@ -436,7 +436,7 @@ def tiny(tiny_model_dir):
 @pytest.fixture(scope="module")
 def made(tiny_model_dir, tmp_path_factory):
     "A finished run in a folder of its own name."
-    given = dict(task="winogrande", method="lora", model=str(tiny_model_dir), rank=2, train_items=8)
+    given = dict(task="arc_easy", method="lora", model=str(tiny_model_dir), rank=2, train_items=8)
     config = RunConfig(**given, batch_size=4, eval_items=4, dropout=0.0, precision="float32", geometry=1)
     folder = tmp_path_factory.mktemp("made") / run_name(config)
     run(config, folder, progress=False)
@@ -558,7 +558,7 @@ def test_what_is_no_plain_file_fails_a_run_by_name(grid, tmp_path, capsys, monke
     monkeypatch.setattr("dora_nb.runs.launcher.TRIES", 1)
     (tmp_path / "runs" / "mine").parent.mkdir()
     (tmp_path / "runs" / "mine").write_text("mine")
-    one = grid.read_text().replace('["boolq", "winogrande"]', '["boolq"]').replace('["base", "dora"]', '["dora"]')
+    one = grid.read_text().replace('["boolq", "arc_easy"]', '["boolq"]').replace('["base", "dora"]', '["dora"]')
     grid.write_text(one)
     folder = tmp_path / "runs" / "tiny" / run_name(load_grid(grid).configs[0])
     claim(folder, "run", folder.name)
@@ -899,7 +899,7 @@ def test_a_result_that_lacks_a_part(made, tmp_path, change):
 
 
 @pytest.mark.attack("silent error")
-def test_a_start_up_file_of_the_user_s_sets_no_parameter(tiny, tmp_path, monkeypatch):
+def test_a_start_up_file_of_the_user_s_sets_no_parameter(tiny, tmp_path, monkeypatch, warm):
     "papermill by hand, in a shell whose IPython profile sets seed and rank: what was asked for is what is made."
     startup = tmp_path / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
@@ -1067,4 +1067,4 @@ def test_runs_are_found_where_their_model_is_not(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr("dora_nb.runs.identity.model_digest", away)
     results, problems = load(tmp_path, [config, RunConfig(**vars(config) | dict(seed=5))])
-    assert [r["run"] for r in results] == [folder.name] and "winogrande-lora-r2-s5-unknown: not finished" in problems[0]
+    assert [r["run"] for r in results] == [folder.name] and "arc_easy-lora-r2-s5-unknown: not finished" in problems[0]

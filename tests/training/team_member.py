@@ -43,7 +43,7 @@ def fitted(model_dir, out, way, team, sharded=False, **keep):
     if sharded:
         shard(model, team)
     records = train(
-        model, tokenizer, load_task("winogrande", "train", limit=33), config, progress=False, team=team, **keep
+        model, tokenizer, load_task("arc_easy", "train", limit=33), config, progress=False, team=team, **keep
     )
     save_adapter(model, out, write=team.rank == 0)
     metrics, answers = rank_choices(model, tokenizer, load_task("boolq", limit=7), progress=False, team=team)

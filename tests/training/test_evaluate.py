@@ -56,7 +56,7 @@ def test_batches_do_not_change_scores(tiny_model_dir, batch_tokens):
 
 def test_generation_does_not_depend_on_padding(smollm):
     model, tokenizer = smollm
-    items = load_task("boolq", "validation", "instruction", limit=5)
+    items = load_task("boolq", "validation", "instruction", limit=3)
     _, one_by_one = generate_answers(model, tokenizer, items, batch_tokens=1, progress=False, max_new_tokens=6)
     _, together = generate_answers(model, tokenizer, items, progress=False, max_new_tokens=6)
     assert [r["output"] for r in one_by_one] == [r["output"] for r in together]
@@ -65,7 +65,7 @@ def test_generation_does_not_depend_on_padding(smollm):
 def test_beams_share_the_reading_of_their_prompt(smollm):
     "The answers are those of `generate` alone, item by item; a prompt is read once and not four times."
     model, tokenizer = smollm
-    items, read = load_task("winogrande", "validation", "instruction", limit=3), []
+    items, read = load_task("winogrande", "validation", "instruction", limit=2), []
     prompts = [torch.tensor([encode_text(tokenizer, item["contexts"][0])]) for item in items]
     options = dict(max_new_tokens=6, num_beams=4, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     alone = [tokenizer.decode(model.generate(p, **options)[0, p.shape[1] :], skip_special_tokens=True) for p in prompts]
@@ -75,7 +75,7 @@ def test_beams_share_the_reading_of_their_prompt(smollm):
     assert [r["output"] for r in records] == alone
     checked = 2 * 9  # whether later tokens change what is said at earlier ones
     checked += 2 * (4 + 4 + 2 * 4) + 2 + 5 + 2 * 2  # whether it writes what it would say: two prompts of up to 5 tokens
-    assert sum(read) <= checked + 3 * max(p.shape[1] for p in prompts) + 3 * 4 * 6
+    assert sum(read) <= checked + 2 * max(p.shape[1] for p in prompts) + 2 * 4 * 6
 
 
 def test_a_model_s_own_ways_of_writing_are_set_aside(tiny_model_dir):

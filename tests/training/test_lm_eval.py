@@ -49,12 +49,12 @@ ORIGINAL = {  # one of our rows, in the columns of the original data set
     "arc_easy": lambda r: lettered(r, "question"),
     "openbookqa": lambda r: lettered(r, "question_stem"),
 }
-N, SUM, MARGIN = 8, 2e-3, 4e-3
+N, SUM, MARGIN = 4, 2e-3, 4e-3
 
 
-def harness_task(name, tmp_path):
-    "lm-eval's own task over our parquet, in the columns of the original data set."
-    rows = map(ORIGINAL.get(name, dict), load_items(name, splits_of(name)[-1]).to_list())
+def harness_task(name, indices, tmp_path):
+    "lm-eval's own task over some rows of our parquet, in the columns of the original data set."
+    rows = map(ORIGINAL.get(name, dict), load_items(name, splits_of(name)[-1]).select(indices).to_list())
     file = tmp_path / "validation.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     config = load_yaml(FOLDER / FILES[name])
@@ -87,10 +87,10 @@ def test_log_likelihoods_are_the_harness_s(name, tmp_path, smollm, monkeypatch):
     assert len(ours) == N
 
     task, harness = (
-        harness_task(name, tmp_path),
+        harness_task(name, [r["doc_index"] for r in ours], tmp_path),
         HFLM(pretrained=smollm[0], tokenizer=smollm[1], device="cpu", batch_size=4),
     )
-    docs = [task.eval_docs[r["doc_index"]] for r in ours]
+    docs = list(task.eval_docs)
     requests = [
         (r, k, q)
         for r, (i, doc) in zip(ours, enumerate(docs))

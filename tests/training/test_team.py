@@ -16,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from team_member import WAYS, fitted
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from warm_processes import warm_from
 
 import dora_nb.runs.engines
 import dora_nb.runs.launcher
@@ -35,25 +36,28 @@ from dora_nb.runs.run import run
 from dora_nb.training.distributed import Distributed, shard
 from dora_nb.training.evaluate import rank_choices
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory, smollm):
+def model_dir(tmp_path_factory, small_tokenizer):
     "Two blocks, and an output layer that is the embedding."
     folder, sizes = tmp_path_factory.mktemp("model"), dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2)
     heads = dict(num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(smollm[1]), **sizes, **heads)).save_pretrained(folder)
-    smollm[1].save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(small_tokenizer), **sizes, **heads)).save_pretrained(folder)
+    small_tokenizer.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def two(model_dir, tmp_path_factory):
+def two(model_dir, tmp_path_factory, stock):
     "What two processes make of everything, started once by torchrun."
     out, member = tmp_path_factory.mktemp("two"), Path(__file__).parent / "team_member.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = dict(env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    done = subprocess.run([*command, member, model_dir, out], **options)
+    with warm_from(stock):
+        done = subprocess.run([*command, member, model_dir, out], **options)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -121,7 +125,9 @@ def test_what_two_saved_one_loads(model_dir, two, way, kind):
 
 def small(model_dir, **changes):
     "A run of two processes."
-    options = dict(model=str(model_dir), rank=2, train_items=16, batch_size=8, eval_items=6, precision="float32")
+    options = dict(
+        task="arc_easy", model=str(model_dir), rank=2, train_items=16, batch_size=8, eval_items=6, precision="float32"
+    )
     return RunConfig(**dict(processes=2) | options | changes)
 
 
@@ -130,7 +136,14 @@ def test_a_run_of_two_processes(model_dir, tmp_path):
     text = 'name = "two"\n[fixed]\n' + "".join(
         f"{k} = {json.dumps(v)}\n"
         for k, v in dict(
-            model=str(model_dir), rank=2, dropout=0.0, train_items=16, batch_size=8, eval_items=6, precision="float32"
+            task="arc_easy",
+            model=str(model_dir),
+            rank=2,
+            dropout=0.0,
+            train_items=16,
+            batch_size=8,
+            eval_items=6,
+            precision="float32",
         ).items()
     )
     (tmp_path / "one.toml").write_text(text)

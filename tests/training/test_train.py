@@ -1,13 +1,17 @@
 "What the loop promises: sizes of micro-batches do not matter, seeds fix everything, numbers that are none stop it."
 
+import functools
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import threading
+import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +22,6 @@ import transformers
 import dora_nb.training.checkpoints
 import dora_nb.training.step
 import dora_nb.training.train
-from dora_nb.data.assets import load_model
 from dora_nb.data.rows import collate
 from dora_nb.data.tasks import load_task
 from dora_nb.models.adapt import adapt, adapter_layers, trainable_parameters
@@ -34,14 +37,15 @@ from dora_nb.training.step import memory_plan, train_step
 from dora_nb.training.train import Diverged, train, warmup_and_decay
 
 
-def items(name="winogrande", n=24, **kwargs):
+@functools.cache
+def items(name="arc_easy", n=24, **kwargs):
     return load_task(name, "train", limit=n, **kwargs)
 
 
-@pytest.fixture
-def tiny(tiny_model_dir):
+@pytest.fixture(scope="session")
+def tiny(tiny_model):
     def make(method="dora", **kwargs):
-        model, tokenizer = load_model(str(tiny_model_dir))
+        model, tokenizer = tiny_model()
         torch.manual_seed(0)
         return adapt(model, AdapterConfig(method, rank=4, **kwargs)), tokenizer
 
@@ -162,7 +166,7 @@ def test_it_learns(tiny, method):
     records = train(
         model,
         tokenizer,
-        items(n=16),
+        items("winogrande", n=16),
         TrainConfig(learning_rate=2e-2 if method != "full" else 5e-3, batch_size=16, epochs=60, precision="float32"),
         progress=False,
     )
@@ -320,9 +324,23 @@ def same(a, b):
     assert a[0] == b[0] and all(torch.equal(a[1][n], b[1][n]) for n in b[1])
 
 
+@pytest.fixture(scope="module")
+def wholes(tiny):
+    "What trainings give that nobody disturbs, by method; and how long it takes."
+    made = {}
+
+    def make(method="dora"):
+        if method not in made:
+            began = time.monotonic()
+            made[method] = (*attempts(tiny, None, method=method), time.monotonic() - began)
+        return made[method]
+
+    return make
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_in_the_middle_of_steps(tiny, tmp_path, monkeypatch, method, number):
+def test_stopped_in_the_middle_of_steps(tiny, wholes, tmp_path, monkeypatch, method, number):
     "A signal in a forward pass: that step is given up, and made again with the same dropout."
     plain, calls, history = dora_nb.training.step.summed_loss, [], tmp_path / "history.jsonl"
 
@@ -333,7 +351,7 @@ def test_stopped_in_the_middle_of_steps(tiny, tmp_path, monkeypatch, method, num
             os.kill(os.getpid(), number)
         return out
 
-    whole = attempts(tiny, None, method=method)
+    whole = wholes(method)
     monkeypatch.setattr(dora_nb.training.step, "summed_loss", signalled)
     before = signal.getsignal(number)
     parts = attempts(tiny, tmp_path / "c", method=method, history=history)
@@ -342,11 +360,13 @@ def test_stopped_in_the_middle_of_steps(tiny, tmp_path, monkeypatch, method, num
     assert [json.loads(line)["step"] for line in history.read_text().splitlines()] == list(range(1, 7))
 
 
-def test_stopped_at_any_moment(tiny, tmp_path):
+def test_stopped_at_any_moment(tiny, wholes, tmp_path):
     "Signals from a clock, wherever they fall, loading and saving included; and what is seen after a step is seen once."
-    whole, rng, seen = attempts(tiny, None), random.Random(0), []
+    whole, rng, seen = wholes(), random.Random(0), []
     for round in range(8):
-        timers = [threading.Timer(rng.uniform(0, 0.6), os.kill, (os.getpid(), signal.SIGTERM)) for _ in range(3)]
+        timers = [
+            threading.Timer(rng.uniform(0, 3 * whole[-1]), os.kill, (os.getpid(), signal.SIGTERM)) for _ in range(3)
+        ]
         outside = signal.signal(signal.SIGTERM, lambda *_: None)  # before and after the training
         try:
             for timer in timers:
@@ -363,23 +383,23 @@ def test_stopped_at_any_moment(tiny, tmp_path):
     assert 8 * 6 <= len(seen) <= 8 * (6 + 3)  # a signal may cut off a look, and only that one is made again
 
 
-@pytest.fixture
-def stopped(tiny, tmp_path):
-    "A folder with two checkpoints of a training that was stopped after its fourth step."
-    stop = lambda record: os.kill(os.getpid(), signal.SIGTERM) if record["step"] == 4 else None
+@pytest.fixture(scope="module")
+def stopped_once(tiny, tmp_path_factory):
+    stop, folder = (
+        lambda r: os.kill(os.getpid(), signal.SIGTERM) if r["step"] == 4 else None,
+        tmp_path_factory.mktemp("s"),
+    )
     model, tokenizer = tiny(dropout=0.1)
+    options = dict(after_step=stop, progress=False, checkpoints=folder, checkpoint_seconds=0.0)
     with pytest.raises(Stopped):
-        train(
-            model,
-            tokenizer,
-            items(),
-            SHORT,
-            after_step=stop,
-            progress=False,
-            checkpoints=tmp_path,
-            checkpoint_seconds=0.0,
-        )
-    return sorted(tmp_path.iterdir())
+        train(model, tokenizer, items(), SHORT, **options)
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    "A folder with two checkpoints of a training that was stopped after its fourth step."
+    return sorted(Path(shutil.copytree(stopped_once, tmp_path, dirs_exist_ok=True)).iterdir())
 
 
 def flipped(part):
@@ -388,9 +408,9 @@ def flipped(part):
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", flipped("facts"), flipped("tensor")])
-def test_a_damaged_checkpoint(tiny, stopped, damage):
+def test_a_damaged_checkpoint(tiny, wholes, stopped, damage):
     "Falls back to the one before it, and to the start if there is none."
-    whole = attempts(tiny, None)
+    whole = wholes()
     assert [p.name for p in stopped] == ["step-00000003.safetensors", "step-00000004.safetensors"]
     stopped[1].write_bytes(damage(stopped[1].read_bytes()))
     with pytest.warns(UserWarning, match="00000004.safetensors is damaged.*the one before it"):
@@ -445,9 +465,9 @@ def test_checkpoints_are_made_when_they_are_due(tiny, tmp_path):
     assert kept.restore() == {"records": []}
 
 
-def test_the_same_model_goes_on_after_it_was_stopped(tiny, tmp_path, monkeypatch):
+def test_the_same_model_goes_on_after_it_was_stopped(tiny, wholes, tmp_path, monkeypatch):
     "Half a gradient that the stopped step left is not added to the next."
-    whole, plain, stops = attempts(tiny, None), torch.Tensor.backward, [1]
+    whole, plain, stops = wholes(), torch.Tensor.backward, [1]
 
     def backward(self):
         plain(self)
@@ -526,9 +546,9 @@ def test_masks_of_a_model_s_own_are_not_replaced():
 
 @pytest.mark.attack("silent error")
 @pytest.mark.parametrize("objective", ("answer", "prompt", "choices"))
-def test_training_beyond_the_context(tiny_model_dir, objective):
+def test_training_beyond_the_context(tiny_model, objective):
     "What is longer loses its beginning, with a warning that names the context; nothing is trained past it."
-    model, tokenizer = load_model(str(tiny_model_dir))
+    model, tokenizer = tiny_model()
     model.config.max_position_embeddings = 48
     adapt(model, AdapterConfig("lora", rank=2))
     seen = []
@@ -551,8 +571,8 @@ def test_full_tuning_in_bfloat16_warns_and_in_float16_is_refused(tiny):
     assert all(torch.equal(p, before[n]) for n, p in params(model).items())
 
 
-def test_an_adapter_on_a_bfloat16_model_is_float32_and_learns_without_a_warning(tiny_model_dir, recwarn):
-    model, tokenizer = load_model(str(tiny_model_dir))
+def test_an_adapter_on_a_bfloat16_model_is_float32_and_learns_without_a_warning(tiny_model, recwarn):
+    model, tokenizer = tiny_model()
     adapt(model.to(torch.bfloat16), AdapterConfig("dora", rank=2))
     train(model, tokenizer, items(n=4), TrainConfig(batch_size=4), progress=False)
     assert all(p.dtype == torch.float32 for p in params(model).values())
@@ -639,12 +659,12 @@ def rewritten(path, change):
 @pytest.mark.attack("silent error")
 @pytest.mark.parametrize("name", ["torch", "transformers"])
 @pytest.mark.parametrize("before", ["1.2.3", None])
-def test_a_checkpoint_of_other_versions_goes_on_with_a_warning(tiny, stopped, name, before):
+def test_a_checkpoint_of_other_versions_goes_on_with_a_warning(tiny, wholes, stopped, name, before):
     change = lambda facts: facts.update({name: before}) if before else facts.pop(name)
     rewritten(stopped[1], change)
     then = before or "an earlier version"
     with pytest.warns(UserWarning, match=f"{name}: begun with {then}, continued with .*; the result may differ"):
-        same(attempts(tiny, stopped[0].parent), attempts(tiny, None))
+        same(attempts(tiny, stopped[0].parent), wholes())
 
 
 @pytest.mark.attack("silent error")
