@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--rounds", "1", "--layers", "1", "--dtypes", "float32", "--tokens", "128")
-QUICK = {"step": (*SMALL, "--ranks", "4"), "where": (*SMALL, "--rank", "4")}
+QUICK = {name: (*SMALL, "--ranks", "4") for name in ("step", "scales")} | {"where": (*SMALL, "--rank", "4")}
 
 
 @pytest.mark.parametrize("name", QUICK)
