@@ -225,6 +225,7 @@ def test_the_holder_of_a_lock_touches_it(tmp_path, without_flock, monkeypatch):
 
 @pytest.mark.attack("hostile input")
 @pytest.mark.parametrize("name", ["datasets", "json", "runpy", "pip"])
+@pytest.mark.long
 def test_a_child_imports_nothing_from_the_working_directory(tmp_path, name, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", os.environ.get("PYTHONPATH", "")]))
     (tmp_path / f"{name}.py").write_text("print('planted')")

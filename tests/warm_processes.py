@@ -136,20 +136,21 @@ def execute(how, what, args, safe):
     return 0
 
 
-def become(job, streams):
-    "Be the process that was asked for, from its first line to its end."
+def become(job, streams, ready=lambda: None):
+    "Be the process that was asked for, from its first line to its end; `ready` says that it may be sent signals."
     status = 255
     try:
         if job["session"]:
             os.setsid()
         forget()
+        rename(job["args"])
+        ready()
         take_streams(streams, job["keep"])
         if job["cwd"] is not None:
             os.chdir(job["cwd"])
         os.environ.clear()
         os.environ.update(job["env"])
         os.sched_setaffinity(0, job["cores"])
-        rename(job["args"])
         if "torch" in sys.modules and "OMP_NUM_THREADS" in os.environ:
             sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         subprocess._fork_exec = starter(None)
@@ -216,8 +217,7 @@ def serve(number):
         else:
             while os.getppid() != parent:
                 time.sleep(0.001)
-            asked.send(str(os.getpid()).encode())
-            become(pickle.loads(message), fds)
+            become(pickle.loads(message), fds, lambda: asked.send(str(os.getpid()).encode()))
 
 
 def starter(stock):

@@ -80,6 +80,7 @@ def test_help_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.long
 def test_a_grid_and_a_report_load_no_model_s_classes():
     "These take longer to import than all else together, and only what loads a model needs them."
     code = "import sys, dora_nb.runs.launcher, dora_nb.results.page; print(*sys.modules)"
@@ -92,6 +93,7 @@ def test_the_installed_command():
     assert done.returncode == 0 and done.stdout.strip() == __version__
 
 
+@pytest.mark.long
 def test_train_then_evaluate_the_adapter(tiny_model_dir, tmp_path, capsys):
     options = ["--task", "arc_easy", "--model", str(tiny_model_dir)]
     assert (
@@ -141,11 +143,12 @@ def test_train_then_evaluate_the_adapter(tiny_model_dir, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "new" / "items.jsonl").read_text().splitlines()]
     check_output(str(tmp_path / "new" / "items.jsonl"), is_answers)  # it would be written again
     assert len(lines) == 10 and all(
-        len(r["loglikelihood"]) == 2 and {"doc_index", "gold", "pred", "pred_norm"} <= r.keys() for r in lines
+        len(r["loglikelihood"]) == 4 and {"doc_index", "gold", "pred", "pred_norm"} <= r.keys() for r in lines
     )
 
 
 @pytest.mark.parametrize("scheme", ("", "rtn-4"))
+@pytest.mark.long
 def test_train_probe_cut_and_train_anew(tiny_model_dir, tmp_path, capsys, scheme):
     options = ["--task", "arc_easy", "--model", str(tiny_model_dir)]
     options += ["--compress", scheme] if scheme else []
@@ -462,6 +465,7 @@ def test_ranks_are_not_written_into_a_run_s_folder(tmp_path):
 
 
 @pytest.mark.attack("silent error")
+@pytest.mark.long
 def test_the_first_edition_s_dev_can_be_asked(tiny_model_dir, tmp_path):
     "An adapter that was trained beside it must not be measured on what it was trained on."
     found = {}
@@ -571,12 +575,14 @@ def at_import(run, module, error, interrupt=True):
     "error",
     ("KeyboardInterrupt", "ImportError('cannot import name')", "RecursionError", "SystemError", "InterruptedError"),
 )
+@pytest.mark.long
 def test_an_interrupt_while_torch_is_imported(error):
     "Whatever a half-done import makes of it; the last one swallows it."
     assert at_import("function", "torch", error) == (130, "dora-nb train: interrupted\n")
 
 
 @pytest.mark.attack("crash")
+@pytest.mark.long
 def test_an_interrupt_while_the_command_itself_is_imported():
     for module, name in (("torch", "dora-nb train"), ("dora_nb.command.options", "dora-nb")):
         assert at_import("module", module, "KeyboardInterrupt") == (130, f"{name}: interrupted\n")
@@ -584,6 +590,7 @@ def test_an_interrupt_while_the_command_itself_is_imported():
 
 @pytest.mark.attack("crash")
 @pytest.mark.parametrize("error", ("OSError('libx.so is damaged')", "ImportError('libx.so is damaged')"))
+@pytest.mark.long
 def test_an_error_while_torch_is_imported_is_answered_in_a_line(error):
     status, said = at_import("function", "torch", error, interrupt=False)
     assert status == 1 and said.startswith("dora-nb train: libx.so is damaged") and said.count("\n") == 1

@@ -50,6 +50,7 @@ def test_what_two_splits_share(name):
 
 
 @pytest.mark.parametrize("name", TASK_NAMES)
+@pytest.mark.long
 def test_splits(name):
     train, dev, validation = (load_task(name, split) for split in ("train", "dev", "validation"))
     counts = TASKS[name].counts
@@ -76,6 +77,7 @@ def test_dev_is_cut_the_same_for_ever(cut, first):
 
 
 @pytest.mark.parametrize("name", [n for n in TASK_NAMES if n != "winogrande"])
+@pytest.mark.long
 def test_only_winogrande_s_cut_is_of_twins(name):
     assert load_task(name, "dev", limit=50)[:] == load_task(name, "dev", limit=50, dev_cut="items")[:]
 
@@ -102,6 +104,7 @@ def close_to_train(rows, dev, items):
 
 
 @pytest.mark.attack("silent error")
+@pytest.mark.long
 def test_no_dev_item_of_winogrande_has_a_twin_in_train():
     rows = load_items("winogrande", "train").to_list()
     train, dev = (load_task("winogrande", split)["doc_index"][:] for split in ("train", "dev"))

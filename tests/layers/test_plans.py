@@ -380,6 +380,7 @@ def test_models_that_attend_elsewhere_have_no_siblings(llama):
 
 
 @pytest.mark.parametrize("method", ("lora", "dora"))
+@pytest.mark.long
 def test_compile(llama, shake, ids, method):
     model = shake(adapted(llama(num_hidden_layers=1), method)).train()
     want = gradients(model, ids)

@@ -352,6 +352,7 @@ def test_an_adapter_for_another_width(llama, saved):
     assert_untouched(model, before)
 
 
+@pytest.mark.long
 def test_an_adapter_from_elsewhere_opens_only_its_own_files(tmp_path):
     "Whatever its configuration names, nothing outside its folder is read."
     code = """

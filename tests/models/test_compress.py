@@ -133,6 +133,7 @@ def test_a_model_over_codes(llama, shake, ids, method, tmp_path):
     torch.testing.assert_close(load_adapter(model, tmp_path)(ids).logits, adapted)
 
 
+@pytest.mark.long
 def test_wanda_against_its_formula(tiny_model_dir):
     "The entries that go are those that a loop over the rows finds, from inputs that a loop over the items sees."
     from dora_nb.data.assets import load_model

@@ -123,6 +123,7 @@ def test_the_probe_s_notebook_has_its_parameters_and_no_others():
     assert ProbeConfig("somewhere", **scope) == ProbeConfig("somewhere")
 
 
+@pytest.mark.long
 def test_a_run_with_a_probe_and_a_probe_of_its_adapter(tiny_model_dir, tmp_path):
     config = RunConfig(
         model=str(tiny_model_dir),
@@ -155,6 +156,7 @@ def test_a_run_with_a_probe_and_a_probe_of_its_adapter(tiny_model_dir, tmp_path)
 
 
 @pytest.mark.parametrize("error", [ValueError("the loss does not bend"), FloatingPointError("not finite")])
+@pytest.mark.long
 def test_a_probe_that_fails_does_not_cost_the_training(tiny_model_dir, tmp_path, monkeypatch, error):
     def probe(*args, **kwargs):
         raise error
@@ -361,6 +363,7 @@ def test_what_a_report_holds_is_not_made_again(grid, tmp_path, capsys, warm):
         run_grid(grid, tmp_path / "tuesday", known=[tmp_path / "report"])
 
 
+@pytest.mark.long
 def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
     text = grid.read_text().replace("set = { learning_rate = 2e-3 }", "set = { max_tokens = 1 }")
     grid.write_text(text + '\n[[exclude]]\ntask = "arc_easy"\n')
@@ -458,6 +461,7 @@ def test_a_folder_with_files_of_somebody_else(tiny, tmp_path, method):
 
 @pytest.mark.attack("data loss")
 @pytest.mark.parametrize("method", ["base", "lora"])
+@pytest.mark.long
 def test_a_folder_with_an_unfinished_run_of_another_kind(tiny, tmp_path, method):
     "A run that trains nothing, or something else, leaves another run's checkpoints alone."
     config, folder = tiny(seed=1), tmp_path / "run"
@@ -530,6 +534,7 @@ def test_a_folder_inside_an_adapter_stays(made, tmp_path):
 
 
 @pytest.mark.attack("data loss")
+@pytest.mark.long
 def test_two_runs_share_no_file(made, tmp_path):
     "Writing into the adapter of one, whose training another has taken over, changes that one only; links of an earlier version are replaced."
     config, folder = made
@@ -807,6 +812,7 @@ def test_a_damaged_adapter_is_not_taken_over(made, tmp_path, capsys, damage):
 @pytest.mark.attack("crash")
 @pytest.mark.parametrize("content", ["", "[1]", '{"rank_pattern": 3}'])
 @pytest.mark.parametrize("name", [GEOMETRY, RANKS])
+@pytest.mark.long
 def test_what_an_earlier_try_left_is_damaged(tiny, tmp_path, name, content):
     config = tiny(geometry=1, train_items=64, allocate="random" if name == RANKS else "")
     folder = tmp_path / "run"

@@ -57,6 +57,7 @@ def params(model):
 
 
 @pytest.mark.parametrize("objective", ("answer", "prompt", "choices", "choices_mean"))
+@pytest.mark.long
 def test_micro_batches_do_not_change_the_gradient(tiny, objective):
     model, tokenizer = tiny()
     data = items("hellaswag", 8)
@@ -139,6 +140,7 @@ def test_the_end_is_trained_where_answers_are_generated(tiny):
     assert tokenizer.decode(row.target[:-1]) == "\n" + item["continuations"][item["gold"]]
 
 
+@pytest.mark.long
 def test_a_seed_fixes_a_run_to_the_bit(tiny, tmp_path):
     runs = []
     for seed in (0, 0, 1):
@@ -160,6 +162,7 @@ def test_a_seed_fixes_a_run_to_the_bit(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("method", ("lora", "dora", "full"))
+@pytest.mark.long
 def test_it_learns(tiny, method):
     "Sixteen items, seen many times, are learnt by heart."
     model, tokenizer = tiny(method)
@@ -360,6 +363,7 @@ def test_stopped_in_the_middle_of_steps(tiny, wholes, tmp_path, monkeypatch, met
     assert [json.loads(line)["step"] for line in history.read_text().splitlines()] == list(range(1, 7))
 
 
+@pytest.mark.long
 def test_stopped_at_any_moment(tiny, wholes, tmp_path):
     "Signals from a clock, wherever they fall, loading and saving included; and what is seen after a step is seen once."
     whole, rng, seen = wholes(), random.Random(0), []
