@@ -153,14 +153,14 @@ class _Subject:
     method: str = "dora"  # base (no training), lora, dora, full, or another name in `METHODS`
     model: str = "smollm2-135m-instruct"  # a model of this package, a local folder, or a Hub id
     source: str = "package"  # where the package's model and the data come from: package or hub
-    seed: int = 0  # of the adapter's initial weights, the training items, their order, and dropout
+    seed: int = 0  # seed of the adapter's initial weights, the training items, their order, and dropout
 
 # %% ../../nbs/6_runs/43_config.ipynb #3cd45de3
 @dataclass(frozen=True)
 class _Adapter:
     "Hold the parameters of a run's adapter."
 
-    rank: int = 16  # r
+    rank: int = 16  # rank r of the update BA
     alpha: float = 32.0  # α; the update is scaled by α/r
     ranks: str = ""  # a JSON file of ranks by layer, from `dora-nb ranks`; rank and alpha in every layer if empty
     allocate: str = ""  # choose ranks by layer in a warm-up, with as many parameters: curvature, gates or random
@@ -185,10 +185,10 @@ class _Training:
     batch_tokens: int | None = None  # maximum tokens per forward pass; 1,024 on a CPU and 8,192 on a GPU if None
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     warmup_ratio: float = 0.1  # fraction of the steps in which the learning rate rises
-    weight_decay: float = 0.0  # of AdamW
+    weight_decay: float = 0.0  # weight decay of AdamW
     max_grad_norm: float = 1.0  # maximum gradient norm, for clipping
     max_tokens: int = 2048  # maximum tokens per choice; longer contexts are cut at their start
-    precision: str = "auto"  # of training: float32, tf32, bfloat16 (autocast), or auto
+    precision: str = "auto"  # precision of training: float32, tf32, bfloat16 (autocast), or auto
     mixture: str = ""  # tasks to train on together, separated by commas; the run's own task if empty
     train_items: int | None = None  # number of training items per task, drawn by seed; all if None
     compress: str = ""  # compression of the base model: rtn-4, hqq-3, magnitude-0.5, wanda-0.5, …; none if empty
@@ -203,7 +203,7 @@ class _Measurement:
     eval_items: int | None = None  # number of evaluated items, drawn by a fixed seed; all if None
     protocol: str = "loglikelihood"  # loglikelihood or generate
     eval_format: str = ""  # prompt format of the evaluated items: cloze or instruction; the protocol's default if empty
-    eval_precision: str = "float32"  # of evaluation: float32, tf32, bfloat16 (autocast), or auto
+    eval_precision: str = "float32"  # precision of evaluation: float32, tf32, bfloat16 (autocast), or auto
     probe: bool = False  # record the curvature after the warm-up, in the middle and at the end of the training
     probe_items: int = 16  # number of dev items for the probe, drawn by a fixed seed
     probe_blocks: str = "all"  # blocks of the probed Hessian, separated by commas: all, A, B, m, layer 0, layer 1, …

@@ -32,7 +32,7 @@ class ProbeConfig:
     model: str = "smollm2-135m-instruct"  # a model of this package, a local folder, or a Hub id
     source: str = "package"  # where the package's model and the data come from: package or hub
     compress: str = ""  # compression of the adapter's base model: rtn-4, hqq-3, …; none if empty
-    calibrate: str = ""  # the task whose training items wanda read; `task` if empty
+    calibrate: str = ""  # the task whose training items wanda reads; `task` if empty
     split: str = "dev"  # split of the items: train, dev or validation
     dev_cut: str = "twins"  # how the adapter's training cut WinoGrande's dev from train: twins, or items
     items: int = 16  # number of items, drawn by a fixed seed
