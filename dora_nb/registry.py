@@ -48,13 +48,12 @@ class Registry(Mapping):
         return self._found
 
     def add(self, entry):
-        "Add an entry and return it; TypeError if it is of another class, ValueError if its name is taken."
+        "Add an entry; TypeError if it is of another class, ValueError if its name is taken."
         if not isinstance(entry, self._kind):
             raise TypeError(f"a {self._what} must be a {self._kind.__name__}, not {entry!r:.100}")
         if entry.name in self:
             raise ValueError(f"there is a {self._what} {entry.name!r} already; choose another name")
         self._entries[entry.name] = entry
-        return entry
 
     def __getitem__(self, name: str):
         if name not in self._entries:

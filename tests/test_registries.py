@@ -233,7 +233,7 @@ class Thing:
 
 def test_a_registry_says_what_is_wrong(tmp_path, monkeypatch):
     registry = Registry("thing", Thing, "dora_nb.test_things")
-    first = registry.add(Thing("first"))
+    registry.add(first := Thing("first"))
     assert registry["first"] is first and list(registry) == ["first"] and len(registry) == 1
     with pytest.raises(KeyError, match="no thing 'frist'; did you mean 'first'"):
         registry["frist"]

@@ -18,9 +18,12 @@ from ..registry import announced
 def comments(
     cls: type,  # a dataclass
 ) -> dict[str, str]:  # field → comment
-    "Return the comment beside each field of a dataclass, also of inherited fields."
+    "Return the comment beside each field of a dataclass, also of inherited fields; ValueError for a field without one."
     source = "".join(inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c))
-    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.M))
+    found = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.M))
+    if bare := [f.name for f in dataclasses.fields(cls) if f.name not in found]:
+        raise ValueError(f"{cls.__name__}.{bare[0]} needs a comment on its own line: it becomes the help of an option")
+    return found
 
 # %% ../../nbs/8_command/76_options.ipynb #91dff842
 def _boolean(text: str) -> bool:
@@ -68,7 +71,7 @@ _SOURCE_HELP = "pinned files from the package index, or the Hugging Face Hub (de
 _COMPRESS_HELP = "compress the base model first: rtn-4, hqq-3, magnitude-0.5, wanda-0.5, … (default: none)"
 _CALIBRATE_HELP = "task whose training items wanda reads: the one of the adapter's training (default: that of --task)"
 _DEV_CUT_HELP = (
-    "how WinoGrande's dev was cut from train for the adapter's training; items in the first edition (default: twins)"
+    "how WinoGrande's dev was cut from train for the adapter's training; items in version 1 (default: twins)"
 )
 _KNOWN_HELP = "a report's folder: its results are used for runs of the grid; may be given several times"
 

@@ -1,5 +1,6 @@
 "The command as a user meets it: in a process of its own."
 
+import dataclasses
 import json
 import os
 import pickle
@@ -26,6 +27,17 @@ from dora_nb.training.evaluate import PROTOCOLS
 ROOT = Path(__file__).parents[2]
 
 COMMANDS = ("fetch", "train", "evaluate", "probe", "ranks", "run", "report")
+
+
+@dataclasses.dataclass
+class Bare:
+    good: int = 1  # a number
+    bad: int = 2
+
+
+def test_a_field_without_a_comment_is_named():
+    with pytest.raises(ValueError, match="Bare.bad needs a comment on its own line"):
+        comments(Bare)
 
 
 def test_every_option_says_what_it_is():
