@@ -156,6 +156,45 @@ def test_a_method_without_a_format_is_refused_before_it_is_trained(llama, tmp_pa
         RunConfig(method="secret")
 
 
+def test_a_method_that_peft_lacks_has_a_peft_type_of_its_own(llama, ids, shake, tmp_path, monkeypatch):
+    "It is saved and loaded with its own parameters, and PEFT refuses the file: it would lose them without a word."
+
+    class Gated(LoRALinear):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.gate = torch.nn.Parameter(self.lora_B.new_full((1,), 0.5))
+
+        @classmethod
+        def parameter_shapes(cls, out_features, in_features, rank):
+            return super().parameter_shapes(out_features, in_features, rank) | {"gate": (1,)}
+
+        def plain(self, x):
+            return self.base_layer(x) + self.gate * self.update(self.dropout(x))
+
+        def operands(self, x):
+            return super().operands(x)._replace(B=self.gate * self.lora_B)
+
+        def adapted_weight(self):
+            return self.base_layer.weight + self.gate * self.scaling * (self.lora_B @ self.lora_A)
+
+    with monkeypatch.context() as m:
+        m.setattr(METHODS, "_entries", dict(METHODS._entries))
+        METHODS.add(Method("gated", "gated LoRA", "C6", Gated, METHODS["lora"].options, {"peft_type": "GATED"}))
+        assert RunConfig(method="gated").method == "gated"
+        model = shake(adapt(llama(), AdapterConfig("gated", rank=4)))
+        trained = model(ids).logits
+        save_adapter(model, tmp_path)
+        torch.testing.assert_close(load_adapter(llama(), tmp_path)(ids).logits, trained)
+        torch.testing.assert_close(merge(model)(ids).logits, trained, atol=1e-5, rtol=1e-4)
+        save_adapter(adapt(llama(), AdapterConfig("lora", rank=4)), tmp_path / "lora")
+        load_adapter(loaded := llama(), tmp_path / "lora")
+        assert {type(layer) for layer in adapter_layers(loaded).values()} == {LoRALinear}
+    with pytest.raises((KeyError, ValueError), match="GATED"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+    with pytest.raises(ValueError, match="peft_type is 'GATED'; only LORA adapters"):
+        load_adapter(llama(), tmp_path)
+
+
 def test_a_benchmark_of_another_package(toys):
     assert [len(load_task("sums", split)) for split in ("train", "dev", "validation")] == [48, 12, 12]
     seen = {split: set(load_task("sums", split)["doc_index"]) for split in ("train", "dev")}

@@ -41,6 +41,7 @@ def change_state(
     uncompiled(model)._dora_nb = replace(adapter_state(model), **changes)
 
 # %% ../../nbs/3_models/19_adapt.ipynb #1eea7f5b
+# Names of layers that read the same input
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 
 
@@ -97,13 +98,15 @@ def _check_targets(targets: dict[str, nn.Linear], config: AdapterConfig):
     "Refuse targets that cannot be adapted, and patterns that match none of them: ValueError."
     if empty := next((n for n, m in targets.items() if m.weight.is_meta), None):
         raise ValueError(f"{empty!r} has no values yet (it is on the meta device); load the weights before adapting")
-    if lost := unmatched_patterns(targets, config):
+    if unmatched := unmatched_patterns(targets, config):
+        pattern, entry = unmatched[0]
         raise ValueError(
-            f"{lost[0][0]}: {shorten(lost[0][1])} matches none of the {len(targets)} layers to adapt, for instance {next(iter(targets))!r}"
+            f"{pattern}: {shorten(entry)} matches none of the {len(targets)} layers to adapt, for instance {next(iter(targets))!r}"
         )
-    if coded := next((n for n, m in targets.items() if _is_quantised(m.weight)), None):
+    if quantised := next((n for n, m in targets.items() if _is_quantised(m.weight)), None):
+        weight = targets[quantised].weight
         raise ValueError(
-            f"{coded!r} is quantised ({type(targets[coded].weight).__name__} of {targets[coded].weight.dtype}), and cannot be adapted here; load the model unquantised, and compress it with dora_nb.models.compress.compress"
+            f"{quantised!r} is quantised ({type(weight).__name__} of {weight.dtype}), and cannot be adapted here; load the model unquantised, and compress it with dora_nb.models.compress.compress"
         )
 
 # %% ../../nbs/3_models/19_adapt.ipynb #13b00009
@@ -121,18 +124,18 @@ def adapt(
     "Freeze `model` and put adapters around its target layers; with method full, make every weight trainable instead. Refuse a model that is adapted already: RuntimeError; targets that cannot be adapted: ValueError."
     if adapter_state(model).config or adapter_layers(model):
         raise RuntimeError("this model is adapted already; call remove_adapter(model) first")
-    every = METHODS[config.method].layer is None
-    targets = {} if every else find_targets(model, config.target_modules)
+    train_all = METHODS[config.method].layer is None
+    targets = {} if train_all else find_targets(model, config.target_modules)
     if targets:
         _check_targets(targets, config)
         warn_of_unreached(model, config.target_modules)
-    learned = [(p, p.requires_grad) for p in model.parameters()]
+    before = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        model.requires_grad_(every)
+        model.requires_grad_(train_all)
         layers = _new_layers(targets, config)
     except BaseException:
-        for p, did in learned:
-            p.requires_grad_(did)
+        for p, required in before:
+            p.requires_grad_(required)
         raise
     for name, layer in layers.items():
         model.set_submodule(name, layer)

@@ -26,7 +26,7 @@ class Method:
     color: str  # in figures, a colour of matplotlib
     layer: type[LoRALinear] | None = None  # the adapter of a linear layer; None for a method without adapters
     options: tuple[str, ...] = ()  # fields of `AdapterConfig` that the layer takes, beside the rank and α
-    peft: dict | None = None  # fields of PEFT's LoraConfig that describe it; None: its adapters cannot be saved
+    peft: dict | None = None  # fields of PEFT's LoraConfig, or a `peft_type` of its own; None: it cannot be saved
     line: dict = field(default_factory=dict, hash=False)  # options of its lines in figures
     trains: bool = True  # False for the base model, which is only evaluated
 

@@ -58,9 +58,9 @@ def to_peft(
     config: AdapterConfig,  # of the model's adapter
     model: nn.Module,  # adapted
 ) -> dict:  # what adapter_config.json holds
-    "Return the configuration with PEFT's field names; ValueError if PEFT has no such method."
+    "Return the configuration with PEFT's field names; ValueError if the method's entry has none."
     if METHODS[config.method].peft is None:
-        raise ValueError(f"an adapter of method {config.method!r} cannot be saved: PEFT has no such method")
+        raise ValueError(f"an adapter of method {config.method!r} cannot be saved: its entry in METHODS has no `peft`")
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     if targets == "all-linear":  # its meaning in PEFT depends on the version and the model
         targets = list(adapter_layers(model))
@@ -100,18 +100,22 @@ def _method_of(peft: dict, source: Path) -> str:
     dora = peft["use_dora"] = peft.get("use_dora") or False
     if dora not in (True, False):
         raise ValueError(f"{source}: use_dora={dora!r:.60} must be true or false")
-    fits = [m for m in METHODS.values() if m.peft and all(peft.get(k) == v for k, v in m.peft.items())]
-    method = max(fits, key=lambda m: len(m.peft))
-    for key in method.peft:
+    described = {m.name: {"peft_type": "LORA"} | m.peft for m in METHODS.values() if m.peft}
+    fits = [name for name, fields in described.items() if all(peft.get(k) == v for k, v in fields.items())]
+    if not fits:
+        raise ValueError(f"{source}: no method here has peft_type={peft['peft_type']!r:.60} and the other fields")
+    method = max(fits, key=lambda name: len(described[name]))
+    for key in described[method]:
         peft.pop(key)
-    return method.name
+    return method
 
 # %% ../../nbs/3_models/22_peft_format.ipynb #13e00015
 def _check_kind(peft: dict, source: Path):
-    "Refuse a configuration that is no complete one of LoRA or DoRA: ValueError."
-    if (kind := peft.pop("peft_type", None)) != "LORA":
+    "Refuse a configuration that is no complete one of a method here: ValueError."
+    kinds = ["LORA", *(m.peft["peft_type"] for m in METHODS.values() if "peft_type" in (m.peft or ()))]
+    if (kind := peft.get("peft_type")) not in kinds:
         raise ValueError(
-            f"{source}: peft_type is {kind!r:.60}; only LORA adapters (with or without use_dora) can be loaded. {WAY_OUT}"
+            f"{source}: peft_type is {kind!r:.60}; only {' and '.join(kinds)} adapters (with or without use_dora) can be loaded. {WAY_OUT}"
         )
     if missing := {k for k in ("r", "lora_alpha", "target_modules") if peft.get(k) is None}:
         raise ValueError(f"{source} lacks {', '.join(sorted(missing))}; it is not a complete LoRA configuration")

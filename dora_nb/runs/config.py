@@ -96,7 +96,7 @@ def _check_together(config):
     cases = (
         (
             method.layer is not None and method.peft is None,
-            f"method={c.method!r} cannot be run, as its adapters cannot be saved: PEFT has no such method",
+            f"method={c.method!r} cannot be run, as its adapters cannot be saved: its entry in METHODS has no `peft`",
         ),
         (
             not c.checkpoint_seconds >= 0 or c.geometry < 0,  # NaN is refused too

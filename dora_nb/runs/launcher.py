@@ -28,7 +28,7 @@ from .progress import ProgressBoard, duration
 from ..training.checkpoints import forget_checkpoints, stoppable
 
 # %% ../../nbs/6_runs/58_launcher.ipynb #d6d81d7a
-TRIES = 3
+TRIES = 3  # maximum number of processes started for one run
 
 
 def _failed(job: Job, why: str, board: ProgressBoard):
@@ -61,7 +61,7 @@ def _limit(job: Job) -> str:
     return f" ({found[-1]}; see `ulimit -a`)" if found else ""
 
 # %% ../../nbs/6_runs/58_launcher.ipynb #a2be5149
-def _ended(job: Job, status: int, words: str, board: ProgressBoard):
+def _after_end(job: Job, status: int, words: str, board: ProgressBoard):
     "Update a job whose process has ended: done, failed, or waiting for another try."
     words += _limit(job) if status == DIED else ""
     if job.look():
@@ -95,7 +95,7 @@ def _start(job: Job, engine, board: ProgressBoard):
 
 # %% ../../nbs/6_runs/58_launcher.ipynb #7673f0c9
 @contextlib.contextmanager
-def _blamed(job: Job, engine, board: ProgressBoard):
+def _failing_on_error(job: Job, engine, board: ProgressBoard):
     "Turn an exception inside into a failure of this run."
     try:
         yield
@@ -120,23 +120,23 @@ def work(
     pause: float = 0.2,  # seconds between two polls
 ):
     "Execute all jobs. On Ctrl-C or SIGTERM, stop the running ones and raise KeyboardInterrupt."
-    those = lambda *states: [j for j in jobs if j.state in states]
+    in_state = lambda *states: [j for j in jobs if j.state in states]
     with stoppable() as signals:
         try:
-            while those("waiting", "running", "elsewhere"):
-                for job in those("running"):
-                    with signals.together(), _blamed(job, engine, board):
+            while in_state("waiting", "running", "elsewhere"):
+                for job in in_state("running"):
+                    with signals.together(), _failing_on_error(job, engine, board):
                         if (outcome := engine.poll(job)) is not None:
-                            _ended(job, *outcome, board)
-                for job in (*those("waiting"), *those("elsewhere")):
+                            _after_end(job, *outcome, board)
+                for job in (*in_state("waiting"), *in_state("elsewhere")):
                     if engine.free:
-                        with signals.together(), _blamed(job, engine, board):
+                        with signals.together(), _failing_on_error(job, engine, board):
                             _start(job, engine, board)
                 board.show()
                 time.sleep(pause)
         except BaseException as e:
             signals.held = True  # further signals are ignored
-            _stop(those("running"), engine, board)
+            _stop(in_state("running"), engine, board)
             if isinstance(e, KeyboardInterrupt):
                 raise KeyboardInterrupt(
                     "stopped; what is done is kept, and the same command goes on with the rest"
@@ -239,12 +239,12 @@ def run_grid(
         check_writable(folder)
         if any(job.state != "done" for job in jobs):
             cache_dir()  # fails here if there is no home directory; a kernel would get a temporary one
-            places = (
+            executor = (
                 Ray(workers, timeout, address, processes) if engine == "ray" else Local(workers, timeout, processes)
             )
-            board.workers = places.workers
+            board.workers = executor.workers
             for wave in waves(jobs) if board.shared else [jobs]:
-                work(wave, places, board)
+                work(wave, executor, board)
     say(board.summary())
     _check_complete(jobs)
     return folder

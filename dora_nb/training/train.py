@@ -73,21 +73,21 @@ def progress_bar(
     return tqdm(things, desc=what, unit=unit, disable=not show, mininterval=0.5 if sys.stderr.isatty() else 30)
 
 # %% ../../nbs/4_training/32_train.ipynb #b7e21a55
-def _identity(training) -> str:
-    "Return a hash of a training's settings, items and frozen weights, a space, and a hash of its starting values."
-    how, adapter = asdict(replace(training.config, batch_tokens=None)), adapter_state(training.model).config
-    frozen = {n: t for n, t in training.model.state_dict().items() if n not in training.params}
-    weights = {n: list(p.shape) for n, p in training.params.items()}
-    rows = [[row.ids, row.choice] for each in training.rows for row in each]
-    items = [list(training.docs), list(training.gold), rows, training.batches]
-    of = {k: v for k, v in training.model.config.to_dict().items() if k not in _OF_THE_FILE}
-    what = [how, adapter and asdict(adapter), items, weights, tensor_sums(frozen, training.team), of]
-    text = json.dumps(what, sort_keys=True, default=str)
-    return f"{hashlib.sha256(text.encode()).hexdigest()} {hash_sums(tensor_sums(training.params, training.team))}"
-
-
 # Entries of a model's config that depend on the file it was loaded from, and not on the model
 _OF_THE_FILE = {"name_or_path", "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
+
+
+def _identity(training) -> str:
+    "Return a hash of a training's settings, items and frozen weights, a space, and a hash of its starting values."
+    settings, adapter = asdict(replace(training.config, batch_tokens=None)), adapter_state(training.model).config
+    frozen = {n: t for n, t in training.model.state_dict().items() if n not in training.params}
+    shapes = {n: list(p.shape) for n, p in training.params.items()}
+    rows = [[row.ids, row.choice] for each in training.rows for row in each]
+    items = [list(training.docs), list(training.gold), rows, training.batches]
+    model = {k: v for k, v in training.model.config.to_dict().items() if k not in _OF_THE_FILE}
+    parts = [settings, adapter and asdict(adapter), items, shapes, tensor_sums(frozen, training.team), model]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return f"{hashlib.sha256(text.encode()).hexdigest()} {hash_sums(tensor_sums(training.params, training.team))}"
 
 # %% ../../nbs/4_training/32_train.ipynb #61586971
 class Training:
@@ -142,15 +142,15 @@ def _gradient(
     training: Training,
     step: int,  # counted from 1
 ) -> dict:  # the record of the step
-    "Add the clipped gradient of a step to the parameters; `Diverged` if it is not finite."
+    "Compute the clipped gradient of a step into the parameters' `grad`; `Diverged` if it is not finite."
     model, team, config, params = training.model, training.team, training.config, list(training.params.values())
     batch = training.batches[step - 1]
     make = lambda group: make_batch(training.rows, training.gold, group)
     with tf32(config.precision, next(model.parameters()).device), cached_scales(model):
         loss, groups, training.config = fitting_step(model, batch, make, training.rows, config, team)
     team.add_gradients(params)
-    made = sum(b.tokens for b, _ in groups), sum(b.input_ids.numel() for b, _ in groups)
-    loss, tokens, inputs = team.sum(loss, *made)
+    sizes = sum(b.tokens for b, _ in groups), sum(b.input_ids.numel() for b, _ in groups)
+    loss, tokens, inputs = team.sum(loss, *sizes)
     norm = whole(nn.utils.clip_grad_norm_(params, config.max_grad_norm)).item()
     _check_finite(training, step, loss, norm)
     record = dict(step=step, steps=len(training.batches), loss=loss)

@@ -16,8 +16,8 @@ from dora_nb.command.main import main, parser
 from dora_nb.command.options import comments
 from dora_nb.command.places import check_output, check_ranks, is_answers
 from dora_nb.curvature.components import SCORES
-from dora_nb.data.assets import ASSETS, SOURCES, TASK_NAMES
-from dora_nb.data.tasks import DEV_CUTS, SPLITS
+from dora_nb.data.assets import ASSETS, SOURCES
+from dora_nb.data.tasks import DEV_CUTS, SPLITS, TASKS
 from dora_nb.files import claim
 from dora_nb.runs.config import RunConfig
 from dora_nb.runs.probe_run import is_probe
@@ -53,7 +53,7 @@ def test_names_that_the_parser_repeats_to_spare_an_import():
 
     choices = {a.dest: tuple(a.choices) for a in sub("evaluate")._actions if a.choices}
     assert {k: set(v) for k, v in choices.items()} == dict(
-        **dict.fromkeys(("task", "calibrate"), set(TASK_NAMES)),
+        **dict.fromkeys(("task", "calibrate"), set(TASKS)),
         split=set(SPLITS),
         protocol=set(PROTOCOLS),
         precision=set(PRECISIONS),

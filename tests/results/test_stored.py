@@ -39,7 +39,9 @@ def test_a_stored_report_keeps_its_numbers(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(sections, "_savefig", lambda _, path: drawn.add(path.name))
     made = first_edition(folder, tmp_path / folder.relative_to(REPORTS))
     page = render(made).read_text(encoding="utf-8")
-    assert page == (folder / "report.md").read_text(encoding="utf-8"), f"run `dora-nb report reports/{made.name}`"
+    assert page == (folder / "report.md").read_text(encoding="utf-8"), (
+        f"run `dora-nb report {folder.relative_to(REPORTS.parent)}`"
+    )
     assert MADE.fullmatch(page.splitlines()[-1])[1] and drawn == {p.name for p in folder.glob("*.png")}
 
 
