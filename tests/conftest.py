@@ -30,7 +30,7 @@ LONG_FIXTURES = {"smollm", "stock"}  # the real model, and processes
 
 def pytest_collection_modifyitems(items):
     "Put the longest first, so that no process is left alone with one of them at the end; attacks say of which kind they are."
-    items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
+    items.sort(key=lambda item: ("test_a_lost_machine" not in item.nodeid, "test_notebooks" not in item.nodeid))
     for item in items:
         if item.path.stem.removeprefix("test_") in LONG_FILES or LONG_FIXTURES & {*item.fixturenames}:
             item.add_marker("long")
