@@ -232,6 +232,7 @@ def test_a_run_and_a_page_of_both(toys, tiny_model_dir, tmp_path):
     assert "| PiSSA, rank 2" in page and "| LoRA, rank 2" in page and "Sums (n = 12)" in page
 
 
+@pytest.mark.long
 def test_a_process_that_imports_nothing_of_the_package_knows_both(package):
     "As a kernel does that a grid starts."
     code = """
@@ -250,6 +251,7 @@ def test_a_process_that_imports_nothing_of_the_package_knows_both(package):
     assert done.stdout.startswith("sums-pissa-r2-s0-"), done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "old,new,label", [("dora", "renamed", r"\| renamed +\|"), ("winogrande", "gone", r"gone \(n = ")]
 )

@@ -271,6 +271,7 @@ def test_long_contexts_lose_their_beginning(smollm):
         encode_item(tokenizer, item, max_tokens=2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "change,named",
     [

@@ -161,6 +161,7 @@ def test_wanda_against_its_formula(tiny_model_dir):
         compress(model, "wanda-0.5")
 
 
+@pytest.mark.long
 def test_an_adapter_knows_what_its_base_was_pruned_by(tiny_model_dir, tmp_path):
     "Other items make other zeros."
     from dora_nb.data.assets import load_model
