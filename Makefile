@@ -36,8 +36,7 @@ report: $(READY) ## every page, table and figure in reports/ again, from the sto
 	$(BIN)/python -m benchmarks.reliability.report
 
 test: $(READY) ## everything that CI runs
-	@# a third process uses the cores while others wait for what they started
-	$(BIN)/python -m pytest tests -n 3 --dist worksteal
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 test-fast: $(READY) ## what takes a minute: no real model, no other process
 	$(BIN)/python -m pytest tests -m 'not slow and not long' -n 2 --dist worksteal
