@@ -28,11 +28,21 @@ LONG_FILES = (
 LONG_FIXTURES = {"smollm", "stock"}  # the real model, and processes
 
 
+def is_long(path):
+    return path.stem.removeprefix("test_") in LONG_FILES
+
+
+def pytest_ignore_collect(collection_path, config):
+    "Leave files of long tests unread where these are not wanted: what they import takes half a minute."
+    unwanted = collection_path.is_file() and is_long(collection_path) and "not long" in config.getoption("markexpr")
+    return True if unwanted else None
+
+
 def pytest_collection_modifyitems(items):
     "Put the longest first, so that no process is left alone with one of them at the end; attacks say of which kind they are."
     items.sort(key=lambda item: ("test_a_lost_machine" not in item.nodeid, "test_notebooks" not in item.nodeid))
     for item in items:
-        if item.path.stem.removeprefix("test_") in LONG_FILES or LONG_FIXTURES & {*item.fixturenames}:
+        if is_long(item.path) or LONG_FIXTURES & {*item.fixturenames}:
             item.add_marker("long")
         for mark in item.iter_markers("attack"):
             item.user_properties.append(("attack", mark.args[0]))  # goes into pytest's XML, for reports/reliability

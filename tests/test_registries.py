@@ -215,6 +215,7 @@ def test_a_benchmark_of_another_package(toys):
         load_task("short", "train")
 
 
+@pytest.mark.long
 def test_a_run_and_a_page_of_both(toys, tiny_model_dir, tmp_path):
     params = dict(task="sums", model=str(tiny_model_dir), rank=2, batch_size=8, precision="float32", learning_rate=1e-2)
     for method in ("pissa", "lora"):

@@ -190,6 +190,7 @@ def test_train_probe_cut_and_train_anew(tiny_model_dir, tmp_path, capsys, scheme
     assert anew < json.loads((tmp_path / "run" / "result.json").read_text())["training"]["trainable"]
 
 
+@pytest.mark.long
 def test_generate(tiny_model_dir, tmp_path, capsys):
     assert (
         main(

@@ -7,7 +7,6 @@ from collections import defaultdict
 import pytest
 import torch
 from datasets import Dataset
-from lm_eval.tasks.hellaswag.utils import preprocess, process_docs
 
 from dora_nb.data.assets import TASK_NAMES, load_items
 from dora_nb.data.items import check_items
@@ -71,6 +70,7 @@ def test_splits(name):
     assert few[7] == validation[few["doc_index"][7]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cut,first", [("items", [66, 137, 155, 181, 264]), ("twins", DEV_TWINS)])
 def test_dev_is_cut_the_same_for_ever(cut, first):
     assert load_task("winogrande", "dev", dev_cut=cut)["doc_index"][:5] == first
@@ -150,7 +150,10 @@ def test_names_that_do_not_exist(wrong, named):
         load_task(**dict(name="boolq") | wrong)
 
 
+@pytest.mark.long
 def test_hellaswag_is_cleaned_as_lm_eval_does():
+    from lm_eval.tasks.hellaswag.utils import preprocess, process_docs
+
     for text in (" [header] A [title] B  c [substeps] d ", "[step] Go.", "no markup", "a [b] [c] d"):
         assert clean_hellaswag(text) == preprocess(text)
     row = {

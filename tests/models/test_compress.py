@@ -198,6 +198,7 @@ def test_a_pruned_base_stays_pruned(llama):
     assert (base.weight == 0).float().mean() == 0.5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", ("rtn-4", "magnitude-0.5", "wanda-0.5"))
 def test_a_run_over_a_compressed_base(tiny_model_dir, tmp_path, scheme):
     options = dict(model=str(tiny_model_dir), rank=2, train_items=8, batch_size=4, eval_items=4)
