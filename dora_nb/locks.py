@@ -54,9 +54,9 @@ def _try(lock: FileLock) -> bool:
         lock.acquire(timeout=0)
     return lock.is_locked
 
-# %% ../nbs/locks.ipynb #ed4e1f43
-class Lock:
-    "Lock a file between processes and hosts; a lock of a dead host expires."
+# %% ../nbs/locks.ipynb #63cda0a4
+class _TryLock:
+    "Hold a lock on a file, of either kind, if it is free; a lock of a dead host expires."
 
     def __init__(
         self,
@@ -80,6 +80,15 @@ class Lock:
             threading.Thread(target=_keep_alive, args=(self.path, self.ended), daemon=True).start()
         return taken
 
+    def release(self):
+        "Release the lock."
+        self.ended.set()
+        self.lock.release()
+
+# %% ../nbs/locks.ipynb #ed4e1f43
+class Lock(_TryLock):
+    "Lock a file between processes and hosts; a lock of a dead host expires."
+
     def acquire(
         self,
         waiting: Callable[[], None] = lambda: None,  # called once if the lock is not free
@@ -90,11 +99,6 @@ class Lock:
             waiting()
             while not self.try_acquire():
                 time.sleep(pause)
-
-    def release(self):
-        "Release the lock."
-        self.ended.set()
-        self.lock.release()
 
     def __enter__(self):
         self.acquire()

@@ -7,6 +7,7 @@ __all__ = ['announced', 'Registry']
 
 # %% ../nbs/registry.ipynb #7e61a004
 import difflib
+import functools
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 
@@ -29,6 +30,12 @@ def _import(what: str, found: EntryPoint, kind: type):
         raise ImportError(f"{where} must be a {kind.__name__} of that name, and is {entry!r:.100}")
     return entry
 
+# %% ../nbs/registry.ipynb #2abbf359
+def _unknown(what: str, name, known: list[str]) -> str:
+    "Return the message about an unknown name: the nearest known one, or all of them."
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"no {what} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
+
 # %% ../nbs/registry.ipynb #7e61a011
 class Registry(Mapping):
     "Hold entries by name: added ones, and those that installed packages announce."
@@ -39,13 +46,12 @@ class Registry(Mapping):
         kind: type,  # class of the entries; they have an attribute `name`
         group: str,  # group of entry points, for instance dora_nb.tasks
     ):
-        self._what, self._kind, self._group, self._entries, self._found = what, kind, group, {}, None
+        self._what, self._kind, self._group, self._entries = what, kind, group, {}
 
+    @functools.cached_property
     def _announced(self) -> dict[str, EntryPoint]:
         "Return the entry points of installed packages by name; metadata is read once."
-        if self._found is None:
-            self._found = announced(self._group)
-        return self._found
+        return announced(self._group)
 
     def add(self, entry):
         "Add an entry; TypeError if it is of another class, ValueError if its name is taken."
@@ -56,19 +62,17 @@ class Registry(Mapping):
         self._entries[entry.name] = entry
 
     def __getitem__(self, name: str):
+        if name not in self:
+            raise KeyError(_unknown(self._what, name, list(self)))
         if name not in self._entries:
-            if name not in self._announced():
-                near = difflib.get_close_matches(str(name), self, n=1)
-                way = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self)}"
-                raise KeyError(f"no {self._what} {name!r}; {way}")
-            self._entries[name] = _import(self._what, self._announced()[name], self._kind)
+            self._entries[name] = _import(self._what, self._announced[name], self._kind)
         return self._entries[name]
 
     def __contains__(self, name) -> bool:
-        return name in self._entries or name in self._announced()
+        return name in self._entries or name in self._announced
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._entries, *self._announced()]))
+        return iter(dict.fromkeys([*self._entries, *self._announced]))
 
     def __len__(self) -> int:
         return len(list(iter(self)))

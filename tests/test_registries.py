@@ -21,7 +21,7 @@ from dora_nb.models.adapt import adapt, adapter_layers
 from dora_nb.models.adapter_files import load_adapter, save_adapter
 from dora_nb.models.merge import merge, remove_adapter, unmerge
 from dora_nb.models.methods import METHODS, AdapterConfig, Method
-from dora_nb.registry import Registry
+from dora_nb.registry import Registry, announced
 from dora_nb.results.collect import collect
 from dora_nb.results.page import render
 from dora_nb.runs.config import RunConfig
@@ -105,7 +105,7 @@ def toys(package, monkeypatch):
     "Makes the package importable, and has the registries look again."
     monkeypatch.syspath_prepend(str(package))
     for registry in (METHODS, TASKS):
-        monkeypatch.setattr(registry, "_found", None)
+        monkeypatch.setitem(vars(registry), "_announced", announced(registry._group))
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
 
@@ -138,7 +138,7 @@ def test_a_method_of_another_package(toys, llama, ids, tmp_path):
 def test_peft_s_file_of_a_method_that_is_not_installed_is_refused(llama, tmp_path, package, monkeypatch):
     with monkeypatch.context() as m:
         m.syspath_prepend(str(package))
-        m.setattr(METHODS, "_found", None)
+        m.setitem(vars(METHODS), "_announced", announced(METHODS._group))
         m.setattr(METHODS, "_entries", dict(METHODS._entries))
         save_adapter(adapt(llama(), AdapterConfig("pissa", rank=2)), tmp_path)
     assert "pissa" not in METHODS

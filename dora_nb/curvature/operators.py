@@ -144,6 +144,21 @@ def gradients(
         loss += value.item()
     return loss, dict(zip(params, total))
 
+# %% ../../nbs/5_curvature/36_operators.ipynb #28b3e27b
+class _Vectors:
+    "Join the tensors of named parameters, n numbers, into a vector, and split it again."
+
+    def __init__(self, params: Params):
+        self.params, self.sizes = params, [p.numel() for p in params.values()]
+
+    def unflatten(self, v: Tensor) -> Params:
+        "Split a vector, (n,), into a tensor for each parameter."
+        return {name: x.view_as(p) for (name, p), x in zip(self.params.items(), v.split(self.sizes))}
+
+    def flatten(self, tensors: Params) -> Tensor:
+        "Join a tensor for each parameter into a vector, (n,)."
+        return torch.cat([tensors[name].reshape(-1) for name in self.params])
+
 # %% ../../nbs/5_curvature/36_operators.ipynb #bed8c383
 def _refuse_not_finite(total: Tensor, unflatten: Callable):
     "Refuse products, (k, n), that are not finite: FloatingPointError with the name of a parameter."
@@ -152,7 +167,7 @@ def _refuse_not_finite(total: Tensor, unflatten: Callable):
         raise FloatingPointError(f"a product with the curvature is not finite in {bad!r}; so is the loss, or nearly")
 
 # %% ../../nbs/5_curvature/36_operators.ipynb #89cbfe3b
-class Operator:
+class Operator(_Vectors):
     "Represent a symmetric (n, n) matrix over named parameters by its products."
 
     def __init__(
@@ -165,18 +180,10 @@ class Operator:
         parts = [parts] if callable(parts) else list(parts)
         if not parts or not params:
             raise ValueError("an operator needs at least one part of a loss and one parameter")
-        self.times, self.parts, self.params, self.keep = times, parts, params, keep
-        self.sizes, self.kept = [p.numel() for p in params.values()], {}
+        super().__init__(params)
+        self.times, self.parts, self.keep, self.kept = times, parts, keep, {}
         first = next(iter(params.values()))
         self.dtype, self.device, self.shape = first.dtype, first.device, torch.Size([sum(self.sizes)] * 2)
-
-    def unflatten(self, v: Tensor) -> Params:
-        "Split a vector, (n,), into a tensor for each parameter."
-        return {name: x.view_as(p) for (name, p), x in zip(self.params.items(), v.split(self.sizes))}
-
-    def flatten(self, tensors: Params) -> Tensor:
-        "Join a tensor for each parameter into a vector, (n,)."
-        return torch.cat([tensors[name].reshape(-1) for name in self.params])
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         "Multiply by a vector, (n,), or by the columns of a matrix, (n, k); refuse a result that is not finite."

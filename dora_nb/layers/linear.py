@@ -83,8 +83,24 @@ def _check(base_layer: nn.Module, plan: str, dropout: float):
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout!r} is not possible; it must be at least 0 and below 1")
 
+# %% ../../nbs/1_layers/06_linear.ipynb #6ae23c0a
+class _LowRank(_Adapter):
+    "Add s·BA to the weight of the base layer, with A in `lora_A` and B in `lora_B`."
+
+    def update(self, x: Tensor) -> Tensor:
+        "Return s·BAx, (…, in) → (…, out), in the dtype of `x`."
+        return F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scaling
+
+    def operands(self, x: Tensor) -> Operands:
+        "Return the tensors of this layer for the product."
+        return Operands(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
+
+    def adapted_weight(self) -> Tensor:
+        "Return W₀ + s·BA, (out, in), in float32 or better, with a graph."
+        return self.base_layer.weight + self.scaling * (self.lora_B @ self.lora_A)
+
 # %% ../../nbs/1_layers/06_linear.ipynb #5e771621
-class LoRALinear(_Adapter):
+class LoRALinear(_LowRank):
     "Add a trainable low-rank update to a frozen linear layer: y = W₀x + b + s·BA·drop(x)."
 
     def __init__(
@@ -113,21 +129,9 @@ class LoRALinear(_Adapter):
         "Return the shapes of the layer's own parameters by name, as a file must hold them."
         return {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
 
-    def update(self, x: Tensor) -> Tensor:
-        "Return s·BAx, (…, in) → (…, out), in the dtype of `x`."
-        return F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scaling
-
     def plain(self, x: Tensor) -> Tensor:
         "Return the output by the formula, (…, in) → (…, out)."
         return self.base_layer(x) + self.update(self.dropout(x))
-
-    def operands(self, x: Tensor) -> Operands:
-        "Return the tensors of this layer for the product."
-        return Operands(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
-
-    def adapted_weight(self) -> Tensor:
-        "Return W₀ + s·BA, (out, in), in float32 or better, with a graph."
-        return self.base_layer.weight + self.scaling * (self.lora_B @ self.lora_A)
 
 # %% ../../nbs/1_layers/06_linear.ipynb #3a9f752e
 class SharedInput:

@@ -92,27 +92,12 @@ def unpack_codes(
     parts = [packed >> (8 // n * i) & (2 ** (8 // n) - 1) for i in range(n)]
     return torch.stack(parts, 2).flatten(1)[:, :columns]
 
-# %% ../../nbs/3_models/24_compress.ipynb #f72d675b
-class _Frozen(torch.autograd.Function):
-    "Compute xWᵀ with a weight that is recomputed in the backward pass."
-
-    @staticmethod
-    def forward(ctx, x, layer):
-        "Return xWᵀ, (…, in) → (…, out), and save only the layer."
-        ctx.layer = layer
-        return x @ layer.weight.to(x.dtype).T
-
-    @staticmethod
-    def backward(ctx, dy):
-        "Return ∂L/∂x, with the weight recomputed."
-        return dy @ ctx.layer.weight.to(dy.dtype), None
-
 # %% ../../nbs/3_models/24_compress.ipynb #cc23e355
 QUANTISERS = {"rtn": round_to_nearest, "hqq": half_quadratic}
 
 
-class QuantisedLinear(StoredLinear):
-    "Apply a frozen linear layer whose weight is stored as codes."
+class _Codes(StoredLinear):
+    "Store the weight of a frozen linear layer as codes."
 
     def __init__(
         self,
@@ -147,6 +132,25 @@ class QuantisedLinear(StoredLinear):
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # the weight follows the model, its grid does not
         self._buffers |= {k: t.to(self.codes.device) for k, t in grids.items()}
         return self
+
+# %% ../../nbs/3_models/24_compress.ipynb #f72d675b
+class _Frozen(torch.autograd.Function):
+    "Compute xWᵀ with a weight that is recomputed in the backward pass."
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        "Return xWᵀ, (…, in) → (…, out), and save only the layer."
+        ctx.layer = layer
+        return x @ layer.weight.to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx, dy):
+        "Return ∂L/∂x, with the weight recomputed."
+        return dy @ ctx.layer.weight.to(dy.dtype), None
+
+# %% ../../nbs/3_models/24_compress.ipynb #6ae39ec3
+class QuantisedLinear(_Codes):
+    "Apply a frozen linear layer whose weight is stored as codes."
 
     def forward(self, x: Tensor) -> Tensor:
         "Return xWᵀ + b, (…, in) → (…, out)."

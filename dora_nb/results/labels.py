@@ -202,7 +202,7 @@ def _short(name: str, value) -> str:
     words = {"rank": "rank {}", "learning_rate": "rate {:g}", "train_items": "{:,} items", "allocate": "ranks by {}"}
     return words.get(name, "{}" if isinstance(value, str) else name + " {}").format(value)
 
-
+# %% ../../nbs/7_results/59_labels.ipynb #7970d88e
 def _long(name: str, value) -> str:
     "Return a longer name of a parameter's value, which fewer values share."
     if name == "mixture" and value:
@@ -216,7 +216,7 @@ def _exact(name: str, value) -> str:
     "Return a name that only this value of the parameter has."
     return f"{name} {value!r}"
 
-# %% ../../nbs/7_results/59_labels.ipynb #7970d88e
+
 def value_label(
     name: str,  # of a parameter
     value,  # of it

@@ -85,14 +85,27 @@ def _share(nodes: Sequence[dict], processes: int) -> tuple[str, int, int]:
     return kind, each, sum(n // each for n in counts)
 
 # %% ../../nbs/6_runs/56_cluster.ipynb #63ac0c98
-def _outcome(ray, task) -> tuple[int, str, dict[str, bytes]]:
-    "Return the exit status of a run, a reason if it did not finish, and its files."
+def _bring_back(ray, job: Job) -> tuple[int, str]:
+    "Put the files of a task that has ended into the run's folder; return its exit status and a reason if it did not finish."
     try:
-        return ray.get(task)
+        status, words, files = ray.get(job.process)
     except ray.exceptions.RayTaskError as e:
-        return RAISED, str(e).strip().splitlines()[-1], {}
+        return RAISED, str(e).strip().splitlines()[-1]
     except ray.exceptions.RayError as e:  # lost with its node
-        return DIED, f"its node was lost ({type(e).__name__})", {}
+        return DIED, f"its node was lost ({type(e).__name__})"
+    put_files(job.folder, files)
+    return status, words
+
+# %% ../../nbs/6_runs/56_cluster.ipynb #fcbd1835
+def _connected(address: str | None):
+    "Return the module ray, connected to the cluster at an address, or to a new one on this machine."
+    need("ray", extra="ray")
+    import ray
+
+    if not ray.is_initialized():
+        options = dict(address=address, log_to_driver=False, include_dashboard=False)
+        start_patiently(lambda: ray.init(**options), ray.shutdown)
+    return ray
 
 # %% ../../nbs/6_runs/56_cluster.ipynb #2b8f1933
 class Ray:
@@ -105,15 +118,9 @@ class Ray:
         address: str | None = None,  # address of a cluster; a new one on this machine if None
         processes: int = 1,  # maximum number of processes per run, each with a GPU of its own
     ):
-        need("ray", extra="ray")
-        import ray
-
-        self.ray, self.timeout, self.running = ray, timeout, set()
-        if not ray.is_initialized():
-            options = dict(address=address, log_to_driver=False, include_dashboard=False)
-            start_patiently(lambda: ray.init(**options), ray.shutdown)
-        kind, each, most = _share([n["Resources"] for n in ray.nodes() if n["Alive"]], processes)
-        self.task = ray.remote(**{f"num_{kind.lower()}s": each}, max_retries=0)(make_elsewhere)
+        self.ray, self.timeout, self.running = _connected(address), timeout, set()
+        kind, each, most = _share([n["Resources"] for n in self.ray.nodes() if n["Alive"]], processes)
+        self.task = self.ray.remote(**{f"num_{kind.lower()}s": each}, max_retries=0)(make_elsewhere)
         self.workers = workers or most
 
     @property
@@ -132,9 +139,7 @@ class Ray:
         if not self.ray.wait([job.process], timeout=0)[0]:
             return None
         self.running.discard(job.name)
-        status, words, files = _outcome(self.ray, job.process)
-        put_files(job.folder, files)
-        return status, words
+        return _bring_back(self.ray, job)
 
     def stop(self, jobs: Sequence[Job]):
         "Cancel the tasks of runs."

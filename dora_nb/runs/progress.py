@@ -116,8 +116,27 @@ def _fitting(block: list[str]) -> list[str]:
     columns, rows = shutil.get_terminal_size()
     return [line[: max(20, columns - 1)] for line in block[-max(1, rows - 2) :]]
 
+# %% ../../nbs/6_runs/54_progress.ipynb #b3f2f4d2
+class _Block:
+    "Draw lines at the bottom of the terminal, on stderr."
+
+    lines = 0  # that are drawn now
+
+    def clear(self):
+        "Erase the block."
+        if self.lines:
+            print(f"\x1b[{self.lines}A\x1b[J", end="", file=sys.stderr, flush=True)
+        self.lines = 0
+
+    def draw(self, block: list[str]):
+        "Draw a block in place of the present one."
+        self.clear()
+        block = _fitting(block)
+        print(*block, sep="\n", file=sys.stderr, flush=True)
+        self.lines = len(block)
+
 # %% ../../nbs/6_runs/54_progress.ipynb #71198f62
-class ProgressBoard:
+class ProgressBoard(_Block):
     "Print the progress of a grid on stderr."
 
     def __init__(
@@ -126,19 +145,13 @@ class ProgressBoard:
         workers: int,  # number of runs at a time
         shared: bool = True,  # whether runs may reuse each other's trainings
     ):
-        self.jobs, self.workers, self.shared, self.lines, self.shown = jobs, workers, shared, 0, time.monotonic()
+        self.jobs, self.workers, self.shared, self.shown = jobs, workers, shared, time.monotonic()
         self.live = sys.stderr.isatty()
 
     def summary(self) -> str:
         "Return the state of the whole grid in one line."
         left = time_left(self.jobs, self.workers, self.shared)
         return _counts(self.jobs) + (f"; about {duration(max(1, left))} left" if left else "")
-
-    def clear(self):
-        "Erase the block."
-        if self.lines:
-            print(f"\x1b[{self.lines}A\x1b[J", end="", file=sys.stderr, flush=True)
-        self.lines = 0
 
     def event(
         self,
@@ -158,8 +171,5 @@ class ProgressBoard:
         if not self.live:
             return say(self.summary())
         running = [j for j in self.jobs if j.state == "running"]
-        block = [f"  {j.name}: {progress_of(j)}, {duration(now - j.since)}" for j in running] + [self.summary()]
-        self.clear()
-        block = _fitting(block)
-        print(*block, sep="\n", file=sys.stderr, flush=True)
-        self.lines = len(block)
+        block = [f"  {j.name}: {progress_of(j)}, {duration(now - j.since)}" for j in running]
+        self.draw([*block, self.summary()])

@@ -59,7 +59,7 @@ def tensor_sums(
     parts = team.gather(own) if team.sharded else [own]
     return {n: sum(s) % 2**64 for n, s in zip(tensors, zip(*parts))}
 
-# %% ../../nbs/4_training/29_checkpoints.ipynb #49dab4ec
+
 def hash_sums(
     sums: dict[str, int],  # from `tensor_sums`
 ) -> str:
@@ -78,7 +78,7 @@ def _of_all(random: dict[str, Tensor], team: Distributed) -> dict[str, Tensor]:
     states = team.gather({k: t.tolist() for k, t in random.items()})
     return {f"{k}/{rank}": torch.tensor(v, dtype=torch.uint8) for rank, of in enumerate(states) for k, v in of.items()}
 
-# %% ../../nbs/4_training/29_checkpoints.ipynb #f41b751b
+
 def _checksum(tensors: dict[str, Tensor], *texts: str) -> str:
     "Return the SHA-256 of some texts, and of the names and bytes of tensors."
     digest = hashlib.sha256(json.dumps(texts).encode())
@@ -245,9 +245,9 @@ def _save(folder: Path, steps: int, tensors: dict[str, Tensor], what: str, facts
     for old in [p for p in _named(folder) if _ours(p)][keep:]:
         old.unlink()
 
-# %% ../../nbs/4_training/29_checkpoints.ipynb #53a58e90
-class Checkpoints:
-    "Keep the last states of a training in files from which it can continue."
+# %% ../../nbs/4_training/29_checkpoints.ipynb #35a26b16
+class _Marks:
+    "Remember the last moment at which a training can be saved, and when it was saved."
 
     def __init__(
         self,
@@ -270,6 +270,15 @@ class Checkpoints:
         "Remember the random states of this moment, and facts that JSON can hold."
         self.facts, self.random = facts, _random_state(self.device)
 
+    @property
+    def due(self) -> bool:
+        "Return whether the last file is older than `every` seconds."
+        return time.monotonic() - self.written >= self.every
+
+# %% ../../nbs/4_training/29_checkpoints.ipynb #53a58e90
+class Checkpoints(_Marks):
+    "Keep the last states of a training in files from which it can continue."
+
     def write(self):
         "Write the moment that was marked; since then, nothing but gradients may have changed."
         if self.folder is None or not self.random:
@@ -281,11 +290,6 @@ class Checkpoints:
             _save(self.folder, len(self.facts["records"]), tensors, self.what, facts, self.keep)
         self.team.gather(None)  # wait for the file: a launcher stops all processes when one of them ends
         self.written = time.monotonic()
-
-    @property
-    def due(self) -> bool:
-        "Return whether the last file is older than `every` seconds."
-        return time.monotonic() - self.written >= self.every
 
     def restore(self) -> dict:
         "Load the newest state and return its facts; without a file, return no records."
@@ -301,7 +305,7 @@ class Checkpoints:
 class Stopped(KeyboardInterrupt):
     "Report that SIGTERM or Ctrl-C stopped the process."
 
-
+# %% ../../nbs/4_training/29_checkpoints.ipynb #809bc204
 class stoppable:
     "Raise `Stopped` on SIGTERM and Ctrl-C inside this context: at once, or at the end of a protected block."
 

@@ -87,9 +87,9 @@ def _gather_ragged(mine: torch.Tensor, size: int) -> list[torch.Tensor]:
     dist.all_gather(found, nn.functional.pad(mine, (0, most - len(mine))))
     return [vector[:n] for vector, n in zip(found, lengths)]
 
-# %% ../../nbs/4_training/28_distributed.ipynb #47a70cb9
-class Distributed:
-    "Communicate with the processes that train and evaluate one model together; most often there is one."
+# %% ../../nbs/4_training/28_distributed.ipynb #b7b5a765
+class _Processes:
+    "Number the processes that work together, and exchange numbers and texts between them."
 
     def __init__(
         self,
@@ -101,7 +101,6 @@ class Distributed:
             _join(self.device)
         joined = join and dist.is_initialized()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-        self.sharded = False
 
     def sum(self, *numbers: float) -> list[float]:
         "Return each number, summed over all processes."
@@ -117,6 +116,12 @@ class Distributed:
             return [thing]
         mine = torch.frombuffer(bytearray(json.dumps(thing).encode()), dtype=torch.uint8).to(self.device)
         return [json.loads(part.cpu().numpy().tobytes()) for part in _gather_ragged(mine, self.size)]
+
+# %% ../../nbs/4_training/28_distributed.ipynb #47a70cb9
+class Distributed(_Processes):
+    "Communicate with the processes that train and evaluate one model together; most often there is one."
+
+    sharded = False  # whether each process keeps only a shard of the model; see `shard`
 
     def agree(self, params: Sequence[nn.Parameter]):
         "Copy the parameters of the first process to all others."

@@ -78,6 +78,24 @@ def _record(item: dict, sums: list[float]) -> dict:
         doc_index=item["doc_index"], loglikelihood=sums, gold=item["gold"], pred=best(sums), pred_norm=best(normed)
     )
 
+# %% ../../nbs/4_training/34_evaluate.ipynb #a23ef4ce
+def _scores(model: nn.Module, rows: list, limit: int, precision: str, progress: bool, team: Distributed) -> list:
+    "Return the log-likelihoods of each item's choices, in order; the processes divide the items."
+    scores, device = {}, model.device
+    groups, idle = shares(range(len(rows)), rows, limit, team)
+    with (
+        progress_bar(range(sum(map(len, groups))), "evaluate", "item", progress) as bar,
+        autocast(precision, device),
+        tf32(precision, device),
+        cached_scales(model),
+    ):
+        for group in (*groups, *idle):  # an idle item is computed twice, with the same result
+            found = choice_logprobs(model, collate([rows[i] for i in group]).to(device)).tolist()
+            scores |= {i: [s for s in sums if s > -math.inf] for i, sums in zip(group, found)}
+            bar.update(len(group))
+    scores = dict(pair for part in team.gather(list(scores.items())) for pair in part)
+    return [scores[i] for i in range(len(rows))]
+
 # %% ../../nbs/4_training/34_evaluate.ipynb #4d0bc3cd
 @torch.no_grad()
 def rank_choices(
@@ -91,28 +109,15 @@ def rank_choices(
     team: Distributed | None = None,  # the processes that divide the items; each gets the whole result
 ) -> tuple[dict, list[dict]]:  # acc, stderr, acc_low, acc_high, n, seconds, acc_norm, truncated; and a record per item
     "Rank the choices of every item by log-likelihood, as lm-evaluation-harness does."
-    start, device, scores = time.perf_counter(), model.device, {}
-    limit = resolve_batch_tokens(batch_tokens, device)
-    _check_options(device, precision, max_tokens=max_tokens, batch_tokens=limit)
+    start, limit = time.perf_counter(), resolve_batch_tokens(batch_tokens, model.device)
+    _check_options(model.device, precision, max_tokens=max_tokens, batch_tokens=limit)
     items = plain_items(items)
     share, context, team = shares_prompts(model.eval()), context_length(model), team or Distributed()
     encoded = [encode_for("choices", tokenizer, item, max_tokens, share, context=context) for item in items]
     rows = [r for r, _ in encoded]
     check_ids(model, (r.ids + r.target for item in rows for r in item))
     check_lengths(model, rows, team)
-    groups, idle = shares(range(len(items)), rows, limit, team)
-    with (
-        progress_bar(range(sum(map(len, groups))), "evaluate", "item", progress) as bar,
-        autocast(precision, device),
-        tf32(precision, device),
-        cached_scales(model),
-    ):
-        for group in (*groups, *idle):  # an idle item is computed twice, with the same result
-            found = choice_logprobs(model, collate([rows[i] for i in group]).to(device)).tolist()
-            scores |= {i: [s for s in sums if s > -math.inf] for i, sums in zip(group, found)}
-            bar.update(len(group))
-    scores = dict(pair for part in team.gather(list(scores.items())) for pair in part)
-    scores = [scores[i] for i in range(len(items))]
+    scores = _scores(model, rows, limit, precision, progress, team)
     records = [_record(item, sums) for item, sums in zip(items, scores)]
     summary = _summary([r["pred"] == r["gold"] for r in records], time.perf_counter() - start)
     return summary | dict(

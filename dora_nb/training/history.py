@@ -14,9 +14,9 @@ from ..files import read_text
 from .checkpoints import Checkpoints
 
 # %% ../../nbs/4_training/30_history.ipynb #c522f5c6
-def _write_line(log, record: dict):
-    "Write a record to an open history, and flush it to the file."
-    log.write(json.dumps(record) + "\n")
+def _write_lines(log, records: list[dict]):
+    "Write records to an open history, a line each, and flush them to the file."
+    log.writelines(json.dumps(record) + "\n" for record in records)
     log.flush()
 
 # %% ../../nbs/4_training/30_history.ipynb #aec41f47
@@ -45,26 +45,18 @@ class History:
         self.kept, self.after_step = kept, after_step
         self.seconds, self.tokens = sum(r["seconds"] for r in self.records[-1:]), sum(r["tokens"] for r in self.records)
 
-    def begin(
-        self,
-        log,  # the history's file, open for writing
-    ):
-        "Write the records of an earlier process to the file, and complete the last one if that process did not."
+    def begin(self, log):
+        "Write the records of an earlier process to `log`, an open file, and complete the last one if that process did not."
         self.log = log
-        for record in self.records if self.finished else self.records[:-1]:
-            _write_line(log, record)
+        _write_lines(log, self.records if self.finished else self.records[:-1])
         if not self.finished:
             self.finish()
 
     def _mark(self, finished: bool):
         self.kept.mark(records=self.records, batch_tokens=self.batch_tokens, finished=finished)
 
-    def add(
-        self,
-        record: dict,  # of the step just made
-        seconds: float,  # that the step took
-    ):
-        "Record a step, before `after_step` is called on it."
+    def add(self, record: dict, seconds: float):
+        "Record a step that took some seconds, before `after_step` is called on it."
         self.seconds, self.tokens = self.seconds + seconds, self.tokens + record["tokens"]
         self.batch_tokens = record["batch_tokens"]
         self.records.append(record | dict(seconds=self.seconds))
@@ -75,4 +67,4 @@ class History:
         record = self.records[-1]
         record |= (self.after_step(record) if self.after_step else None) or {}
         self._mark(finished=True)
-        _write_line(self.log, record)
+        _write_lines(self.log, [record])

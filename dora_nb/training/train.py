@@ -6,6 +6,7 @@
 __all__ = ['warmup_and_decay', 'all_batches', 'progress_bar', 'Training', 'Diverged', 'train']
 
 # %% ../../nbs/4_training/32_train.ipynb #8421ba27
+import contextlib
 import hashlib
 import json
 import math
@@ -200,6 +201,19 @@ def _warn_of_unused(training: Training):
             stacklevel=4,
         )
 
+# %% ../../nbs/4_training/32_train.ipynb #fcf48dc9
+@contextlib.contextmanager
+def _last_checkpoint(kept: Checkpoints, signals: stoppable):
+    "Write a checkpoint at the end of a training, also if a signal stops it."
+    try:
+        yield
+        with signals.together():
+            kept.write()
+    except Stopped:
+        signals.held = True  # a second signal must not interrupt the writing
+        kept.write()
+        raise
+
 # %% ../../nbs/4_training/32_train.ipynb #87fa4744
 @torch.inference_mode(False)  # even if the caller is in inference mode
 def train(
@@ -228,17 +242,11 @@ def train(
         training_mode(model, config.gradient_checkpointing or team.sharded),  # else autocast would keep all casts
         open(history if history and first else os.devnull, "w", encoding="utf-8") as log,
         stoppable(wait=several) as signals,
+        _last_checkpoint(kept, signals),
     ):
-        try:
-            steps.begin(log)
-            if progress and first and not team.sharded:
-                print(describe(memory_plan(model, training.rows, training.gold, training.config)), file=sys.stderr)
-            _make_steps(training, steps, kept, signals, progress)
-            _warn_of_unused(training)
-            with signals.together():
-                kept.write()
-        except Stopped:
-            signals.held = True  # a second signal must not interrupt the writing
-            kept.write()
-            raise
+        steps.begin(log)
+        if progress and first and not team.sharded:
+            print(describe(memory_plan(model, training.rows, training.gold, training.config)), file=sys.stderr)
+        _make_steps(training, steps, kept, signals, progress)
+        _warn_of_unused(training)
     return steps.records
