@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from .accuracy import by_item, differing, factor_frame, mixed_words, rights, telling
 from .intervals import mean_interval
+from .power import detectable_difference
 from .labels import CALIBRATION, factors, ignored, in_order, parameters, value_label, without_repeats
 from scipy import stats
 
@@ -56,6 +57,7 @@ def _difference(d: np.ndarray) -> dict:
         g=g,
         mcnemar=together,
         p=p,
+        detectable=detectable_difference(_with_a_tie(d)),
     )
 
 # %% ../../nbs/7_results/63_compare.ipynb #8a62fa19
@@ -133,7 +135,8 @@ def _unlike(results: list[dict], groups: Iterable[tuple[str, ...]], given: Colle
 def _on(row: dict) -> str:
     "Return the numbers of items and seeds of a comparison as text."
     others = f" (those that both sides were asked; {row['others']} were asked of one side only)"
-    return f"on {row['n']} items{others if row.get('others') else ''} and {row['seeds']} seed(s)"
+    seeds = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
+    return f"on {row['n']} items{others if row.get('others') else ''} and {seeds}"
 
 # %% ../../nbs/7_results/63_compare.ipynb #ef73a780
 def agreement(
@@ -158,8 +161,9 @@ def compare(
     """Compare two kinds of runs on the same items and seeds.
 
     Columns: n, seeds, others (items of one side only), difference (b − a) with its 95 % interval low and high,
-    only_a and only_b (answers that one side alone got right), g (Cohen's), mcnemar and p, same and same_seeds
-    (`agreement`), unlike (conditions in which the sides differ). Accuracies are fractions.
+    only_a and only_b (answers that one side alone got right), g (Cohen's), mcnemar and p, detectable (the smallest
+    difference found with 80 % power), same and same_seeds (`agreement`), unlike (conditions in which the sides
+    differ). Accuracies are fractions.
     """
     alike = lambda runs: dict(zip(("same", "same_seeds"), agreement(runs, predictions)))
     rows = []
@@ -211,7 +215,7 @@ def verdict(
     )
     if not clear(row):
         most = 100 * max(-row["low"], row["high"])
-        return f"{text} These data cannot tell the two apart; a difference of more than {most:.1f} points is outside the interval.{made}"
+        return f"{text} These data cannot tell the two apart; a difference of more than {most:.1f} points is outside the interval, and one of {100 * row['detectable']:.1f} would be found with 80 % power.{made}"
     return f"{text} {b if row['difference'] > 0 else a} is ahead here, on these items and settings.{made}"
 
 # %% ../../nbs/7_results/63_compare.ipynb #6429ff10
@@ -227,7 +231,7 @@ def changes(
     start: dict,  # the value of a factor to compare the others with, e.g. {"compress": ""}
     a: dict = METHODS_APART[0],  # parameters of one side
     b: dict = METHODS_APART[1],  # and of the other
-) -> pd.DataFrame:  # a row per other combination of factors: n, seeds, others, change, low, high, p, unlike
+) -> pd.DataFrame:  # a row per other combination of factors: n, seeds, others, change, low, high, p, detectable, unlike
     "Return how much larger b − a is than at the start, on common items and seeds."
     pairs = {json.dumps(where): (where, runs, _apart(runs, predictions)) for where, runs in _pairs(results, a, b)}
     rows = []
@@ -245,6 +249,7 @@ def changes(
         d = here.loc[seeds, items].to_numpy() - home.loc[seeds, items].to_numpy()
         low, high, p = mean_interval(_with_a_tie(d)) if len(d) > 1 else _student(_with_a_tie(d)[0])
         found = dict(n=len(items), seeds=len(seeds), others=odd, change=d.mean(), low=low, high=high, p=p)
+        found |= {"detectable": detectable_difference(_with_a_tie(d))}
         rows.append(where | found | {"unlike": unlike})
     return factor_frame(rows, [k for k in factors(results) if k in rows[0]]) if rows else pd.DataFrame()
 
@@ -263,5 +268,5 @@ def change_verdict(
         f"{_on(row)}, p = {row.get('p_holm', row['p']):.2g}."
     )
     if not clear(row):
-        return f"{text} These data show no change; one of more than {most:.1f} points is outside the interval.{made}"
+        return f"{text} These data show no change; one of more than {most:.1f} points is outside the interval, and one of {100 * row['detectable']:.1f} would be found with 80 % power.{made}"
     return f"{text} {b if row['change'] > 0 else a} gains on the other.{made}"
