@@ -106,7 +106,7 @@ def _pairs(results: list[dict], a: dict, b: dict) -> list[tuple[dict, dict[int, 
 
 # %% ../../nbs/7_results/63_compare.ipynb #ba0b8b0c
 def _apart(runs: dict[int, tuple[str, str]], predictions: pd.DataFrame) -> pd.DataFrame:
-    "Return seeds × common items: +1 where only the second side is right, −1 where only the first is. `attrs` counts the other items."
+    "Return seeds × common items: +1 where only the second side is right, −1 where only the first is. `attrs` has the sides' accuracies, and the number of other items."
     own = predictions[predictions.run.isin(set(itertools.chain(*runs.values())))]
     one, two = (rights(list(dict.fromkeys(side)), own) for side in zip(*runs.values()))
     items = one.columns.intersection(two.columns)
@@ -114,6 +114,7 @@ def _apart(runs: dict[int, tuple[str, str]], predictions: pd.DataFrame) -> pd.Da
         raise ValueError(f"{one.index[0]} and {two.index[0]} have no item in common and cannot be compared")
     apart = pd.DataFrame(two[items].to_numpy(float) - one[items].to_numpy(float), list(runs), items)
     apart.attrs["others"] = len(one.columns) + len(two.columns) - 2 * len(items)
+    apart.attrs |= {"acc_a": one[items].to_numpy(float).mean(), "acc_b": two[items].to_numpy(float).mean()}
     return apart
 
 # %% ../../nbs/7_results/63_compare.ipynb #f014d26d
@@ -160,17 +161,18 @@ def compare(
 ) -> pd.DataFrame:  # a row per combination of the other factors
     """Compare two kinds of runs on the same items and seeds.
 
-    Columns: n, seeds, others (items of one side only), difference (b − a) with its 95 % interval low and high,
-    only_a and only_b (answers that one side alone got right), g (Cohen's), mcnemar and p, detectable (the smallest
-    difference found with 80 % power), same and same_seeds (`agreement`), unlike (conditions in which the sides
-    differ). Accuracies are fractions.
+    Columns: n, seeds, others (items of one side only), acc_a and acc_b, difference (b − a) with its 95 % interval
+    low and high, only_a and only_b (answers that one side alone got right), g (Cohen's), mcnemar and p, detectable
+    (the smallest difference found with 80 % power), same and same_seeds (`agreement`), equal_rates (whether both
+    sides have the same learning rates), unlike (conditions in which the sides differ). Accuracies are fractions.
     """
     alike = lambda runs: dict(zip(("same", "same_seeds"), agreement(runs, predictions)))
-    rows = []
+    rate, rows = {r["run"]: r["params"].get("learning_rate") for r in results}, []
     for where, runs in _pairs(results, a, b):
         d = _apart(runs, predictions)
         unlike = {"unlike": _unlike(results, runs.values(), a.keys() | b.keys())}
-        rows.append(where | _difference(d.to_numpy()) | d.attrs | alike(runs) | unlike)
+        equal = {"equal_rates": all(rate[one] == rate[two] for one, two in runs.values())}
+        rows.append(where | _difference(d.to_numpy()) | d.attrs | alike(runs) | equal | unlike)
     return factor_frame(rows, [k for k in factors(results) if k in rows[0]]) if rows else pd.DataFrame()
 
 # %% ../../nbs/7_results/63_compare.ipynb #7f593ee4
