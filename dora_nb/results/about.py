@@ -50,7 +50,7 @@ def _check_start(grid, where: str):
             f"{where}: report.changes_from is a table with a run's parameter and a value that some run of the grid has, not {start}"
         )
 
-
+# %% ../../nbs/7_results/64_about.ipynb #645d3873
 def _check_texts(spec: dict, where: str):
     "Refuse an answer or a verdict that is no text, and doubts or reports that are no lists of texts: ValueError."
     is_text = lambda v: isinstance(v, str)
@@ -67,7 +67,7 @@ def _check_texts(spec: dict, where: str):
             if not good(v):
                 raise ValueError(f"{where}: report.{key} is {words}, not {v!r}")
 
-
+# %% ../../nbs/7_results/64_about.ipynb #3d143fd9
 def _check_answer(spec: dict, where: str):
     "Refuse a table with a claim or a verdict but no answer, and an answer that is too long: ValueError."
     if "answer" not in spec and spec.keys() & {"question", "claim", "verdict"}:
@@ -106,7 +106,7 @@ def _has_scale(path: Path, scale: str) -> bool:
         raise ValueError(f"{path}: scale must be of type dict, not {type(scales).__name__}")
     return scale in scales
 
-
+# %% ../../nbs/7_results/64_about.ipynb #7ed74825
 def experiment(
     out: str | Path,  # a report's folder
 ) -> tuple[dict, Path | None, str | None]:  # [report] table, path of the grid file, scale

@@ -37,7 +37,7 @@ def _borrowed(page: Page) -> tuple[list[dict], list[str]]:
         rows += [r | {"place": f"{r['place']} ({name})"} for r in own]
     return rows, missing
 
-
+# %% ../../nbs/7_results/71b_findings.ipynb #e481a2c1
 def finding_rows(
     page: Page,
 ) -> tuple[list[dict], list[dict], list[str]]:  # at equal rates, at other rates, names of reports that are not there
@@ -60,7 +60,7 @@ def conclusion(
         return f"{b if row['difference'] > 0 else a} is ahead"
     return f"cannot tell; would find {100 * row['detectable']:.1f}"
 
-
+# %% ../../nbs/7_results/71b_findings.ipynb #81c6967e
 def finding_table(
     rows: list[dict],  # of one contrast
 ) -> pd.DataFrame:  # text

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 from ..files import check_replaceable, owned
 from .about import check_page
-from .compare import METHODS_APART, clear
+from .compare import clear, holm
 from .findings import in_points, load_page
 from .forest import plot_forest
 from .page import write_page
@@ -52,11 +52,8 @@ def equal_rows(
     page: Page,
 ) -> list[dict]:  # of `Page.compared`
     "Return the comparisons of LoRA with DoRA at equal learning rates, with two seeds or more."
-    contrasts = [(c["a"], c["b"]) for c in page.spec.get("contrasts", ())] or [METHODS_APART]
-    if METHODS_APART not in contrasts:  # the page itself compares something else
-        page, contrasts = dataclasses.replace(page, spec={}), [METHODS_APART]
-    own = [r for r in page.compared[0] if r["contrast"] == contrasts.index(METHODS_APART)]
-    return [r for r in own if r["equal_rates"] and r["seeds"] > 1]
+    every, _ = dataclasses.replace(page, spec={}).compared  # whatever the page itself compares
+    return [r for r in every if r["equal_rates"] and r["seeds"] > 1]
 
 # %% ../../nbs/7_results/74_overview.ipynb #ddfe7f4e
 def printed_rows() -> dict[str, list[dict]]:  # title → rows of `plot_forest`, without intervals
@@ -108,6 +105,11 @@ Other pages: [quick](quick/report.md) is what `make reproduce` makes, [speed](sp
 """
 
 # %% ../../nbs/7_results/74_overview.ipynb #f24163a2
+def _question(spec: dict) -> str:
+    "Return what an experiment asks; empty for one that has no row in the overview."
+    return spec.get("question") or spec.get("claim", "")
+
+
 def _asked(page: Page) -> str:
     "Return the numbers of items and seeds of a report's runs."
     results = page.found.results
@@ -125,7 +127,7 @@ def _row(path: Path, spec: dict, pages: list[Page], folder: Path) -> str:
     asked = [f"{name(p)}{_asked(p)}" for p in made]
     links = [link(p.scale or path.parent.name, p.out / "report.md") for p in made]
     cells = [
-        spec["question"],
+        _question(spec),
         " ".join(answers) or "Not measured yet.",
         "; ".join(asked) or "–",
         ", ".join(links) or link("the grid", path),
@@ -141,8 +143,11 @@ def _grouped(asked: list[tuple], pages: list[Page]) -> dict[str, list[dict]]:
         found = [r for p in pages if p.grid == path.resolve() for r in equal_rows(p)]
         facts = lambda r: (r["task"], r["n"], r["seeds"], r["only_a"], r["only_b"], r["low"])
         if new := [r for r in found if facts(r) not in seen]:
-            groups[spec["question"]] = new
+            groups[_question(spec)] = new
         seen.update(map(facts, found))
+    rows = [r for group in groups.values() for r in group]
+    for r, p in zip(rows, holm(np.array([r["p"] for r in rows]))):
+        r["p_holm"] = p  # corrected for all comparisons of this page
     return groups
 
 
@@ -152,7 +157,7 @@ def overview(
     "Write README.md with a figure of all comparisons and a row per experiment. ValueError as from `check_overview`."
     grids, folder = check_overview(folder), Path(folder)
     pages = [load_page(p) for p in reports_in(folder)]
-    asked = sorted((spec.get("number", 99), path, spec) for path, spec in grids.items() if "question" in spec)
+    asked = sorted((spec.get("number", 99), path, spec) for path, spec in grids.items() if _question(spec))
     groups, text = _grouped(asked, pages), ""
     if groups:
         points = {title: [in_points(r) for r in rows] for title, rows in groups.items()}
