@@ -41,7 +41,7 @@ def test_a_stored_report_keeps_its_numbers(tmp_path, folder, monkeypatch):
     drawn = set()
     for chapter in (findings, sections, measured):
         for name in [n for n in vars(chapter) if n.startswith("plot_")]:
-            monkeypatch.setattr(chapter, name, lambda *_: None)
+            monkeypatch.setattr(chapter, name, lambda *_, **__: None)
     monkeypatch.setattr(sections, "_savefig", lambda _, path: drawn.add(path.name))
     made = first_edition(folder, tmp_path / folder.relative_to(REPORTS))
     page = render(made).read_text(encoding="utf-8")
