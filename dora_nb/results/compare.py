@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from .accuracy import by_item, differing, factor_frame, mixed_words, rights, telling
 from .intervals import mean_interval
+from .power import detectable_difference
 from .labels import CALIBRATION, factors, ignored, in_order, parameters, value_label, without_repeats
 from scipy import stats
 
@@ -56,6 +57,7 @@ def _difference(d: np.ndarray) -> dict:
         g=g,
         mcnemar=together,
         p=p,
+        detectable=detectable_difference(_with_a_tie(d)),
     )
 
 # %% ../../nbs/7_results/63_compare.ipynb #8a62fa19
@@ -104,7 +106,7 @@ def _pairs(results: list[dict], a: dict, b: dict) -> list[tuple[dict, dict[int, 
 
 # %% ../../nbs/7_results/63_compare.ipynb #ba0b8b0c
 def _apart(runs: dict[int, tuple[str, str]], predictions: pd.DataFrame) -> pd.DataFrame:
-    "Return seeds × common items: +1 where only the second side is right, −1 where only the first is. `attrs` counts the other items."
+    "Return seeds × common items: +1 where only the second side is right, −1 where only the first is. `attrs` has the sides' accuracies, and the number of other items."
     own = predictions[predictions.run.isin(set(itertools.chain(*runs.values())))]
     one, two = (rights(list(dict.fromkeys(side)), own) for side in zip(*runs.values()))
     items = one.columns.intersection(two.columns)
@@ -112,6 +114,7 @@ def _apart(runs: dict[int, tuple[str, str]], predictions: pd.DataFrame) -> pd.Da
         raise ValueError(f"{one.index[0]} and {two.index[0]} have no item in common and cannot be compared")
     apart = pd.DataFrame(two[items].to_numpy(float) - one[items].to_numpy(float), list(runs), items)
     apart.attrs["others"] = len(one.columns) + len(two.columns) - 2 * len(items)
+    apart.attrs |= {"acc_a": one[items].to_numpy(float).mean(), "acc_b": two[items].to_numpy(float).mean()}
     return apart
 
 # %% ../../nbs/7_results/63_compare.ipynb #f014d26d
@@ -133,7 +136,8 @@ def _unlike(results: list[dict], groups: Iterable[tuple[str, ...]], given: Colle
 def _on(row: dict) -> str:
     "Return the numbers of items and seeds of a comparison as text."
     others = f" (those that both sides were asked; {row['others']} were asked of one side only)"
-    return f"on {row['n']} items{others if row.get('others') else ''} and {row['seeds']} seed(s)"
+    seeds = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
+    return f"on {row['n']} items{others if row.get('others') else ''} and {seeds}"
 
 # %% ../../nbs/7_results/63_compare.ipynb #ef73a780
 def agreement(
@@ -157,16 +161,18 @@ def compare(
 ) -> pd.DataFrame:  # a row per combination of the other factors
     """Compare two kinds of runs on the same items and seeds.
 
-    Columns: n, seeds, others (items of one side only), difference (b − a) with its 95 % interval low and high,
-    only_a and only_b (answers that one side alone got right), g (Cohen's), mcnemar and p, same and same_seeds
-    (`agreement`), unlike (conditions in which the sides differ). Accuracies are fractions.
+    Columns: n, seeds, others (items of one side only), acc_a and acc_b, difference (b − a) with its 95 % interval
+    low and high, only_a and only_b (answers that one side alone got right), g (Cohen's), mcnemar and p, detectable
+    (the smallest difference found with 80 % power), same and same_seeds (`agreement`), equal_rates (whether both
+    sides have the same learning rates), unlike (conditions in which the sides differ). Accuracies are fractions.
     """
     alike = lambda runs: dict(zip(("same", "same_seeds"), agreement(runs, predictions)))
-    rows = []
+    rate, rows = {r["run"]: r["params"].get("learning_rate") for r in results}, []
     for where, runs in _pairs(results, a, b):
         d = _apart(runs, predictions)
         unlike = {"unlike": _unlike(results, runs.values(), a.keys() | b.keys())}
-        rows.append(where | _difference(d.to_numpy()) | d.attrs | alike(runs) | unlike)
+        equal = {"equal_rates": all(rate[one] == rate[two] for one, two in runs.values())}
+        rows.append(where | _difference(d.to_numpy()) | d.attrs | alike(runs) | equal | unlike)
     return factor_frame(rows, [k for k in factors(results) if k in rows[0]]) if rows else pd.DataFrame()
 
 # %% ../../nbs/7_results/63_compare.ipynb #7f593ee4
@@ -211,7 +217,7 @@ def verdict(
     )
     if not clear(row):
         most = 100 * max(-row["low"], row["high"])
-        return f"{text} These data cannot tell the two apart; a difference of more than {most:.1f} points is outside the interval.{made}"
+        return f"{text} These data cannot tell the two apart; a difference of more than {most:.1f} points is outside the interval, and one of {100 * row['detectable']:.1f} would be found with 80 % power.{made}"
     return f"{text} {b if row['difference'] > 0 else a} is ahead here, on these items and settings.{made}"
 
 # %% ../../nbs/7_results/63_compare.ipynb #6429ff10
@@ -227,7 +233,7 @@ def changes(
     start: dict,  # the value of a factor to compare the others with, e.g. {"compress": ""}
     a: dict = METHODS_APART[0],  # parameters of one side
     b: dict = METHODS_APART[1],  # and of the other
-) -> pd.DataFrame:  # a row per other combination of factors: n, seeds, others, change, low, high, p, unlike
+) -> pd.DataFrame:  # a row per other combination of factors: n, seeds, others, change, low, high, p, detectable, unlike
     "Return how much larger b − a is than at the start, on common items and seeds."
     pairs = {json.dumps(where): (where, runs, _apart(runs, predictions)) for where, runs in _pairs(results, a, b)}
     rows = []
@@ -245,6 +251,7 @@ def changes(
         d = here.loc[seeds, items].to_numpy() - home.loc[seeds, items].to_numpy()
         low, high, p = mean_interval(_with_a_tie(d)) if len(d) > 1 else _student(_with_a_tie(d)[0])
         found = dict(n=len(items), seeds=len(seeds), others=odd, change=d.mean(), low=low, high=high, p=p)
+        found |= {"detectable": detectable_difference(_with_a_tie(d))}
         rows.append(where | found | {"unlike": unlike})
     return factor_frame(rows, [k for k in factors(results) if k in rows[0]]) if rows else pd.DataFrame()
 
@@ -263,5 +270,5 @@ def change_verdict(
         f"{_on(row)}, p = {row.get('p_holm', row['p']):.2g}."
     )
     if not clear(row):
-        return f"{text} These data show no change; one of more than {most:.1f} points is outside the interval.{made}"
+        return f"{text} These data show no change; one of more than {most:.1f} points is outside the interval, and one of {100 * row['detectable']:.1f} would be found with 80 % power.{made}"
     return f"{text} {b if row['change'] > 0 else a} gains on the other.{made}"

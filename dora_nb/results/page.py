@@ -23,6 +23,7 @@ from dora_nb.results.measured import (
     sharpness_section,
     stability_section,
 )
+from .findings import counted_answer, findings_section
 from .sections import PLAIN, Page, accuracy_section, comparison_section, table_lines
 from .stored import MADE, check_out, check_report, hold_report, load_stored, page_results, read_all
 from .tables import FOOTNOTES, PUBLISHED, cost_table, describe_settings
@@ -31,23 +32,6 @@ from ..runs.folder import say
 from ..runs.identity import MANNER
 
 # %% ../../nbs/7_results/73_page.ipynb #3407cacb
-def _size_lines(page: Page) -> list[str]:
-    "Return the size of the experiment as a line, and a warning if it is small."
-    results = page.found.results
-    trained = [r for r in results if r["training"]]
-    count = lambda values: ", ".join(f"{v:,}" for v in sorted(set(values)))
-    seeds = len({r["params"]["seed"] for r in trained or results})
-    items = f"{count(r['training']['items'] for r in trained)} training items, " if trained else ""
-    asked = f"{count(r['metrics']['n'] for r in results)} items asked"
-    scale = f" {markdown_code(page.scale)}" if page.scale else ""
-    lines = [f"**Scale{scale}: {items}{asked}, {seeds} seed{'s' * (seeds > 1)}.**\n"]
-    if seeds == 1 and max(r["metrics"]["n"] for r in results) < 1000:
-        lines += [
-            "This is a small experiment. It shows that everything works; read the intervals before the figures.\n"
-        ]
-    return lines
-
-
 def _missing_lines(problems: list[str]) -> list[str]:
     "Return the lines on missing and damaged runs; none if there are none."
     if not problems:
@@ -60,16 +44,48 @@ def _missing_lines(problems: list[str]) -> list[str]:
 
 
 def _head(page: Page) -> list[str]:
-    "Return the head of a page: size, missing runs, claim, method and verdict."
-    keys = [k for k in ("claim", "method", "verdict") if k in page.spec]
-    words = [f"**{k.capitalize()}.** {markdown_prose(page.spec[k].strip())}\n" for k in keys]
-    return [*_size_lines(page), *_missing_lines(page.found.problems), *words]
+    "Return the head of a page: claim, answer, and the runs that are missing."
+    claim = page.spec.get("claim", page.spec.get("question"))
+    answer = page.spec.get("answer") or counted_answer(page)
+    words = {"Claim" if "claim" in page.spec else "Question": claim, "Answer": answer}
+    lines = [f"**{k}.** {markdown_prose(' '.join(v.split()))}\n" for k, v in words.items() if v]
+    return [*lines, *_missing_lines(page.found.problems)]
 
 # %% ../../nbs/7_results/73_page.ipynb #d1a2a89a
+def _counts(values) -> str:
+    "Return numbers as text, smallest first."
+    return ", ".join(f"{v:,}" for v in sorted(set(values)))
+
+
+def _measured(page: Page) -> list[str]:
+    "Return the section on how the findings were measured, in three lines."
+    results = page.found.results
+    trained = [r for r in results if r["training"]]
+    models = ", ".join(sorted({str(r["params"]["model"]) for r in results}))
+    seeds = len({r["params"]["seed"] for r in trained or results})
+    items = f"{_counts(r['training']['items'] for r in trained)} training items, " if trained else ""
+    scale = f" (scale {markdown_code(page.scale)})" if page.scale else ""
+    asked = _counts(r["metrics"]["n"] for r in results)
+    splits = ", ".join(sorted({r["params"]["eval_split"] for r in results}))
+    lines = [
+        f"- Trained: {markdown_text(models)}, {items}{seeds} seed{'s' * (seeds > 1)}{scale}.",
+        f"- Evaluated: {asked} items of the {markdown_text(splits)} split. Every difference is paired: the same items, the same seeds.",
+        f"- Tested: {len(page.compared[0]) + len(page.compared[1])} comparisons; intervals and p count items and seeds as random, and p is corrected for all of them.",
+    ]
+    return ["## How it was measured\n", *lines, ""]
+
+
 def _doubts(page: Page) -> list[str]:
     "Return the section on other explanations of the results; none if the grid file has none."
     doubts = [f"- {markdown_prose(d)}" for d in page.spec.get("doubts", ())]
     return ["## What else could explain it\n", *doubts, ""] if "doubts" in page.spec else []
+
+# %% ../../nbs/7_results/73_page.ipynb #582a8360
+def _words(page: Page) -> list[str]:
+    "Return the details in words: method and verdict of the grid file."
+    keys = [k for k in ("method", "verdict") if k in page.spec]
+    words = [f"**{k.capitalize()}.** {markdown_prose(page.spec[k].strip())}\n" for k in keys]
+    return ["## Details\n", *words]
 
 
 def _published(page: Page) -> list[str]:
@@ -127,10 +143,13 @@ def _source(page: Page) -> list[str]:
 # %% ../../nbs/7_results/73_page.ipynb #e1e00abb
 SECTIONS: list[Callable[[Page], list[str]]] = [
     _head,
+    findings_section,
+    _measured,
+    _doubts,
+    _words,
     accuracy_section,
     comparison_section,
     stability_section,
-    _doubts,
     _published,
     curves_section,
     geometry_section,

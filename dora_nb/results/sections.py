@@ -8,6 +8,7 @@ __all__ = ['PLAIN', 'TEST_NOTE', 'PROVISIONAL_NOTE', 'CHANGE_NOTE', 'Page', 'tab
 
 # %% ../../nbs/7_results/71_sections.ipynb #db3e6718
 import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
@@ -45,6 +46,11 @@ class Page:
         "Save a figure under a name and return the Markdown that shows it; `words` describe it."
         _savefig(fig, self.out / name)
         return f"![{words}]({name})\n"
+
+    @functools.cached_property
+    def compared(self) -> tuple[list[dict], list[dict]]:
+        "Return the rows of `compare` and of `changes` for all contrasts, with p corrected for all of them."
+        return _compared(self.found, self.spec)
 
 # %% ../../nbs/7_results/71_sections.ipynb #98a92fac
 PLAIN = dict(index=False, disable_numparse=True)  # options of a table without row names, whose cells are text
@@ -140,20 +146,34 @@ def accuracy_section(
     return [line for kind in kinds for line in _accuracy_part(page, *kind)]
 
 # %% ../../nbs/7_results/71_sections.ipynb #58d181af
-def _compared(page: Page, contrasts: list[tuple[dict, dict]], start: dict) -> tuple[list[dict], list[dict]]:
-    "Return the rows of `compare` and of `changes` for all contrasts, with p corrected for all of them."
-    rows, moved, has = [], [], factors(page.found.results)
-    data = page.found.results, page.found.predictions
-    for a, b in contrasts:
-        add = lambda table: [r | {"labels": side_labels(a, b, has)} for r in table.to_dict("records")]
-        rows += add(compare(*data, a, b))
-        moved += add(changes(*data, start, a, b)) if start else []
+def _add_places(rows: list[dict], has: dict[str, list]):
+    "Add to each row where it holds: the task, and the factors in which the rows differ."
+    names = [k for k in has if any(k in r and r[k] != rows[0].get(k) for r in rows)]
+    for r in rows:
+        keys = [k for k in dict.fromkeys(["task", *names]) if k in r]
+        r["place"] = ", ".join(value_label(k, r[k], has[k]) for k in keys)
+
+
+def _compared(found: Results, spec: dict) -> tuple[list[dict], list[dict]]:
+    "Return the rows of `compare` and of `changes` for all contrasts of a grid file, with p corrected for all of them."
+    contrasts = [(c["a"], c["b"]) for c in spec["contrasts"]] if "contrasts" in spec else [METHODS_APART]
+    rows, moved, has, start = [], [], factors(found.results), spec.get("changes_from", {})
+    for k, (a, b) in enumerate(contrasts):
+        add = lambda table: [r | {"labels": side_labels(a, b, has), "contrast": k} for r in table.to_dict("records")]
+        rows += add(compare(found.results, found.predictions, a, b))
+        moved += add(changes(found.results, found.predictions, start, a, b)) if start else []
     for r, p in zip((*rows, *moved), holm(np.array([r["p"] for r in (*rows, *moved)]))):
         r["p_holm"] = p
+    _add_places(rows + moved, has)
     return rows, moved
 
 # %% ../../nbs/7_results/71_sections.ipynb #e24b3f19
-TEST_NOTE = "Interval and p are of the mean over items and seeds, both drawn anew (of McNemar's test where there is one seed); p is corrected for the number of comparisons on this page (Holm); g is Cohen's, the share that the one named first has in the items that only one got right, less a half. A difference is claimed where interval and p agree; how small a p below 0.01 is must not be taken at its word, as two or three seeds that lie close by luck make it too small (chapter compare). Where the two give the same answer much oftener than two seeds of one do, they are still nearly one model, and a narrow interval says that, not that the methods come to the same when trained for longer.\n"
+TEST_NOTE = """\
+- **Interval and p** are of the mean over items and seeds, both random. With one seed, only items are, and p is McNemar's. p is corrected for all comparisons of this page (Holm).
+- **A difference is shown** where the interval excludes zero and p is below 0.05. Do not read much into the size of a p below 0.01: two or three seeds that are close by chance make it too small (chapter intervals).
+- **g** is Cohen's: of the items that only one side got right, the fraction of the side named first, minus a half.
+- **The same answer** far more often than two seeds of one method means that the two trainings are still nearly one model. A narrow interval then says little about longer trainings.
+"""
 PROVISIONAL_NOTE = "Runs of this grid are missing, so p is corrected for fewer comparisons than the whole page will make: what is claimed here is provisional.\n"
 CHANGE_NOTE = "The difference of the differences, by the same items and seeds; interval and p as above (Student's, over items, where there is one seed).\n"
 
@@ -162,18 +182,14 @@ def comparison_section(
     page: Page,
 ) -> list[str]:  # of Markdown
     "Return the section on comparisons, and on how differences change."
-    contrasts = [(c["a"], c["b"]) for c in page.spec["contrasts"]] if "contrasts" in page.spec else [METHODS_APART]
-    start, has = page.spec.get("changes_from", {}), factors(page.found.results)
-    rows, moved = _compared(page, contrasts, start)
+    rows, moved = page.compared
     if not rows:
         return []
-    names = [k for k in has if any(k in r and r[k] != rows[0].get(k) for r in rows)]
-    head = lambda r: ", ".join(value_label(k, r[k], has[k]) for k in dict.fromkeys(["task", *names]) if k in r)
-    title = "DoRA against LoRA" if contrasts == [METHODS_APART] else "Compared"
-    lines = [f"## {title}, item by item\n", TEST_NOTE, *([PROVISIONAL_NOTE] if page.found.problems else [])]
-    lines += [*(f"- {markdown_text(verdict(r, r['labels'], head(r)))}" for r in rows), ""]
+    start, has = page.spec.get("changes_from", {}), factors(page.found.results)
+    lines = ["## Every comparison, item by item\n", TEST_NOTE, *([PROVISIONAL_NOTE] if page.found.problems else [])]
+    lines += [*(f"- {markdown_text(verdict(r, r['labels'], r['place']))}" for r in rows), ""]
     if moved:
         place = ", ".join(value_label(k, v, has.get(k, ())) for k, v in start.items())
         lines += ["## Does the difference change?\n", CHANGE_NOTE]
-        lines += [*(f"- {markdown_text(change_verdict(r, r['labels'], place, head(r)))}" for r in moved), ""]
+        lines += [*(f"- {markdown_text(change_verdict(r, r['labels'], place, r['place']))}" for r in moved), ""]
     return lines

@@ -314,7 +314,7 @@ def check_out(
     if (out / RESULTS).exists():
         read_json(out / RESULTS, ("results",))
     elif not (out / _NEXT / RESULTS).exists():
-        names = [*FILES, "learning-curves.png", "geometry.png", "accuracy-*.png", "curvature-*.png"]
+        names = [*FILES, "learning-curves.png", "geometry.png", "differences.png", "accuracy-*.png", "curvature-*.png"]
         if found := [p.name for name in names for p in out.glob(name)]:
             raise ValueError(
                 f"{out} holds {found[0]}, and no {RESULTS} of a report; nothing was changed. Choose another place with --out"

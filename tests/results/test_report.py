@@ -466,7 +466,8 @@ fixed = { eval_items = 10 }
 number = 2
 title = "A title"
 claim = "A | claim."
-verdict = "Undecided."
+answer = "Undecided."
+verdict = "Undecided, as nothing was run."
 """
 
 
@@ -477,7 +478,7 @@ def test_a_page_s_words_come_from_the_grid_file(tmp_path):
     spec, path, scale = experiment(folder)
     assert (spec["title"], path.name, scale) == ("A title", "grid.toml", "small")
     page = overview(tmp_path / "reports").read_text()
-    assert "| A title | A \\| claim. | Not measured yet. | [the grid](words/grid.toml) |" in page
+    assert "| A \\| claim. | Not measured yet. | – | [the grid](words/grid.toml) |" in page
     (folder.parent / "grid.toml").write_text(SPEC.replace("claim =", "klaim ="))
     with pytest.raises(ValueError, match="report.klaim is unknown"):
         experiment(folder)
@@ -1113,7 +1114,7 @@ def test_a_page_of_hostile_strings(six, tmp_path):
     (out / RESULTS).write_text(json.dumps(about | {"problems": [f"{EVIL}: {EVIL}"]}))
     spec = json.dumps(f"A {EVIL[:36]}")
     (out / "grid.toml").write_text(
-        f'{SEEDS}[report]\ntitle = {spec}\nclaim = {spec}\nverdict = {spec}\ndoubts = [{spec}]\nagainst = "model"\n'
+        f'{SEEDS}[report]\ntitle = {spec}\nquestion = {spec}\nclaim = {spec}\nanswer = {spec}\nverdict = {spec}\ndoubts = [{spec}]\nagainst = "model"\n'
     )
     page = render(out).read_text(encoding="utf-8")
     html = MarkdownIt("commonmark", {"html": True}).enable("table").render(MADE.sub("", page))
@@ -1163,6 +1164,11 @@ def test_methods_and_tasks_of_another_version_have_plain_labels(six, tmp_path):
         ("changes_from = { rank = 4 }", "changes_from is a table"),
         ("changes_from = { ranc = 4 }", "changes_from is a table"),
         ("verdict = { medium = 3 }", "report.verdict is a text"),
+        ('claim = "DoRA wins"', "report.answer is missing"),
+        ("answer = { medium = 3 }", "report.answer is a text"),
+        (f'answer = "{"word " * 26}"', "report.answer has 26 words, and may have 25"),
+        (f'answer = {{ medium = "yes", large = "{"word " * 26}" }}', "report.answer has 26 words"),
+        ("equal_rates_from = [3]", "report.equal_rates_from is a list of reports"),
         ('doubts = ["x", 3]', "report.doubts is a list of texts"),
         ('doubts = { medium = "x" }', "report.doubts is a list of texts"),
     ],
@@ -1210,7 +1216,7 @@ def test_a_grid_file_that_no_page_can_be_made_of_is_named_before_anything_is_sto
     [
         ("report = 5", "report must be of type dict"),
         ('report = "a claim"', "report must be of type dict"),
-        ('report = { claim = "c", number = "7" }', "report.number is unknown or of the wrong type"),
+        ('report = { claim = "c", answer = "x", number = "7" }', "report.number is unknown or of the wrong type"),
         ("report = { claim = 5 }", "report.claim is unknown or of the wrong type"),
         ('report = { claim = "c", title = 5 }', "report.title is unknown or of the wrong type"),
         ("rows = 3", "unknown key 'rows'"),
@@ -1218,7 +1224,7 @@ def test_a_grid_file_that_no_page_can_be_made_of_is_named_before_anything_is_sto
 )
 def test_an_overview_names_a_wrong_grid_before_anything_is_made(tmp_path, words, said):
     grid = 'name = "x"\n{}\nfixed = {{ task = "boolq" }}\n'
-    for name, own in (("a", 'report = { claim = "b", number = 7 }'), ("b", words)):
+    for name, own in (("a", 'report = { claim = "b", answer = "x", number = 7 }'), ("b", words)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "grid.toml").write_text(grid.format(own))
     for check in (check_overview, overview):
@@ -1226,7 +1232,7 @@ def test_an_overview_names_a_wrong_grid_before_anything_is_made(tmp_path, words,
             check(tmp_path)
         assert str(e.value).startswith(f"{tmp_path / 'b' / 'grid.toml'}: {said}") and "\n" not in str(e.value)
     assert not (tmp_path / "README.md").exists()
-    (tmp_path / "b" / "grid.toml").write_text(grid.format('report = { claim = "first", number = 6.5 }'))
+    (tmp_path / "b" / "grid.toml").write_text(grid.format('report = { claim = "first", answer = "x", number = 6.5 }'))
     page = overview(tmp_path).read_text(encoding="utf-8")
     assert page.index("| b | first |") < page.index("| a | b |")
 

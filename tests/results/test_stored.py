@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from dora_nb.results import measured, sections
+from dora_nb.results import findings, measured, sections
 from dora_nb.results.overview import check_overview, overview, reports_in
 from dora_nb.results.page import render
 from dora_nb.results.stored import ALL_GEOMETRY, FILES, MADE, read_report
@@ -23,6 +24,11 @@ def first_edition(folder, to):
     shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.md", "*.png", ".*"))
     for grid in folder.parent.glob("*.toml"):
         shutil.copy(grid, to.parent)
+        for other in tomllib.loads(grid.read_text()).get("report", {}).get("equal_rates_from", ()):
+            shutil.copytree(
+                REPORTS / other, to.parents[1] / other, ignore=shutil.ignore_patterns("*.md", "*.png", ".*")
+            )
+            shutil.copy((REPORTS / other).parent / "grid.toml", (to.parents[1] / other).parent)
     about = json.loads((to / RESULTS).read_text(encoding="utf-8"))
     kept = {k: v for k, v in about.items() if k in ("results", "problems")}
     (to / RESULTS).write_text(json.dumps(kept, indent=2), encoding="utf-8")
@@ -33,9 +39,9 @@ def first_edition(folder, to):
 def test_a_stored_report_keeps_its_numbers(tmp_path, folder, monkeypatch):
     "The committed page, word for word, from the data alone; figures are compared elsewhere."
     drawn = set()
-    for chapter in (sections, measured):
+    for chapter in (findings, sections, measured):
         for name in [n for n in vars(chapter) if n.startswith("plot_")]:
-            monkeypatch.setattr(chapter, name, lambda *_: None)
+            monkeypatch.setattr(chapter, name, lambda *_, **__: None)
     monkeypatch.setattr(sections, "_savefig", lambda _, path: drawn.add(path.name))
     made = first_edition(folder, tmp_path / folder.relative_to(REPORTS))
     page = render(made).read_text(encoding="utf-8")
@@ -70,10 +76,12 @@ def test_a_stored_report_s_files_belong_together(folder):
 
 
 def test_the_committed_overview_is_what_the_code_makes(tmp_path):
-    shutil.copytree(REPORTS, tmp_path / "reports", ignore=shutil.ignore_patterns("*.parquet", "*.png"))
+    shutil.copytree(REPORTS, tmp_path / "reports", ignore=shutil.ignore_patterns("*.png"))
     check_overview(tmp_path / "reports")
-    made = overview(tmp_path / "reports").read_text(encoding="utf-8")
-    assert made == (REPORTS / "README.md").read_text(encoding="utf-8"), "run `make report`"
+    made = overview(tmp_path / "reports")
+    assert made.read_text(encoding="utf-8") == (REPORTS / "README.md").read_text(encoding="utf-8"), "run `make report`"
+    new, old = (plt.imread(p / "forest.png").astype(float) for p in (made.parent, REPORTS))
+    assert new.shape == old.shape and abs(new - old).mean() < 0.01, "run `make report`"
 
 
 @pytest.mark.attack("crash")
