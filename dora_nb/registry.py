@@ -6,10 +6,11 @@
 __all__ = ['announced', 'Registry']
 
 # %% ../nbs/registry.ipynb #7e61a004
-import difflib
 import functools
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
+
+from .messages import advice
 
 # %% ../nbs/registry.ipynb #7e61a008
 def announced(
@@ -29,12 +30,6 @@ def _import(what: str, found: EntryPoint, kind: type):
     if not isinstance(entry, kind) or entry.name != found.name:
         raise ImportError(f"{where} must be a {kind.__name__} of that name, and is {entry!r:.100}")
     return entry
-
-# %% ../nbs/registry.ipynb #2abbf359
-def _unknown(what: str, name, known: list[str]) -> str:
-    "Return the message about an unknown name: the nearest known one, or all of them."
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return f"no {what} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
 
 # %% ../nbs/registry.ipynb #7e61a011
 class Registry(Mapping):
@@ -63,7 +58,7 @@ class Registry(Mapping):
 
     def __getitem__(self, name: str):
         if name not in self:
-            raise KeyError(_unknown(self._what, name, list(self)))
+            raise KeyError(f"no {self._what} {name!r}; {advice(name, self)}")
         if name not in self._entries:
             self._entries[name] = _import(self._what, self._announced[name], self._kind)
         return self._entries[name]

@@ -14,7 +14,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BOOK = sorted((ROOT / "nbs").glob("[0-9]*/[0-9]*.ipynb"), key=lambda p: p.name)
-APPENDIX = [ROOT / "nbs" / f"{name}.ipynb" for name in ("files", "locks", "registry")]  # every chapter may use them
+APPENDIX = [
+    ROOT / "nbs" / f"{name}.ipynb" for name in ("files", "locks", "messages", "registry")
+]  # every chapter may use them
 NOTEBOOKS = [*BOOK, *sorted((ROOT / "nbs").glob("[a-z]*.ipynb")), *sorted((ROOT / "nbs" / "runs").glob("*.ipynb"))]
 BIN = Path(sys.executable).parent
 

@@ -10,73 +10,75 @@ import argparse
 import json
 from pathlib import Path
 
-from .options import WrongUsage, add_fields, add_shared, check_counts, given_options, usage_errors
+from .options import Parser, add_fields, add_shared, check_counts, given_options
 from .places import check_input, check_output, check_ranks, is_answers
-from ..files import check_replaceable, write_json, write_whole
+from ..files import check_replaceable, check_writable, write_json, write_whole
+from ..messages import say
 
 # %% ../../nbs/8_command/78_commands.ipynb #297a2da0
+_ASSETS = ("smollm2-135m-instruct", "tasks", "commonsense")  # as `ASSETS`, which takes seconds to import
 _FETCHED = (
     "smollm2-135m-instruct, tasks (the poster's three benchmarks), commonsense (five more) (default: the first two)"
 )
 
 
-def _fetch_options(p: argparse.ArgumentParser):
+def _fetch_options(p: Parser):
     "Add the options of `dora-nb fetch`."
-    p.add_argument("names", nargs="*", metavar="NAME", help=_FETCHED)
+    p.add_argument("names", nargs="*", choices=_ASSETS, metavar="NAME", help=_FETCHED)
     add_shared(p, "--source")
     p.add_argument("--force", action="store_true", help="fetch again what is already in the cache")
 
 
 def _fetch(args: argparse.Namespace):
     "Bring the model and the data into the cache ($DORA_NB_CACHE, or ~/.cache/dora_nb): about 240 MB to download, 560 MB on disk."
-    from dora_nb.data.assets import ASSETS, fetch
+    from dora_nb.data.assets import fetch
 
-    if wrong := [name for name in args.names if name not in ASSETS]:
-        raise WrongUsage(f"there is no {wrong[0]!r}; choose from {', '.join(ASSETS)}")
-    for name in args.names or ASSETS[:2]:
+    for name in args.names or _ASSETS[:2]:
         print(fetch(name, args.source, args.force))
 
 # %% ../../nbs/8_command/78_commands.ipynb #193b7769
-def _train_options(p: argparse.ArgumentParser):
+def _train_options(p: Parser):
     "Add the options of `dora-nb train`: the fields of `RunConfig`."
-    from dora_nb.runs.config import RunConfig
+    from dora_nb.runs.config import CHOICES, RunConfig
 
     p.add_argument("--out", metavar="DIR", help="the folder of the run (default: runs/train/NAME)")
-    add_fields(p, RunConfig)
+    add_fields(p, RunConfig, CHOICES)
 
 
 def _train(args: argparse.Namespace):
     "Train and evaluate one run; print its metrics as JSON."
-    from dora_nb.runs.config import config_from
+    from dora_nb.runs.config import RunConfig, config_from
     from dora_nb.runs.identity import run_name
     from dora_nb.runs.run import run
 
-    with usage_errors():
-        config = config_from(given_options(args), "options")
+    config = config_from(given_options(args, RunConfig), "options")
     out = Path(args.out) if args.out else Path("runs") / "train" / run_name(config)
+    check_writable(out.parent)
     result = run(config, out)
     print(json.dumps({"run_dir": str(out)} | {k: result[k] for k in ("metrics", "training")}, indent=2))
 
 # %% ../../nbs/8_command/78_commands.ipynb #5e0b7a1c
-def _item_options(p: argparse.ArgumentParser):
+def _item_options(p: Parser):
     "Add the options of `dora-nb evaluate` for the model and the items."
     add_shared(p, "--model", "--compress", "--calibrate", "--task", "--dev-cut", "--source", "--adapter")
     splits = ("validation", "dev", "train")
-    p.add_argument("--split", choices=splits, default=splits[0], help="split of the items (default: validation)")
+    p.add_argument("--split", choices=splits, default=splits[0], help="{choices} (default: validation)")
     p.add_argument("--limit", type=int, metavar="N", help="evaluate N items, drawn by a fixed seed (default: all)")
     first = "with --limit: take the first N, as lm-evaluation-harness does, instead of drawing"
     p.add_argument("--first", action="store_true", help=first)
 
 # %% ../../nbs/8_command/78_commands.ipynb #06c80080
-_PROTOCOL_HELP = "rank the choices, or generate and match (default: loglikelihood)"
-_PRECISION_HELP = "precision of matrix products; auto is bfloat16 where the hardware has it (default: float32)"
+_PROTOCOL_HELP = "loglikelihood (rank the choices), or generate (and match) (default: loglikelihood)"
+_PRECISION_HELP = (
+    "precision of matrix products: {choices}; auto is bfloat16 where the hardware has it (default: float32)"
+)
 _TOKENS_HELP = "maximum number of input tokens per batch, padding included (default: 1024 on a CPU, 8192 on a GPU)"
 _ANSWERS_HELP = (
     "write a line per item: doc_index, loglikelihood (a list, one per choice, in nats), gold, pred, pred_norm"
 )
 
 
-def _evaluate_options(p: argparse.ArgumentParser):
+def _evaluate_options(p: Parser):
     "Add the options of `dora-nb evaluate`."
     _item_options(p)
     protocols, precisions = ("loglikelihood", "generate"), ("float32", "tf32", "bfloat16", "auto")
@@ -87,13 +89,12 @@ def _evaluate_options(p: argparse.ArgumentParser):
 
 # %% ../../nbs/8_command/78_commands.ipynb #3d584ebf
 def _check_options(args: argparse.Namespace, *counts: str):
-    "Refuse counts below 1 and an unknown compression: WrongUsage."
+    "Refuse counts below 1 and an unknown compression: ValueError."
     from dora_nb.models.compress import parse_scheme
 
-    with usage_errors():
-        check_counts(args, *counts)
-        if args.compress:
-            parse_scheme(args.compress)
+    check_counts(args, *counts)
+    if args.compress:
+        parse_scheme(args.compress)
 
 
 def _load_adapted(args: argparse.Namespace):
@@ -103,6 +104,7 @@ def _load_adapted(args: argparse.Namespace):
     from dora_nb.runs.base import load_base
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    say(f"loading {args.model} on {device}", "verbose")
     calibrate = args.calibrate or args.task
     model, tokenizer = load_base(args.model, args.source, args.compress, calibrate, device, args.dev_cut)
     return load_adapter(model, args.adapter) if args.adapter else model, tokenizer
@@ -141,6 +143,7 @@ def _evaluate(args: argparse.Namespace):
         check_adapter(args.adapter)
     summary, records = _predict(args)
     settings = {k: getattr(args, k) for k in ("task", "split", "dev_cut", "protocol", "model", "adapter")}
+    settings |= {"answers": args.out} if args.out else {}
     try:
         if args.out:
             _write_answers(args.out, records)
@@ -148,13 +151,15 @@ def _evaluate(args: argparse.Namespace):
         print(json.dumps(settings | summary, indent=2))
 
 # %% ../../nbs/8_command/78_commands.ipynb #a6c69535
-def _probe_options(p: argparse.ArgumentParser):
+def _probe_options(p: Parser):
     "Add the options of `dora-nb probe`: the fields of `ProbeConfig`."
+    from dora_nb.runs.config import CHOICES
     from dora_nb.runs.probe_run import ProbeConfig
 
     default = "curvature.json"
-    p.add_argument("--out", metavar="FILE.json", default=default, help=f"the file to write (default: {default})")
-    add_fields(p, ProbeConfig)
+    text = f"receives the whole result (default: {default} in the working directory)"
+    p.add_argument("--out", metavar="FILE.json", default=default, help=text)
+    add_fields(p, ProbeConfig, CHOICES)
 
 
 def _row(name: str, block: dict) -> dict:
@@ -170,26 +175,28 @@ def _probe(args: argparse.Namespace):
     from dora_nb.runs.config import config_from
     from dora_nb.runs.probe_run import ProbeConfig, is_probe, run_probe
 
-    with usage_errors():
-        config = config_from(given_options(args), "options", ProbeConfig)
+    config = config_from(given_options(args, ProbeConfig), "options", ProbeConfig)
     check_output(args.out, is_probe)
     check_adapter(config.adapter)
     for name, block in run_probe(config, args.out)["blocks"].items():
         print(json.dumps(_row(name, block)))
+    print(json.dumps({"curvature": args.out}))
 
 # %% ../../nbs/8_command/78_commands.ipynb #cef51e97
 _BUDGET_HELP = "number of parameters in all A and B; or, up to 1, a fraction of the present ones"
 _RANKS_HELP = "receives ranks.json and the smaller adapter (default: ranks)"
 
 
-def _ranks_options(p: argparse.ArgumentParser):
+def _ranks_options(p: Parser):
     "Add the options of `dora-nb ranks`."
     add_shared(p, "--model", "--compress", "--calibrate", "--task", "--dev-cut", "--source")
     add_shared(p, "--adapter", required=True)
     p.add_argument("--budget", type=float, required=True, help=_BUDGET_HELP)
     scores = ("curvature", "singular", "gate", "obd", "fisher")
-    p.add_argument("--score", choices=scores, default=scores[0], help="score of a component (default: curvature)")
-    p.add_argument("--split", choices=("train", "dev"), default="train", help="split of the items (default: train)")
+    p.add_argument(
+        "--score", choices=scores, default=scores[0], help="score of a component: {choices} (default: curvature)"
+    )
+    p.add_argument("--split", choices=("train", "dev"), default="train", help="{choices} (default: train)")
     number = "number of items, drawn by a fixed seed (default: 32)"
     p.add_argument("--items", type=int, default=32, metavar="N", help=number)
     p.add_argument("--out", metavar="DIR", default="ranks", help=_RANKS_HELP)
@@ -201,8 +208,7 @@ def _check_ranks_options(args: argparse.Namespace):
     from dora_nb.models.adapter_files import check_adapter
 
     _check_options(args, "items")
-    with usage_errors():
-        check_budget(args.budget)
+    check_budget(args.budget)
     check_ranks(Path(args.out))
     for option in ("adapter", "model"):
         check_input(f"--{option}", getattr(args, option), Path(args.out) / "adapter")
@@ -219,7 +225,7 @@ def _ranks(args: argparse.Namespace):
     _check_ranks_options(args)
     items = load_task(args.task, args.split, limit=args.items, source=args.source, dev_cut=args.dev_cut)
     model, tokenizer = _load_adapted(args)
-    rows = fit_budget(model, tokenizer, items, TrainConfig(), args.budget, args.score)
+    rows = fit_budget(model, tokenizer, items, TrainConfig(), args.budget, args.score, progress=True)
     pattern, adapter = Path(args.out) / "ranks.json", Path(args.out) / "adapter"
     write_json(pattern, rank_pattern(model))
     save_adapter(model, adapter)

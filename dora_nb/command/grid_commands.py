@@ -9,16 +9,16 @@ __all__ = ['GRID_COMMANDS']
 import argparse
 from pathlib import Path
 
-from .options import WrongUsage, add_shared, check_counts
+from .options import Parser, add_shared, check_counts
 
 # %% ../../nbs/8_command/79_grid_commands.ipynb #d99df8fe
 _WORKERS_HELP = "maximum number of runs at a time (default: one for each GPU, or for every four cores)"
 _TIMEOUT_HELP = "time limit for a try of a run, which is then tried again (default: none)"
-_ENGINE_HELP = "processes of this machine, or tasks of Ray (default: local)"
+_ENGINE_HELP = "local (processes of this machine) or ray (tasks of Ray) (default: local)"
 _ADDRESS_HELP = "address of a Ray cluster (default: a new one on this machine)"
 
 
-def _engine_options(p: argparse.ArgumentParser):
+def _engine_options(p: Parser):
     "Add the options of `dora-nb run` that say how runs are executed."
     p.add_argument("--workers", type=int, metavar="N", help=_WORKERS_HELP)
     p.add_argument("--timeout", type=float, metavar="SECONDS", help=_TIMEOUT_HELP)
@@ -31,7 +31,7 @@ _DRY_HELP = "print which runs are done and which are missing, and an estimate of
 _RUNS_HELP = "the folder that contains the grid's folder (default: runs)"
 
 
-def _run_options(p: argparse.ArgumentParser):
+def _run_options(p: Parser):
     "Add the options of `dora-nb run`."
     p.add_argument("grid", metavar="GRID.toml", help=_GRID_HELP)
     add_shared(p, "--scale")
@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace):
     print(run_grid(args.grid, args.out, check=check_page, **options))
 
 # %% ../../nbs/8_command/79_grid_commands.ipynb #0947b1de
-def _report_options(p: argparse.ArgumentParser):
+def _report_options(p: Parser):
     "Add the options of `dora-nb report`."
     p.add_argument("runs", metavar="DIR", help="a folder of runs, a report's folder, or a folder of reports")
     grid = "report the runs of this grid, and list those that are missing (default: all runs in DIR)"
@@ -64,11 +64,11 @@ def _report_options(p: argparse.ArgumentParser):
 
 
 def _check_report(args: argparse.Namespace, in_place: bool):
-    "Refuse options of `dora-nb report` that have no effect: WrongUsage."
+    "Refuse options of `dora-nb report` that have no effect: ValueError."
     if in_place and (args.out or args.grid):
-        raise WrongUsage(f"{args.runs} holds reports; their pages are made in place, without --out and --grid")
+        raise ValueError(f"{args.runs} holds reports; their pages are made in place, without --out and --grid")
     if not args.grid and (args.scale or args.known):
-        raise WrongUsage("--scale and --known say which runs of a grid are meant: give --grid GRID.toml as well")
+        raise ValueError("--scale and --known say which runs of a grid are meant: give --grid GRID.toml as well")
 
 # %% ../../nbs/8_command/79_grid_commands.ipynb #64ab8a10
 def _report(args: argparse.Namespace):

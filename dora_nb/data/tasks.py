@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import datasets
 from .assets import TASK_NAMES, asset_of, data_digest, load_items
 from .twins import winogrande_twins
+from ..messages import advice, say
 from ..registry import Registry
 
 # %% ../../nbs/2_data/12_tasks.ipynb #e5acee8d
@@ -209,7 +210,7 @@ def load_task(
     arguments = ((name, TASKS, "task"), (split, SPLITS, "split"), (format, FORMATS, "format"))
     for value, allowed, what in (*arguments, (dev_cut, DEV_CUTS, "dev_cut")):
         if value not in allowed:
-            raise ValueError(f"{what} {value!r} does not exist; choose one of {', '.join(allowed)}")
+            raise ValueError(f"{what} {value!r} does not exist; {advice(value, allowed)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} leaves no items; give at least 1, or None for all")
     task = TASKS[name]
@@ -221,6 +222,7 @@ def load_task(
         index = [i for i in index if (i in dev) == (split == "dev")]
     if limit is not None and limit < len(index):
         index = index[:limit] if seed is None else sorted(random.Random(seed).sample(index, limit))
+    say(f"{name}: {len(index):,} of the {len(rows):,} items of {official}, from {source}", "verbose")
     items = [{"doc_index": i, **format_item(task, row, format)} for i, row in zip(index, rows.select(index).to_list())]
     return datasets.Dataset.from_list(items)
 

@@ -9,6 +9,7 @@ __all__ = ['SPEC', 'WORDS', 'check_page', 'experiment']
 import dataclasses
 from pathlib import Path
 
+from ..messages import advice
 from ..runs.config import RunConfig, check_params
 from ..runs.grid import load_grid, read_toml
 
@@ -88,12 +89,13 @@ def check_page(
 ):
     "Refuse an invalid `[report]` table: ValueError names the file, the key and the fault."
     spec = grid.report
-    if wrong := [k for k, v in spec.items() if not isinstance(v, SPEC.get(k, ()))]:
-        raise ValueError(f"{path}: report.{wrong[0]} is unknown or of the wrong type; there are {', '.join(SPEC)}")
+    if wrong := next((k for k, v in spec.items() if not isinstance(v, SPEC.get(k, ()))), None):
+        why = "is of the wrong type" if wrong in SPEC else f"is unknown; {advice(wrong, SPEC)}"
+        raise ValueError(f"{path}: report.{wrong} {why}")
     for contrast in spec.get("contrasts", []):
         _check_contrast(contrast, str(path))
     if (against := spec.get("against")) is not None and against not in _NAMES:
-        raise ValueError(f"{path}: report.against is {against!r}, and a run has no such parameter")
+        raise ValueError(f"{path}: report.against is {against!r}, and no parameter; {advice(against, _NAMES)}")
     _check_start(grid, str(path))
     _check_texts(spec, str(path))
     _check_answer(spec, str(path))

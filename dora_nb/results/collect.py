@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 from ..files import check_file, read_json, read_text, sha256
+from ..messages import say
 from .about import check_page, experiment
 from dora_nb.results.stored import (
     NO_RESULTS,
@@ -31,7 +32,7 @@ from dora_nb.results.stored import (
     strangers,
 )
 from ..runs.config import RunConfig
-from ..runs.folder import CURVATURE, ERROR, GEOMETRY, HISTORY, PREDICTIONS, RESULT, check_result, load, say
+from ..runs.folder import CURVATURE, ERROR, GEOMETRY, HISTORY, PREDICTIONS, RESULT, check_result, load
 from ..runs.grid import RESULTS, load_grid
 from ..runs.identity import names_of
 

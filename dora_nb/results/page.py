@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 from ..files import read_text, write_whole
+from ..messages import say
 from .about import experiment
 from .labels import CONTENT, LOOKS, parameters, value_label
 from dora_nb.results.measured import (
@@ -28,7 +29,6 @@ from .sections import PLAIN, Page, accuracy_section, comparison_section, table_l
 from .stored import MADE, check_out, check_report, hold_report, load_stored, page_results, read_all
 from .tables import FOOTNOTES, PUBLISHED, cost_table, describe_settings
 from .text import markdown_code, markdown_prose, markdown_text
-from ..runs.folder import say
 from ..runs.identity import MANNER
 
 # %% ../../nbs/7_results/73_page.ipynb #3407cacb

@@ -27,9 +27,10 @@ import pyarrow as pa
 from ..locks import Lock
 from ..files import check_file, check_replaceable, owned, read_json, read_text, sha256, write_json, write_whole
 from ..files import sweep as remove_temporary
+from ..messages import say
 from .labels import factors, parameters
 from ..runs.config import RunConfig
-from ..runs.folder import RESULT, say
+from ..runs.folder import RESULT
 from ..runs.grid import RESULTS, read_results
 from ..runs.identity import id_of
 

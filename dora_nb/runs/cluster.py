@@ -14,10 +14,11 @@ from pathlib import Path
 
 from ..locks import Lock
 from ..files import claim
+from ..messages import say
 from .config import RunConfig
 from .engines import GRACE, Local
 from .execute import DIED, RAISED
-from .folder import ERROR, say
+from .folder import ERROR
 from .identity import run_name
 from .jobs import Job, files_in, need, put_files
 

@@ -9,7 +9,6 @@ __all__ = ['CHOICES', 'MAY_BE_EMPTY', 'COUNTS', 'check_values', 'trained_tasks',
 # %% ../../nbs/6_runs/43_config.ipynb #92b4659d
 import contextlib
 import dataclasses
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from ..data.assets import SOURCES
 from ..data.tasks import DEV_CUTS, FORMATS, SPLITS, TASKS
 from ..files import read_json
 from ..layers.plans import PLANS
+from ..messages import advice
 from ..models.compress import parse_scheme
 from ..models.methods import METHODS, AdapterConfig
 from ..training.config import OVER_CHOICES, PRECISIONS, TrainConfig, check_seed
@@ -61,8 +61,8 @@ def check_values(
     "Refuse names that are not in `CHOICES`, counts below 1, and impossible seeds: ValueError."
     for name in CHOICES.keys() & vars(config).keys():
         if getattr(config, name) not in CHOICES[name] and (getattr(config, name) or name not in MAY_BE_EMPTY):
-            known = ", ".join(CHOICES[name])
-            raise ValueError(f"{name}={getattr(config, name)!r} does not exist; choose one of {known}")
+            value = getattr(config, name)
+            raise ValueError(f"{name}={value!r} does not exist; {advice(value, CHOICES[name])}")
     for name in COUNTS & vars(config).keys():
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(
@@ -85,7 +85,7 @@ def _check_mixture(config):
     tasks = trained_tasks(config)
     for i, task in enumerate(tasks):
         if task not in TASKS:
-            raise ValueError(f"mixture: {task!r} is not a task; choose from {', '.join(TASKS)}")
+            raise ValueError(f"mixture: {task!r} is not a task; {advice(task, TASKS)}")
         if task in tasks[:i]:
             raise ValueError(f"mixture: {task!r} is named twice; name every task once")
 
@@ -277,11 +277,7 @@ def check_params(
     fields = {f.name: f.type for f in dataclasses.fields(kind)}
     for name, value in params.items():
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-            raise ValueError(
-                f"{where}: there is no parameter {name!r}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(fields)}")
-            )
+            raise ValueError(f"{where}: there is no parameter {name!r}; {advice(name, fields)}")
         if not _fits(value, fields[name]):
             wanted = getattr(fields[name], "__name__", str(fields[name]))
             raise ValueError(f"{where}: {name}={value!r} is of type {type(value).__name__}; it must be {wanted}")

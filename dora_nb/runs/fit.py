@@ -17,12 +17,13 @@ import datasets
 from ..curvature.rank_search import as_patterns, warm_ranks
 from ..data.tasks import load_task
 from ..files import check_replaceable, owned, read_json, set_aside, write_json
+from ..messages import say
 from ..models.adapt import adapt, count_parameters
 from ..models.merge import can_merge, merge
 from ..models.adapter_files import save_adapter
 from ..models.methods import AdapterConfig
 from .config import RunConfig, read_patterns, trained_tasks
-from .folder import CHECKPOINTS, HISTORY, RANKS, say
+from .folder import CHECKPOINTS, HISTORY, RANKS
 from .identity import training_id
 from .observers import curvature_observer, geometry_observer
 from ..training.distributed import Distributed, shard

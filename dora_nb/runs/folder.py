@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'RESULT', 'HISTORY', 'PREDICTIONS', 'CURVATURE', 'GEOMETRY', 'RANKS', 'CHECKPOINTS', 'ERROR', 'LOG', 'KINDS',
-           'NEEDED', 'NUMBERS', 'describe_machine', 'library_versions', 'say', 'adapter_file_names', 'file_checksums',
+           'NEEDED', 'NUMBERS', 'describe_machine', 'library_versions', 'adapter_file_names', 'file_checksums',
            'Damaged', 'check_files', 'check_result', 'read_result', 'hold_folder', 'finished_result', 'load']
 
 # %% ../../nbs/6_runs/45_folder.ipynb #7130e2d9
@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import torch
 import transformers
 from ..files import check_claim, check_file, claim, read_json, sha256, sweep, writer_of
 from ..locks import Lock
+from ..messages import say
 from .config import RunConfig
 from .identity import names_of, run_name
 
@@ -57,17 +57,6 @@ def library_versions() -> dict[str, str]:
     "Return the versions of Python, of this package, and of the libraries that affect a result."
     modules = dict(torch=torch, transformers=transformers, datasets=datasets, accelerate=accelerate, dora_nb=dora_nb)
     return {"python": platform.python_version()} | {name: m.__version__ for name, m in modules.items()}
-
-# %% ../../nbs/6_runs/45_folder.ipynb #6b27a183
-def say(
-    text: str,  # a line, or several
-):
-    "Print a message on stderr. Unprintable characters become `?`, and a closed stream is no error."
-    text = "".join(
-        c if c.isprintable() or c in "\n\t" else "?" for c in text
-    )  # a file name must not control the terminal
-    with contextlib.suppress(OSError):  # a closed pipe or terminal, a full disk
-        print(text, file=sys.stderr, flush=True)
 
 # %% ../../nbs/6_runs/45_folder.ipynb #a24fbd6a
 def adapter_file_names(run_dir: Path) -> list[str]:
@@ -191,7 +180,8 @@ def _stored_result(run_dir: Path) -> dict:
     except OSError as e:
         raise ValueError(f"{run_dir.name}: {RESULT} cannot be read ({e})") from None
     except ValueError as e:
-        raise Damaged(f"{run_dir.name}: {RESULT} is damaged ({e}); delete it to run again") from None
+        words = str(e).replace(f"{run_dir}{os.sep}", "")
+        raise Damaged(f"{run_dir.name}: {words}; delete it to run again") from None
 
 # %% ../../nbs/6_runs/45_folder.ipynb #b3a1c907
 def read_result(

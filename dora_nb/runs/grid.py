@@ -6,7 +6,6 @@
 __all__ = ['KEYS', 'MOST_RUNS', 'RESULTS', 'Grid', 'read_toml', 'load_grid', 'read_results', 'gathered']
 
 # %% ../../nbs/6_runs/57_grid.ipynb #c863a119
-import difflib
 import itertools
 import math
 import re
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..files import read_json, read_text
+from ..messages import advice
 from .config import RunConfig, check_params, config_from
 from .folder import check_result
 from .identity import effective
@@ -59,9 +59,7 @@ def _check_keys(table: dict, kinds: dict[str, type], where: str):
     "Refuse unknown keys and values of a wrong type: ValueError."
     for key, value in table.items():
         if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(kinds)}"
-            raise ValueError(f"{where}: unknown key {key!r}{hint}")
+            raise ValueError(f"{where}: unknown key {key!r}; {advice(key, kinds)}")
         if not isinstance(value, kinds[key]):
             raise ValueError(f"{where}: {key} must be of type {kinds[key].__name__}, not {type(value).__name__}")
 
@@ -88,7 +86,7 @@ def _choose(scales: dict, scale: str | None, where: str) -> str:
         raise ValueError(f"{where}: the name of scale {wrong[0]!r} {_NAMES_A_FOLDER}")
     name = scale or next(iter(scales))
     if name not in scales:
-        raise ValueError(f"{where}: there is no scale {name!r}; there are {', '.join(scales)}")
+        raise ValueError(f"{where}: there is no scale {name!r}; {advice(name, scales)}")
     return name
 
 # %% ../../nbs/6_runs/57_grid.ipynb #1e3ec93d

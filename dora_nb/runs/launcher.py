@@ -14,12 +14,13 @@ from pathlib import Path
 
 from ..data.cache import cache_dir
 from ..files import check_writable, owned, read_json, write_json
+from ..messages import say
 from .base import check_model
 from .cluster import Ray
 from .config import naming
 from .engines import Local
 from .execute import DIED, DONE, FULL, RAISED
-from .folder import CHECKPOINTS, ERROR, LOG, RESULT, say
+from .folder import CHECKPOINTS, ERROR, LOG, RESULT
 from .grid import Grid, gathered, load_grid
 from .identity import run_name
 from .jobs import Job, default_workers, gpus, log_of, need, waves
@@ -162,7 +163,7 @@ def _check_complete(jobs: Sequence[Job]):
     "Print the tracebacks of failed runs, if there are any: Incomplete."
     if failed := [job for job in jobs if job.state == "failed"]:
         for job in failed:
-            say(f"\n{job.name}: {job.why}\n{_traceback(job)}")
+            say(f"\n{job.name}: {job.why}\n{_traceback(job)}", "quiet")
         names = ", ".join(job.name for job in failed)
         raise Incomplete(f"{len(failed)} of {len(jobs)} runs failed: {names}. The same command tries them again")
 

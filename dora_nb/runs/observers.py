@@ -20,11 +20,12 @@ from ..curvature.probe import check_blocks, probe
 from ..data.tasks import load_task
 from ..files import HERE, read_json, write_json
 from ..layers.decompose import delta_direction, delta_magnitude, row_norm
+from ..messages import say
 from ..models.adapt import adapter_layers
 from ..models.targets import find_targets
 from ..models.methods import AdapterConfig, METHODS
 from .config import RunConfig
-from .folder import CURVATURE, GEOMETRY, SCHEMA, say
+from .folder import CURVATURE, GEOMETRY, SCHEMA
 from .identity import run_name
 
 # %% ../../nbs/6_runs/48_observers.ipynb #c46516ef

@@ -62,7 +62,7 @@ def is_probe(
         return False
 
 # %% ../../nbs/6_runs/51_probe_run.ipynb #c950d6af
-def _measure(config: ProbeConfig, device: torch.device) -> dict:
+def _measure(config: ProbeConfig, device: torch.device, progress: bool) -> dict:
     "Return the curvature of the loss around a saved adapter."
     where = dict(source=config.source, dev_cut=config.dev_cut)
     items = load_task(config.task, config.split, config.format, config.items, **where)
@@ -70,17 +70,18 @@ def _measure(config: ProbeConfig, device: torch.device) -> dict:
     model, tokenizer = load_base(config.model, config.source, config.compress, calibrate, device, config.dev_cut)
     load_adapter(model, config.adapter)
     training, blocks = TrainConfig(config.objective, max_tokens=config.max_tokens), split_blocks(config.blocks)
-    return probe(model, tokenizer, items, training, blocks, config.eigenvalues, config.products, config.seed)
+    return probe(model, tokenizer, items, training, blocks, config.eigenvalues, config.products, config.seed, progress)
 
 # %% ../../nbs/6_runs/51_probe_run.ipynb #9968ccb7
 def run_probe(
     config: ProbeConfig,  # the probe
     out: str | Path,  # the JSON file to write
+    progress: bool = True,  # show a bar on stderr for each part of the work
 ) -> dict:  # the content of the file
     "Measure the curvature around a saved adapter and write it to a file: ValueError if the file is of another kind."
     check_replaceable(out, is_probe)
     device, start = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter()
-    found = _measure(config, device)
+    found = _measure(config, device, progress)
     about = dict(params=asdict(config), versions=library_versions(), machine=describe_machine(device))
     cost = dict(seconds=time.perf_counter() - start, peak_memory_bytes=peak_memory(device))
     result = dict(schema=SCHEMA) | about | found | cost

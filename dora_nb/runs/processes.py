@@ -69,16 +69,17 @@ LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)")  # errors o
 
 
 def _check_ended(status: int, errors: list[str], processes: int):
-    "Raise the error of the processes that torchrun started: RuntimeError for the cause, `ProcessDied` if one was killed."
+    "Raise the error of the processes that torchrun started: ValueError or RuntimeError, as there; `ProcessDied` if one was killed."
     if own := [e for e in errors if not LOST.search(e)]:
-        raise RuntimeError(own[0])
+        wrong = own[0].startswith(("ValueError", "Unusable", "FileNotFoundError"))
+        raise (ValueError if wrong else RuntimeError)(own[0])
     if status:
         others = "".join(f"; another one reported: {e}" for e in errors[:1])
         raise ProcessDied(f"one of {processes} processes was killed (torchrun ended with status {status}){others}")
 
 # %% ../../nbs/6_runs/46_processes.ipynb #b36c3646
 def run_in_processes(config: RunConfig, run_dir: Path, progress: bool, team: Distributed) -> dict:
-    "Execute a run in its number of processes: RuntimeError for an error in one, `ProcessDied` if one was killed."
+    "Execute a run in its number of processes: ValueError or RuntimeError for an error in one, `ProcessDied` if one was killed."
     if team.size > 1:
         raise ValueError(f"processes={config.processes} was asked for, and {team.size} came together")
     check_processes(config.processes, torch.cuda.device_count() if team.device.type == "cuda" else 0)

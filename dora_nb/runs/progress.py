@@ -14,8 +14,9 @@ import time
 from collections.abc import Sequence
 
 from ..files import check_file
+from ..messages import prints, say
 from .config import RunConfig
-from .folder import HISTORY, say
+from .folder import HISTORY
 from .jobs import Job, gpus, waves
 
 # %% ../../nbs/6_runs/54_progress.ipynb #c99d41a0
@@ -146,7 +147,7 @@ class ProgressBoard(_Block):
         shared: bool = True,  # whether runs may reuse each other's trainings
     ):
         self.jobs, self.workers, self.shared, self.shown = jobs, workers, shared, time.monotonic()
-        self.live = sys.stderr.isatty()
+        self.live = sys.stderr.isatty() and prints("normal")
 
     def summary(self) -> str:
         "Return the state of the whole grid in one line."

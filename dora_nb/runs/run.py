@@ -27,13 +27,14 @@ import torch.distributed as dist
 from ..data.assets import load_model
 from ..data.tasks import load_task
 from ..files import read_json, set_aside, write_json, write_whole
+from ..messages import say
 from ..models.adapter_files import load_adapter
 from .base import check_model, load_base
 from .config import RunConfig, config_from, trained_tasks
 from .fit import check_there, fit, merge_for_evaluation
 from .folder import CHECKPOINTS, CURVATURE, GEOMETRY, HISTORY, PREDICTIONS, RANKS, RESULT, SCHEMA
 from .folder import adapter_file_names, check_files, file_checksums, finished_result, hold_folder
-from .folder import describe_machine, library_versions, read_result, say
+from .folder import describe_machine, library_versions, read_result
 from .identity import checksums, effective, run_id, run_name, training_id
 from .observers import peak_memory, read_points, source_revision
 from .processes import run_in_processes

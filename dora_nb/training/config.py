@@ -12,6 +12,7 @@ import typing
 from dataclasses import dataclass, fields
 
 import torch
+from ..messages import advice
 
 # %% ../../nbs/4_training/25_config.ipynb #9003bef3
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
@@ -32,7 +33,7 @@ def resolve_precision(
 ) -> str:  # float32, tf32 or bfloat16
     "Resolve `auto` for a device, and replace `tf32` with `float32` where the device has no TF32; ValueError for an unknown precision."
     if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} does not exist; choose one of {', '.join(PRECISIONS)}")
+        raise ValueError(f"precision={precision!r} does not exist; {advice(precision, PRECISIONS)}")
     if precision == "auto":
         return "bfloat16" if has_bfloat16(device) else "float32"
     has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -115,7 +116,7 @@ class TrainConfig:
     def __post_init__(self):
         check_types(self)
         if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective={self.objective!r} does not exist; choose one of {', '.join(OBJECTIVES)}")
+            raise ValueError(f"objective={self.objective!r} does not exist; {advice(self.objective, OBJECTIVES)}")
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise ValueError(f"batch_tokens={self.batch_tokens!r} must be at least 1, or None")
         for name in ("learning_rate", "epochs", "batch_size", "max_grad_norm", "max_tokens"):
@@ -127,6 +128,6 @@ class TrainConfig:
             )
         check_seed(self.seed)
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={self.precision!r} does not exist; choose one of {', '.join(PRECISIONS)}")
+            raise ValueError(f"precision={self.precision!r} does not exist; {advice(self.precision, PRECISIONS)}")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio={self.warmup_ratio!r} must be at least 0 and below 1")

@@ -10,7 +10,6 @@ import datetime
 import functools
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from ..data.rows import Row
+from ..messages import say
 from ..models.adapt import trainable_parameters
 from ..models.scoring import original_length
 from .batches import micro_batches
@@ -31,7 +31,7 @@ JOIN_SECONDS, ANSWER_SECONDS = 300.0, 7200.0  # that processes wait for each oth
 @functools.cache
 def _log_once(line: str):
     "Print a line to stderr, once per process."
-    print(line, file=sys.stderr)
+    say(line)
 
 # %% ../../nbs/4_training/28_distributed.ipynb #d0fbcd22
 def _others_expected() -> bool:
@@ -52,9 +52,7 @@ def _join(device: torch.device):
     "Join the processes that the environment names; RuntimeError if they do not arrive in time."
     where = "RANK={RANK} of WORLD_SIZE={WORLD_SIZE} at MASTER_ADDR={MASTER_ADDR}, MASTER_PORT={MASTER_PORT}"
     where, limit = where.format(**os.environ), datetime.timedelta(seconds=JOIN_SECONDS)
-    waiting = threading.Timer(
-        10, print, [f"waiting up to {JOIN_SECONDS:.0f} s for the other processes: {where}"], {"file": sys.stderr}
-    )
+    waiting = threading.Timer(10, say, [f"waiting up to {JOIN_SECONDS:.0f} s for the other processes: {where}"])
     waiting.daemon = True
     waiting.start()
     try:

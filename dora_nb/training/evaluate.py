@@ -16,13 +16,13 @@ import datasets
 import torch
 from ..data.rows import collate, encode_text
 from ..layers.linear import cached_scales
+from ..messages import progress_bar
 from ..models.scoring import check_causal, choice_logprobs, context_length, shares_prompts
 from .batches import check_ids, plain_items, resolve_batch_tokens
 from .config import autocast, resolve_precision, tf32
 from .distributed import Distributed, check_lengths, shares
 from .generate import generate_texts
 from .objectives import encode_for
-from .train import progress_bar
 from torch import nn
 
 # %% ../../nbs/4_training/34_evaluate.ipynb #5a7bc356

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 
 import torch
 from ..layers.linear import cached_scales
+from ..messages import progress_bar
 from ..models.scoring import original_length
 from .batches import check_ids
 from .config import autocast, tf32
 from .distributed import Distributed
-from .train import progress_bar
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer

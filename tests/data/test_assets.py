@@ -229,7 +229,7 @@ def test_the_hub_gives_the_same_columns(cache, monkeypatch):
             "answerKey": "B ",
         },
     }
-    monkeypatch.setattr(sources.datasets, "load_dataset", lambda path, config, split: Dataset.from_list([rows[path]]))
+    monkeypatch.setattr("datasets.load_dataset", lambda path, config, split: Dataset.from_list([rows[path]]))
     for task in assets.TASK_NAMES:
         folder = fetch(assets.asset_of(task), "hub")
         for split in sources.splits_of(task):
@@ -237,9 +237,7 @@ def test_the_hub_gives_the_same_columns(cache, monkeypatch):
         if task != "hellaswag":  # whose played row has the last one
             assert load_items(task, "validation", "hub")[0]["label"] == 1
     assert load_items("social_iqa", "train", "hub")[0]["question"] == "A did b. Why?"
-    monkeypatch.setattr(
-        sources.datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("offline"))
-    )
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("offline")))
     with pytest.raises(FetchError, match="--source package"):
         fetch("tasks", "hub", force=True)
     assert load_items("boolq", "validation", "hub")[0]["label"] == 1  # what was there is still there
@@ -685,7 +683,7 @@ def test_the_digest_of_data(cache, monkeypatch):
     monkeypatch.setattr(sources, "FROM_HUB", dict.fromkeys(sources.FROM_HUB, dict))
     digests = []
     for label in (0, 0, 1):
-        monkeypatch.setattr(sources.datasets, "load_dataset", lambda *a, **k: Dataset.from_list([{"label": label}]))
+        monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: Dataset.from_list([{"label": label}]))
         fetch("tasks", "hub", force=True)
         digests.append(data_digest("boolq", "hub"))
     assert digests[0] == digests[1] != digests[2] and data_digest("winogrande", "hub") != digests[2]

@@ -214,7 +214,7 @@ def test_scales(tmp_path):
     assert len(small.configs) == 4 and {c.eval_items for c in small.configs} == {3}
     assert len(large.configs) == 6  # the base model has no seed
     assert {(c.rank, c.train_items) for c in large.configs if c.method == "lora"} == {(4, 16)}
-    with pytest.raises(ValueError, match="no scale 'huge'; there are small, large"):
+    with pytest.raises(ValueError, match="no scale 'huge'; choose one of small, large"):
         load_grid(path, "huge")
     path.write_text(GRID.replace("axes = { seed", "axs = { seed"))
     with pytest.raises(ValueError, match="scale.large: unknown key 'axs'; did you mean 'axes'"):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dora_nb.files import MARKER, claim, owned, sha256
+from dora_nb.messages import say
 from dora_nb.runs.cluster import start_patiently
 from dora_nb.runs.config import RunConfig, config_from
 from dora_nb.runs.folder import (
@@ -27,7 +28,6 @@ from dora_nb.runs.folder import (
     check_files,
     load,
     read_result,
-    say,
 )
 from dora_nb.runs.grid import RESULTS, gathered, load_grid
 from dora_nb.runs.identity import effective, run_id, run_name, training_id
@@ -44,14 +44,14 @@ from dora_nb.runs.run import run
     "params,named",
     [
         ({"lerning_rate": 1e-3}, "did you mean 'learning_rate'"),
-        ({"zzz": 1}, "there are task, method"),
+        ({"zzz": 1}, "choose one of task, method"),
         ({"rank": "16"}, "rank='16' is of type str; it must be int"),
         ({"rank": 16.0}, "of type float"),
         ({"rslora": 1}, "must be bool"),
         ({"seed": True}, "of type bool"),
         ({"train_items": "all"}, "train_items"),
         ({"learning_rate": "1e-3"}, "must be float"),
-        ({"task": "boolqq"}, "boolq, hellaswag"),
+        ({"task": "boolqq"}, "did you mean 'boolq'"),
         ({"method": "ia3"}, "base, lora, dora, full"),
         ({"rank": 0}, "rank=0"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0"),
