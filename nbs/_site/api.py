@@ -64,9 +64,18 @@ def _parameters(node: ast.FunctionDef) -> list[tuple[str, ast.arg, ast.expr | No
     return [each for each in found if each[0] not in ("self", "cls")]
 
 
+def _default(value: ast.expr | None) -> str:
+    "Return a default as a reader thinks of it: `dict()` for a field of a dataclass that is made by `dict`."
+    if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field"):
+        given = {k.arg: ast.unparse(k.value) for k in value.keywords}
+        made = given.get("default_factory")
+        return f"{made}()" if made and made.isidentifier() else given.get("default", "")
+    return ast.unparse(value) if value else ""
+
+
 def _row(name: str, annotation: ast.expr | None, default: ast.expr | None, comment: str) -> list[str]:
     kind = ast.unparse(annotation) if annotation else ""
-    text = plain(comment) + (f" (default: {code(ast.unparse(default))})" if default else "")
+    text = plain(comment) + (f" (default: {code(shown)})" if (shown := _default(default)) else "")
     return [code(name), code(kind), text.strip()]
 
 
@@ -91,7 +100,7 @@ def _function_rows(module: Module, node: ast.FunctionDef) -> list[list[str]]:
 
 def _directive(kind: str, signature: str, options: list[str], body: str, colons: int) -> str:
     fence = ":" * colons
-    head = "".join(f":{option}:\n" for option in options)
+    head = "".join(f"{option}\n" for option in options)
     return f"{fence}{{py:{kind}}} {signature}\n{head}\n{body}\n{fence}\n"
 
 
@@ -108,9 +117,9 @@ def _function(module: Module, node: ast.FunctionDef, kind: str = "function", col
     decorators = {ast.unparse(d).split("(")[0].split(".")[-1] for d in node.decorator_list}
     body = _docstring(node) + _table(_function_rows(module, node))
     if "property" in decorators or "cached_property" in decorators:
-        options = [f"type: {ast.unparse(node.returns)}"] if node.returns else []
+        options = [f":type: {ast.unparse(node.returns)}"] if node.returns else []
         return _directive("property", node.name, options, body, colons)
-    options = [name for name in ("classmethod", "staticmethod") if name in decorators]
+    options = [f":{name}:" for name in ("classmethod", "staticmethod") if name in decorators]
     return _directive(kind, _signature(node, node.name), options, body, colons)
 
 
@@ -128,7 +137,7 @@ def _class(module: Module, node: ast.ClassDef) -> str:
     if init:
         signature, rows = _signature(init[0], node.name), rows + _function_rows(module, init[0])
     elif dataclass:
-        given = (f.target.id + (f"={ast.unparse(f.value)}" if f.value else "") for f in fields)
+        given = (f.target.id + (f"={text}" if (text := _default(f.value)) else "") for f in fields)
         signature = f"{node.name}({', '.join(given)})"
     bases = [code(ast.unparse(b)) for b in node.bases]
     body = _docstring(node) + (f"Bases: {', '.join(bases)}\n\n" if bases else "") + _table(rows) + "\n"
@@ -162,26 +171,22 @@ def module_table(group: list[Module], folder: str) -> str:
     return "| module | |\n|---|---|\n" + "\n".join(rows) + "\n"
 
 
-def index_head() -> str:
+def index_head(found: list[Module]) -> str:
     "Return the beginning of the index of the API: the names that `dora_nb` itself has."
     tree = ast.parse((ROOT / "dora_nb" / "__init__.py").read_text())
-    (public,) = (
-        ast.literal_eval(n.value)
-        for n in tree.body
-        if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "_PUBLIC"
-    )
-    home = {name: module for module, names in public.items() for name in names}
-    rows = "\n".join(
-        f"| {{py:obj}}`{name} <dora_nb.{home[name]}.{name}>` | `dora_nb.{home[name]}` |"
-        for name in sorted(home, key=str.lower)
-    )
+    (public,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "_PUBLIC")
+    home = {name: module for module, names in ast.literal_eval(public).items() for name in names}
+    about = {f"{m.name}.{n.name}": ast.get_docstring(n) for m in found for n in m.public() if hasattr(n, "name")}
+    rows = []
+    for name, module in sorted(home.items(), key=lambda item: item[0].lower()):
+        text = (about.get(f"{module}.{name}") or "").split("\n")[0]
+        rows.append(f"| {{py:obj}}`{name} <dora_nb.{module}.{name}>` | {plain(text)} |")
+    table = "\n".join(["| name | |", "|---|---|", *rows])
     return f"""# API reference
 
 Most programs need only these names; `from dora_nb import adapt` imports one of them.
 
-| name | defined in |
-|---|---|
-{rows}
+{table}
 
-Below are all modules. Each is exported from the chapter of the same name. The comments beside the parameters in the source are the tables here.
+Below are all modules. Each is exported from a chapter, which derives and tests it.
 """

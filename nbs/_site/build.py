@@ -76,11 +76,9 @@ class Site:
     def front_page(self):
         "Write the README, with the navigation of the whole site."
         text = self.links.rewrite((ROOT / "README.md").read_text(encoding="utf-8"), "README.md", "index.md")
-        tour = ["nbs/tour"] if "nbs/tour.ipynb" in self.pages else []
-        text += toctree([*tour, *(f"how-to/{name}" for name in HOW_TO)], "Start")
-        text += toctree(
-            [f"{folder}/index" if folder != "nbs" else "nbs/appendix" for folder, _, _ in pages.parts()], "The book"
-        )
+        folders = [f"{folder}/index" if folder != "nbs" else "nbs/appendix" for folder, _, _ in pages.parts()]
+        text += toctree(["nbs/tour", *folders], "The book")
+        text += toctree([f"how-to/{name}" for name in HOW_TO], "How to")
         text += toctree(["reports/README", *SOFTWARE, "reports/LOG"], "Results")
         text += toctree(["commands/index", "api/index", "nbs/glossary", "CHANGELOG", "CONTRIBUTING"], "Reference")
         self.write("index.md", text)
@@ -96,12 +94,13 @@ class Site:
     def api_pages(self):
         "Write a page for each module, one for each part of the package, and one for all."
         groups, names = {}, {folder: name for folder, name, _ in pages.parts()}
-        for module in sorted(api.modules(), key=lambda module: module.notebook):
+        found = sorted(api.modules(), key=lambda module: module.notebook)
+        for module in found:
             page = f"api/{module.name.replace('.', '/')}.md"
             link = posixpath.relpath(module.notebook, posixpath.dirname(page))
             self.write(page, api.module_page(module, pages.title(Path(module.notebook)), link))
             groups.setdefault(posixpath.dirname(module.notebook), []).append(module)
-        text, entries = api.index_head(), []
+        text, entries = api.index_head(found), []
         for folder, group in sorted(groups.items(), key=lambda item: (item[0] == "nbs", item[0])):
             part = group[0].name.rpartition(".")[0]
             text += f"\n## {names[folder]}\n\n{api.module_table(group, 'api')}"
@@ -135,15 +134,19 @@ class Site:
             shutil.copyfile(ROOT / origin, self.folder / place)
 
 
+def render(source: Path, out: Path) -> int:
+    "Render the pages of a folder, and return Sphinx's exit status; a warning, such as one of a broken link, is an error."
+    options = ["-q", "-W", "--keep-going", "-j", "auto", "-c", str(Path(__file__).parent)]
+    return sphinx([*options, "-d", str(out.with_name("doctrees")), str(source), str(out)])
+
+
 def build(out: Path, work: Path) -> int:
-    "Assemble the pages in the folder `work`, render them to `out`, and return Sphinx's exit status; a warning is an error."
+    "Assemble the pages in the folder `work`, render them to `out`, and return Sphinx's exit status."
     if out.exists() and any(out.iterdir()) and not (out / ".buildinfo").exists():
         raise SystemExit(f"{out} holds other files; nothing is written over them")
     shutil.rmtree(work, ignore_errors=True)
     Site(work / "source").assemble()
-    here = str(Path(__file__).parent)
-    options = ["-q", "-W", "--keep-going", "-j", "auto", "-d", str(work / "doctrees"), "-c", here]
-    status = sphinx([*options, str(work / "source"), str(work / "html")])
+    status = render(work / "source", work / "html")
     if not status:
         shutil.rmtree(out, ignore_errors=True)
         shutil.move(work / "html", out)

@@ -1,6 +1,7 @@
 "Sphinx's configuration; `build.py` assembles the pages and calls Sphinx."
 
 import configparser
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -23,12 +24,14 @@ nb_render_markdown_format = "myst"
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_dmath_double_inline = True
 myst_heading_anchors = 3
+smartquotes_action = "qe"  # quotes and ellipses; two hyphens begin an option
 python_maximum_signature_line_length = 70
 add_module_names = False
 suppress_warnings = ["myst.header"]  # a text may begin with a smaller heading
 
 html_theme = "sphinx_book_theme"
 html_title = project
+html_favicon = "static/favicon.svg"
 html_static_path = ["static", str(files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf")]
 html_css_files = ["site.css"]
 html_js_files = [("site.js", {"defer": "defer"})]
@@ -47,12 +50,15 @@ html_theme_options = {
 }
 
 
+UNSTRETCHED = re.compile("<mo>(&#x02016;|&#x0007C;|&#x02223;|&#x027E8;|&#x027E9;)</mo>")  # without \\left and \\right
+
+
 def _mathml(display: str):
     "Return the visitor of a formula."
 
     def visit(translator, node):
         try:
-            formula = convert(node.astext(), display=display)
+            formula = UNSTRETCHED.sub(r'<mo stretchy="false">\1</mo>', convert(node.astext(), display=display))
             translator.body.append(formula if display == "inline" else f'<div class="math">{formula}</div>')
         except Exception as e:
             logging.getLogger(__name__).warning("no formula: %r (%s)", node.astext(), type(e).__name__, location=node)

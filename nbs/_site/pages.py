@@ -18,10 +18,11 @@ def chapters() -> list[Path]:
 
 
 def reports() -> list[Path]:
-    "Return the reports, those of the overview first and in its order."
+    "Return the reports, those in the table of the overview first and in its order."
     overview = (ROOT / "reports" / "README.md").read_text()
     found = [p.relative_to(ROOT) for p in sorted((ROOT / "reports").rglob("report.md"))]
-    place = {path: overview.find(f"({path.relative_to('reports').as_posix()})") for path in found}
+    table = overview[overview.find("\n|") :]
+    place = {path: table.find(f"({path.relative_to('reports').as_posix()})") for path in found}
     return sorted(found, key=lambda path: (place[path] < 0, place[path]))
 
 
