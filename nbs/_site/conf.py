@@ -19,6 +19,7 @@ language = "en"
 extensions = ["myst_nb", "sphinx.ext.githubpages"]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 
+nb_ipywidgets_js = {}  # from another host
 nb_execution_mode = "off"  # what the notebooks store is shown
 nb_render_markdown_format = "myst"
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
