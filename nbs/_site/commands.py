@@ -1,10 +1,13 @@
 "A page for each command of `dora-nb`, from its parser."
 
 import argparse
+import os
 
 from api import plain
 
 from dora_nb.command.main import COMMANDS, parser
+
+os.environ["COLUMNS"] = "80"  # of the usage
 
 
 def _parsers() -> dict[str, argparse.ArgumentParser]:
@@ -13,6 +16,9 @@ def _parsers() -> dict[str, argparse.ArgumentParser]:
     for name in COMMANDS:
         (sub,) = (a for a in parser(name)._actions if isinstance(a, argparse._SubParsersAction))
         found[name] = sub.choices[name]
+        for action in found[name]._actions:
+            if action.choices and not action.metavar:
+                action.metavar = action.dest.upper()  # the choices are listed below it
     return found
 
 
