@@ -6,6 +6,7 @@ No notebook is executed, and the pages need no network.
 
 import argparse
 import configparser
+import functools
 import os
 import posixpath
 import shutil
@@ -59,13 +60,17 @@ class Site:
     def copy_pages(self):
         "Write the pages that are files of the repository, except the front page."
         for origin, page in self.pages.items():
-            if page == "index.md":
+            if page == "index.md" or (ROOT / origin).is_dir():
                 continue
-            rewrite = lambda text: self.links.rewrite(text, origin, page)
+            rewrite, rewrite_output = (
+                functools.partial(change, origin=origin, page=page)
+                for change in (self.links.rewrite, self.links.rewrite_output)
+            )
             text = (ROOT / origin).read_text(encoding="utf-8")
             if origin.endswith(".ipynb"):
                 up = posixpath.relpath("api", posixpath.dirname(page))
-                text = page_notebook(text, lambda module: f"{up}/{module.replace('.', '/')}.md", rewrite)
+                api_page = lambda module: f"{up}/{module.replace('.', '/')}.md"
+                text = page_notebook(text, api_page, rewrite, rewrite_output)
             else:
                 text = rewrite(text)
             if origin == "reports/README.md":
@@ -77,7 +82,7 @@ class Site:
         "Write the README, with the navigation of the whole site."
         text = self.links.rewrite((ROOT / "README.md").read_text(encoding="utf-8"), "README.md", "index.md")
         folders = [f"{folder}/index" if folder != "nbs" else "nbs/appendix" for folder, _, _ in pages.parts()]
-        text += toctree(["nbs/tour", *folders], "The book")
+        text += toctree(["nbs/tour", "Contents <nbs/README>", *folders], "The book")
         text += toctree([f"how-to/{name}" for name in HOW_TO], "How to")
         text += toctree(["reports/README", *SOFTWARE, "reports/LOG"], "Results")
         text += toctree(["commands/index", "api/index", "nbs/glossary", "CHANGELOG", "CONTRIBUTING"], "Reference")
@@ -89,7 +94,9 @@ class Site:
             page = f"{folder}/index.md" if folder != "nbs" else "nbs/appendix.md"
             inside = [p for p in pages.chapters() if p.parent.as_posix() == folder]
             entries = [numbered(p) for p in inside] or [f"/nbs/{stem}" for stem in ("files", "locks", "registry")]
-            self.write(page, f"# {name}\n\n" + self.links.rewrite(table, "README.md", page) + "\n" + toctree(entries))
+            self.write(
+                page, f"# {name}\n\n" + self.links.rewrite(table, pages.CONTENTS, page) + "\n" + toctree(entries)
+            )
 
     def api_pages(self):
         "Write a page for each module, one for each part of the package, and one for all."

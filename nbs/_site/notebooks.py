@@ -53,7 +53,7 @@ def page_cells(cells: list[dict], api, rewrite) -> list[dict]:
     return kept
 
 
-def page_notebook(text: str, api, rewrite) -> str:
+def page_notebook(text: str, api, rewrite, rewrite_output) -> str:
     "Return the notebook of a page, as JSON."
     nb = json.loads(text)
     nb["cells"] = page_cells(nb["cells"], api, rewrite)
@@ -62,5 +62,5 @@ def page_notebook(text: str, api, rewrite) -> str:
     for cell in nb["cells"]:
         for output in cell.get("outputs", []):
             if text := output.get("data", {}).get("text/markdown"):
-                output["data"]["text/markdown"] = rewrite("".join(text))
+                output["data"]["text/markdown"] = rewrite_output("".join(text))
     return json.dumps(nb, ensure_ascii=False)

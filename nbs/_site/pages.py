@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+CONTENTS = "nbs/README.md"
 ROOT = Path(__file__).parents[2]
 CODE = re.compile(r"(^ *(```+|~~~+).*?^ *\2|(?<!`)(`+)(?!`).+?(?<!`)\3(?!`))", re.M | re.S)
+PICTURE = re.compile(r"!\[([^\]]*)\]\(([^()\s]+)\)")
 LINK = re.compile(r"(?<=\]\()([^()\s]+)(?=[)\s])")
 
 
@@ -27,12 +29,15 @@ def reports() -> list[Path]:
 
 
 def site_pages() -> dict[str, str]:
-    "Return the page of every file that has one: path in the repository → path in the site's source."
+    "Return the page of every file that has one, and of parts: path in the repository → path in the site's source."
     same = [*chapters(), *reports(), *(p.relative_to(ROOT) for p in (ROOT / "nbs").glob("*.ipynb"))]
-    same += [Path(name) for name in ("reports/README.md", "reports/LOG.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+    same += [
+        Path(name) for name in (CONTENTS, "reports/README.md", "reports/LOG.md", "CHANGELOG.md", "CONTRIBUTING.md")
+    ]
     pages = {path.as_posix(): path.as_posix() for path in same}
     how_to = {p.relative_to(ROOT).as_posix(): f"how-to/{p.name}" for p in (ROOT / "nbs/_site/how-to").glob("*.md")}
-    return pages | how_to | {"README.md": "index.md", "nbs/index.ipynb": "index.md"}
+    folders = {path.parent.as_posix(): f"{path.parent.as_posix()}/index.md" for path in chapters()}
+    return pages | how_to | folders | {"README.md": "index.md", "nbs/index.ipynb": "index.md"}
 
 
 def outside_code(text: str, change: Callable[[str], str]) -> str:
@@ -71,6 +76,11 @@ class Links:
         "Return a Markdown text with all its links rewritten."
         return outside_code(text, lambda part: LINK.sub(lambda m: self.target(m[1], origin, page), part))
 
+    def rewrite_output(self, text: str, origin: str, page: str) -> str:
+        "Return what a cell has printed, with its links rewritten; a picture that was not kept becomes its caption."
+        kept = lambda m: m[0] if (ROOT / origin).parent.joinpath(m[2]).exists() else f"*{m[1]}*"
+        return self.rewrite(PICTURE.sub(kept, text), origin, page)
+
 
 def title(path: Path) -> str:
     "Return the first heading of a page."
@@ -81,8 +91,7 @@ def title(path: Path) -> str:
 
 
 def parts() -> Iterator[tuple[str, str, str]]:
-    "Yield the folder, the name and the table of each part of the book, as the README lists them."
-    text = (ROOT / "README.md").read_text()
-    for name, table in re.findall(r"^\*\*([^*\n]+)\*\*\n\n(\| chapter .+?)\n\n", text, re.M | re.S):
-        folder = posixpath.dirname(LINK.search(table)[1])
-        yield folder, name, table
+    "Yield the folder, the name and the table of each part of the book, as its contents list them."
+    text = (ROOT / CONTENTS).read_text()
+    for name, table in re.findall(r"^## ([^\n]+)\n\n(\| chapter .+?)\n(?:\n|\Z)", text, re.M | re.S):
+        yield posixpath.normpath(posixpath.join("nbs", posixpath.dirname(LINK.search(table)[1]))), name, table
