@@ -155,7 +155,7 @@ def test_in_a_browser(site, tmp_path):
     if not browser:
         pytest.skip("no Chromium is installed, so no page was opened in it; the files were checked by the other tests")
     pages = {
-        "index.html": r"<img[^>]+src=\"_images/.*make reproduce",
+        "index.html": r"<img[^>]+src=\"_images/.*Three commands",
         "nbs/1_layers/02_dora.html": r"<math[^>]*>.*<mfrac>.*<img[^>]+_images/",
         "api/layers/dora.html": r"<table.*factor of BA",
         "commands/train.html": r"--learning-rate",
