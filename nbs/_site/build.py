@@ -93,7 +93,8 @@ class Site:
         for folder, name, table in pages.parts():
             page = f"{folder}/index.md" if folder != "nbs" else "nbs/appendix.md"
             inside = [p for p in pages.chapters() if p.parent.as_posix() == folder]
-            entries = [numbered(p) for p in inside] or [f"/nbs/{stem}" for stem in ("files", "locks", "registry")]
+            others = [f"/nbs/{Path(link).stem}" for link in pages.LINK.findall(table) if "glossary" not in link]
+            entries = [numbered(p) for p in inside] or others
             self.write(
                 page, f"# {name}\n\n" + self.links.rewrite(table, pages.CONTENTS, page) + "\n" + toctree(entries)
             )
@@ -121,16 +122,14 @@ class Site:
 
     def command_pages(self):
         "Write a page for each command, and one that lists them."
-        from commands import command_pages, summaries
+        from commands import command_pages, commands_table, exit_status
 
-        for name, text in command_pages().items():
+        pages_of = command_pages()
+        for name, text in pages_of.items():
             self.write(f"commands/{name}.md", text)
-        rows = "\n".join(f"| [`dora-nb {name}`]({name}.md) | {text} |" for name, text in summaries().items())
         text = (Path(__file__).parent / "commands.md").read_text(encoding="utf-8")
-        text = self.links.rewrite(text, "nbs/_site/commands.md", "commands/index.md").replace(
-            "COMMANDS", f"| command | |\n|---|---|\n{rows}"
-        )
-        self.write("commands/index.md", text + toctree(list(summaries())))
+        text = text.replace("COMMANDS", commands_table()).replace("STATUS", exit_status())
+        self.write("commands/index.md", text + toctree(list(pages_of)))
 
     def assemble(self):
         "Write all pages and copy their pictures."

@@ -5,54 +5,43 @@ import os
 
 from api import plain
 
-from dora_nb.command.main import COMMANDS, parser
+from dora_nb.command.parser import COMMANDS, parser
 
 os.environ["COLUMNS"] = "80"  # of the usage
 
 
-def _parsers() -> dict[str, argparse.ArgumentParser]:
-    "Return the parser of each command, with all its options."
-    found = {}
-    for name in COMMANDS:
-        (sub,) = (a for a in parser(name)._actions if isinstance(a, argparse._SubParsersAction))
-        found[name] = sub.choices[name]
-        for action in found[name]._actions:
-            if action.choices and not action.metavar:
-                action.metavar = action.dest.upper()  # the choices are listed below it
-    return found
-
-
 def _entry(command: argparse.ArgumentParser, action: argparse.Action) -> str:
     "Return one option, or one positional argument, as a directive."
-    formatter = command._get_formatter()
-    names = action.option_strings or [formatter._format_args(action, action.metavar or action.dest)]
-    value = (
-        formatter._format_args(action, action.metavar or action.dest.upper())
-        if action.option_strings and action.nargs != 0
-        else ""
-    )
-    heads = ", ".join(f"{name} {value}".strip() for name in names)
-    text = (action.help or "") % (vars(action) | {"prog": command.prog}) if action.help else ""
-    choices = f" One of {', '.join(f'`{c}`' for c in action.choices)}." if action.choices else ""
-    return f"```{{option}} {heads}\n{plain(text)}{'.' if choices else ''}{choices}\n```\n"
+    values = command._get_formatter()._format_args(action, action.metavar or action.dest.upper())
+    heads = [f"{name} {values}".strip() for name in action.option_strings or [""]]
+    text = (action.help or "") % (vars(action) | {"prog": command.prog})
+    return f"```{{option}} {', '.join(heads)}\n{plain(text)}\n```\n"
+
+
+def _page(name: str, command: argparse.ArgumentParser) -> str:
+    usage = command.format_usage().removeprefix("usage: ")
+    lines = [f"# dora-nb {name}\n", f"{plain(command.description or '')}\n"]
+    lines.append(f"```{{code-block}} text\n{usage}```\n\n```{{program}} dora-nb {name}\n```\n")
+    for group in command._action_groups:
+        if actions := [action for action in group._group_actions if action.help != argparse.SUPPRESS]:
+            lines += [f"## {group.title.capitalize()}\n", *(_entry(command, action) for action in actions)]
+    return "\n".join(lines)
 
 
 def command_pages() -> dict[str, str]:
     "Return the page of each command, in MyST."
-    pages = {}
-    for name, command in _parsers().items():
-        lines = [f"# dora-nb {name}\n", f"{plain(command.description or '')}\n"]
-        usage = command.format_usage().removeprefix("usage: ")
-        lines.append(f"```{{code-block}} text\n{usage}```\n\n```{{program}} dora-nb {name}\n```\n")
-        for group in command._action_groups:
-            if actions := [a for a in group._group_actions if a.help != argparse.SUPPRESS]:
-                lines.append(f"## {group.title.capitalize()}\n")
-                lines += [f"{plain(group.description)}\n"] if group.description else []
-                lines += [_entry(command, a) for a in actions]
-        pages[name] = "\n".join(lines)
-    return pages
+    return {name: _page(name, command) for name, command in parser(*COMMANDS).commands.items()}
 
 
-def summaries() -> dict[str, str]:
-    "Return what each command does, in a line of Markdown."
-    return {name: plain(function.__doc__ or "") for name, (function, _) in COMMANDS.items()}
+def commands_table() -> str:
+    "Return what each command does, as Markdown."
+    rows = (
+        f"| [`dora-nb {name}`]({name}.md) | {plain(function.__doc__)} |" for name, (function, _) in COMMANDS.items()
+    )
+    return "\n".join(["| command | |", "|---|---|", *rows])
+
+
+def exit_status() -> str:
+    "Return what the exit status of a command means, a line for each, as Markdown."
+    meanings = parser().epilog.removeprefix("Exit status: ").rstrip(".").split("; ")
+    return "\n".join(f"- `{number}` {plain(meaning)}" for number, meaning in (m.split(" ", 1) for m in meanings))
