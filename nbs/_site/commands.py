@@ -36,7 +36,7 @@ def command_pages() -> dict[str, str]:
 def commands_table() -> str:
     "Return what each command does, as Markdown."
     rows = (
-        f"| [`dora-nb {name}`]({name}.md) | {plain(function.__doc__)} |" for name, (function, _) in COMMANDS.items()
+        f"| [`{name}`]({name}.md) | {plain(function.__doc__)} |" for name, (function, _) in COMMANDS.items()
     )
     return "\n".join(["| command | |", "|---|---|", *rows])
 
