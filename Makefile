@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help reproduce report test test-fast test-slow speed reliability notebooks readme clean
+.PHONY: help reproduce report test test-fast test-slow speed reliability notebooks readme docs clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -17,7 +17,7 @@ $(READY): constraints.txt settings.ini setup.py
 	  { echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) is what '$(PYTHON)' is. Try: make PYTHON=python3.12 ..."; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@# pip would compile twenty thousand modules, for nearly two minutes; few are ever imported, and they are compiled then
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev,docs]'
 	@# an oracle of the tests; its own requirements bring a torchvision that is built for another torch
 	$(PIP) --no-deps \
 	  backpack-for-pytorch curvlinops-for-pytorch einconv linear-operator unfoldnd
@@ -67,5 +67,8 @@ readme: $(READY) ## README.md from nbs/index.ipynb
 	  awk '/^```/ { if (!code && $$0 == "```") $$0 = "```python"; code = !code } { print }' > $(README).part
 	mv $(README).part $(README)
 
+docs: $(READY) ## the documentation site in _docs/, which needs no network
+	$(BIN)/python nbs/_site/build.py _docs
+
 clean: ## remove the environment and what was built (not the cache, not runs/)
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) _docs build dist *.egg-info

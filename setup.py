@@ -10,7 +10,9 @@ here = Path(__file__).parent
 ini = configparser.ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-runs, ray, compress, dev = (shlex.split(cfg[f"{extra}_requirements"]) for extra in ("runs", "ray", "compress", "dev"))
+runs, ray, compress, dev, docs = (
+    shlex.split(cfg[f"{extra}_requirements"]) for extra in ("runs", "ray", "compress", "dev", "docs")
+)
 
 setup(
     name=cfg["lib_name"],
@@ -44,7 +46,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg["requirements"]),
-    extras_require={"runs": runs, "ray": runs + ray, "compress": compress, "dev": runs + ray + dev},
+    extras_require={"runs": runs, "ray": runs + ray, "compress": compress, "dev": runs + ray + dev, "docs": docs},
     # The papermill notebooks travel inside the package, so that `dora-nb run` works from a wheel too.
     packages=[*find_packages(include=["dora_nb*"]), "dora_nb.notebooks"],
     package_dir={"dora_nb.notebooks": "nbs/runs"},

@@ -17,6 +17,7 @@ BOOK = sorted((ROOT / "nbs").glob("[0-9]*/[0-9]*.ipynb"), key=lambda p: p.name)
 APPENDIX = [
     ROOT / "nbs" / f"{name}.ipynb" for name in ("files", "locks", "messages", "registry")
 ]  # every chapter may use them
+TOUR = ROOT / "nbs" / "tour.ipynb"  # exports nothing
 NOTEBOOKS = [*BOOK, *sorted((ROOT / "nbs").glob("[a-z]*.ipynb")), *sorted((ROOT / "nbs" / "runs").glob("*.ipynb"))]
 BIN = Path(sys.executable).parent
 
@@ -145,7 +146,7 @@ def test_exported_cells_are_small(path):
     assert statistics.median(sizes) <= 15, sorted(sizes)
 
 
-@pytest.mark.parametrize("path", [*BOOK, *APPENDIX], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*BOOK, *APPENDIX, TOUR], ids=lambda p: p.stem)
 def test_prose_is_short(path):
     texts = [source(c) for c in cells(path, "markdown")]
     sizes = [len(text.split()) for text in texts]
@@ -198,7 +199,7 @@ def test_outputs_are_small_and_clean(path):
         assert not re.search(r"/(root|home|work|Users|tmp)/", text), "a path of some machine was kept"
 
 
-@pytest.mark.parametrize("path", BOOK, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*BOOK, TOUR], ids=lambda p: p.stem)
 def test_figures_are_there(path):
     "A cell that draws shows what it drew: a chapter that was run without inline figures is not committed."
     for c in cells(path, "code"):
