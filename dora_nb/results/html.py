@@ -25,14 +25,10 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator
 
 # %% ../../nbs/7_results/73c_html.ipynb #2f184929
-def _is_upright(points: np.ndarray) -> bool:
-    "Return whether these are the two ends of a vertical line."
-    return len(points) == 2 and points[0, 0] == points[1, 0]
-
-
 def _points(ax: plt.Axes) -> list[tuple[str, np.ndarray]]:
     "Return the labels and the (n, 2) points of the lines and scatters of a panel."
     lines = [(line.get_label(), line.get_xydata()) for line in ax.lines if line.get_transform() == ax.transData]
@@ -41,31 +37,37 @@ def _points(ax: plt.Axes) -> list[tuple[str, np.ndarray]]:
     return [(str(label), points) for label, points in (*lines, *spots, *bars)]
 
 
-def _place(ax: plt.Axes, x: float) -> str:
-    "Return what a place on the horizontal axis is called."
-    ticks = ax.get_xticks()
-    if isinstance(ax.xaxis.get_major_locator(), FixedLocator) and len(ticks):
-        nearest = int(np.abs(ticks - x).argmin())
-        if abs(ticks[nearest] - x) < 0.5:
-            return " ".join(ax.get_xticklabels()[nearest].get_text().split())
-    return f"{ax.get_xlabel()} {x:.4g}".strip()
+def _has_names(axis: Axis) -> bool:
+    "Return whether the ticks of an axis are chosen places with names."
+    return isinstance(axis.get_major_locator(), FixedLocator)
 
-# %% ../../nbs/7_results/73c_html.ipynb #d4d62250
+
+def _place(axis: Axis, at: float) -> str:
+    "Return what a place on an axis is called."
+    ticks = np.array(axis.get_majorticklocs())
+    if _has_names(axis) and len(ticks):
+        nearest = int(np.abs(ticks - at).argmin())
+        if abs(ticks[nearest] - at) < 0.5:
+            return " ".join(axis.get_majorticklabels()[nearest].get_text().split())
+    return f"{axis.get_label_text()} {at:.4g}".strip()
+
+# %% ../../nbs/7_results/73c_html.ipynb #b85689c9
 def _panel_marks(ax: plt.Axes) -> list[tuple[float, float, str]]:
     "Return the marks of a panel: x and y in its figure, and a text."
-    points = _points(ax)
-    spans = {p[0, 0]: {} for _, p in points if _is_upright(p)}
-    for _, p in points:
-        if _is_upright(p):
-            spans[p[0, 0]][p[:, 1].mean()] = sorted(p[:, 1])
-    found = []
+    value = 0 if _has_names(ax.yaxis) and not _has_names(ax.xaxis) else 1  # the coordinate that is measured
+    points, axis, spans, found = _points(ax), (ax.yaxis, ax.xaxis)[value], {}, []
+    is_span = lambda p: len(p) == 2 and p[0, 1 - value] == p[1, 1 - value]
+    for p in (p for _, p in points if is_span(p)):
+        spans.setdefault(p[0, 1 - value], []).append(sorted(p[:, value]))
     for label, p in points:
-        head = ": ".join(filter(None, (ax.get_title(), "" if label.startswith("_") else label.strip())))
-        for x, y in [] if _is_upright(p) else p[np.isfinite(p).all(axis=1)]:
-            ends = [span for span in spans.get(x, {}).values() if span[0] <= y <= span[1]]
-            text = f"{y:.4g}" + (f" [{ends[0][0]:.4g}, {ends[0][1]:.4g}]" if ends else "")
-            at = ax.figure.transFigure.inverted().transform(ax.transData.transform((x, y))).tolist()
-            found.append((round(at[0], 4), round(1 - at[1], 4), f"{head}\n{_place(ax, x)}: {text}".replace(r"\$", "$")))
+        names = [ax.get_title(), "" if label.startswith("_") else label.strip()]
+        for point in [] if is_span(p) else p[np.isfinite(p).all(axis=1)]:
+            v, at = point[value], point[1 - value]
+            ends = next(([low, high] for low, high in spans.get(at, []) if low <= v <= high), None)
+            text = f"{_place(axis, at)}: {v:.4g}" + (f" [{ends[0]:.4g}, {ends[1]:.4g}]" if ends else "")
+            x, y = ax.figure.transFigure.inverted().transform(ax.transData.transform(point)).tolist()
+            lines = filter(None, (": ".join(filter(None, names)), text))
+            found.append((round(x, 4), round(1 - y, 4), "\n".join(lines).replace(r"\$", "$")))
     return found
 
 
@@ -121,6 +123,9 @@ def _blocks(tokens: list[Token]) -> list[list[Token]]:
         depth += token.nesting
         if not depth:
             blocks.append([])
+    for block in blocks[:-1]:
+        if _kind(block) == "picture":
+            block[0].hidden = block[-1].hidden = True  # a figure stands in no paragraph
     return blocks[:-1]
 
 

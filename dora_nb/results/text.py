@@ -23,8 +23,7 @@ def markdown_text(
 ) -> str:  # one line of Markdown that shows it
     "Return a string escaped for Markdown, so that a line, a list or a table cell shows it literally."
     line = one_line(text).lstrip(" ").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    marks = _BRACKETS if brackets else _MARKS
-    return _BLOCK.sub(r"\1\\", marks.sub(r"\\\g<0>", line))
+    return _BLOCK.sub(r"\1\\", (_BRACKETS if brackets else _MARKS).sub(r"\\\g<0>", line))
 
 
 def markdown_code(

@@ -16,6 +16,7 @@ import pytest
 
 from dora_nb.command.main import main
 from dora_nb.data.tasks import TASKS, Task
+from dora_nb.results.answer import differences
 from dora_nb.results.html import render_html
 from dora_nb.results.labels import parameters
 from dora_nb.results.page import render
@@ -65,7 +66,8 @@ def evil(tmp_path, monkeypatch):
     problems = [f"- [ ] {EVIL}: {EVIL}"]
     store_results(out, Results(results, problems, pd.concat(answers), history, NO_RESULTS.geometry, probes))
     words = json.dumps(f"{EVIL}\n```\nnever closed", ensure_ascii=False)
-    grid = f'name = "x"\n[axes]\nseed = [0, 1]\n[report]\ntitle = {words}\nclaim = {words}\nverdict = {words}\ndoubts = [{words}]\n'
+    short = json.dumps(EVIL, ensure_ascii=False)
+    grid = f'name = "x"\n[axes]\nseed = [0, 1]\n[report]\ntitle = {words}\nclaim = {words}\nanswer = {short}\nverdict = {words}\ndoubts = [{words}]\n'
     (out / "grid.toml").write_text(grid, encoding="utf-8")
     return out
 
@@ -254,9 +256,12 @@ def test_answer_figure_and_table_are_seen_without_scrolling(quick, opened):
 def test_a_point_under_the_pointer_shows_its_value(quick, opened):
     page, _ = opened(quick)
     marks = page.evaluate("async () => JSON.parse(await unpack('marks'))")
-    (x, y, text), *_ = marks["accuracy-loglikelihood-validation.png"]
     low, high = wilson(62, 160)
-    assert text == f"BoolQ (n = 160)\nbase model: 38.75 [{100 * low:.4g}, {100 * high:.4g}]"
+    own = marks["accuracy-loglikelihood-validation.png"][0][2]
+    assert own == f"BoolQ (n = 160)\nbase model: 38.75 [{100 * low:.4g}, {100 * high:.4g}]"
+    (x, y, text), *_ = marks["differences.png"]
+    row = differences(QUICK).iloc[0]
+    assert text == f"BoolQ: {row.difference:.4g} [{row.low:.4g}, {row.high:.4g}]"
     box = page.locator(".evidence img").bounding_box()
     page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
     assert page.locator(".evidence output").inner_text() == text
