@@ -10,9 +10,8 @@ here = Path(__file__).parent
 ini = configparser.ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-runs, ray, compress, dev, docs = (
-    shlex.split(cfg[f"{extra}_requirements"]) for extra in ("runs", "ray", "compress", "dev", "docs")
-)
+extras = ("runs", "ray", "compress", "html", "dev", "docs")
+runs, ray, compress, html, dev, docs = (shlex.split(cfg[f"{extra}_requirements"]) for extra in extras)
 
 setup(
     name=cfg["lib_name"],
@@ -46,11 +45,18 @@ setup(
     license_files=["LICENSE"],
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg["requirements"]),
-    extras_require={"runs": runs, "ray": runs + ray, "compress": compress, "dev": runs + ray + dev, "docs": docs},
+    extras_require={
+        "runs": runs,
+        "ray": runs + ray,
+        "compress": compress,
+        "html": runs + html,
+        "dev": runs + ray + html + dev,
+        "docs": docs,
+    },
     # The papermill notebooks travel inside the package, so that `dora-nb run` works from a wheel too.
     packages=[*find_packages(include=["dora_nb*"]), "dora_nb.notebooks"],
     package_dir={"dora_nb.notebooks": "nbs/runs"},
-    package_data={"dora_nb": ["py.typed"], "dora_nb.notebooks": ["*.ipynb"]},
+    package_data={"dora_nb": ["py.typed", "results/report.*"], "dora_nb.notebooks": ["*.ipynb"]},
     entry_points={"console_scripts": shlex.split(cfg["console_scripts"])},
     zip_safe=False,
 )

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from dora_nb.data.assets import load_model, model_path
 from dora_nb.models.adapt import adapter_layers
 
-LONG_FILES = "notebooks layout docs build assets benchmarks evaluate faults experiments team lm_eval report stored curvature".split()
+LONG_FILES = "notebooks layout docs build assets benchmarks evaluate faults experiments team lm_eval report html stored curvature".split()
 LONG_FIXTURES = {"smollm", "stock"}  # the real model, and processes
 
 

@@ -24,6 +24,7 @@ def test_wheel(dist, tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {p.relative_to(ROOT).as_posix() for p in (ROOT / "dora_nb").rglob("*.py")} | {"dora_nb/py.typed"} <= names
     assert {"dora_nb/notebooks/finetune.ipynb", "dora_nb/notebooks/report.ipynb"} <= names
+    assert {f"dora_nb/results/report.{kind}" for kind in ("html", "css", "js")} <= names
     assert not [n for n in names if n.startswith(("tests", "nbs", "reports"))]
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
     needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]

@@ -61,6 +61,8 @@ def _report_options(p: Parser):
     p.add_argument("--grid", metavar="GRID.toml", help=grid)
     add_shared(p, "--scale", "--known")
     p.add_argument("--out", metavar="DIR", help="the folder of the page (default: reports/NAME)")
+    html = "write report.html too: one file to mail or to open without a network, with sortable tables and every question with both methods' answers"
+    p.add_argument("--html", action="store_true", help=html)
 
 
 def _check_report(args: argparse.Namespace, in_place: bool):
@@ -76,9 +78,13 @@ def _report(args: argparse.Namespace):
     from dora_nb.runs.jobs import need
 
     need("matplotlib", "pandas", "tabulate")
+    if args.html:
+        need("itables", "jinja2", "markdown_it", extra="html")
+        from dora_nb.results.html import render_html as render
+    else:
+        from dora_nb.results.page import render
     from dora_nb.results.collect import collect
     from dora_nb.results.overview import check_overview, overview, reports_in
-    from dora_nb.results.page import render
     from dora_nb.runs.grid import RESULTS
 
     gathered, several = (Path(args.runs) / RESULTS).exists(), reports_in(args.runs)

@@ -120,7 +120,9 @@ def _asked(page: Page) -> str:
 
 def _row(path: Path, spec: dict, pages: list[Page], folder: Path) -> str:
     "Return the row of an experiment."
-    link = lambda words, target: f"[{markdown_text(words)}]({quote(target.relative_to(folder).as_posix())})"
+    link = lambda words, target: (
+        f"[{markdown_text(words, brackets=True)}]({quote(target.relative_to(folder).as_posix())})"
+    )
     made = [p for p in pages if p.grid == path.resolve()]
     name = lambda p: f"{markdown_text(p.scale)}: " if len(made) > 1 else ""
     answers = [f"{name(p)}{p.spec.get('answer', 'Under way.')}" for p in made]

@@ -45,7 +45,7 @@ class Page:
     def picture(self, fig: plt.Figure, name: str, words: str) -> str:
         "Save a figure under a name and return the Markdown that shows it; `words` describe it."
         _savefig(fig, self.out / name)
-        return f"![{words}]({name})\n"
+        return f"![{markdown_text(words, brackets=True)}]({name})\n"
 
     @functools.cached_property
     def compared(self) -> tuple[list[dict], list[dict]]:

@@ -12,15 +12,18 @@ import pandas as pd
 from .labels import one_line
 
 # %% ../../nbs/7_results/60_text.ipynb #5d05bee0
-_MARKS = re.compile(r"[\\`*|$~]|(?<!\w)_|_(?!\w)|(?<=\])[(\[]")
+_MARKS = re.compile(r"[\\`*|$~]|(?<!\w)_|_(?!\w)|(?<=\])[(\[:]")
+_BRACKETS = re.compile(rf"{_MARKS.pattern}|[\[\]]")
+_BLOCK = re.compile(r"^(\d{0,9})(?=#{1,6}(?: |$)|[-+.)](?: |$)|-+$|\[[ xX]\])")  # a heading, list, rule or box to tick
 
 
 def markdown_text(
     text,  # from a file
+    brackets: bool = False,  # it stands between brackets: the words of a link or an image
 ) -> str:  # one line of Markdown that shows it
-    "Return a string escaped for Markdown, so that a page or a table cell shows it literally."
-    line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _MARKS.sub(r"\\\g<0>", line)
+    "Return a string escaped for Markdown, so that a line, a list or a table cell shows it literally."
+    line = one_line(text).lstrip(" ").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _BLOCK.sub(r"\1\\", (_BRACKETS if brackets else _MARKS).sub(r"\\\g<0>", line))
 
 
 def markdown_code(
@@ -32,11 +35,25 @@ def markdown_code(
     return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
 
 # %% ../../nbs/7_results/60_text.ipynb #73fe56d3
+def _open_fence(text: str) -> str:
+    "Return the fence of a block of code that Markdown opens and does not close; an empty string if there is none."
+    fence = ""
+    for found in re.finditer(r"^ {0,3}(`{3,}|~{3,})(.*)$", text, re.M):
+        marks, rest = found.groups()
+        if not fence:
+            fence = "" if marks[0] == "`" and "`" in rest else marks
+        elif marks.startswith(fence) and not rest.strip():
+            fence = ""
+    return fence
+
+
 def markdown_prose(
     text: str,  # Markdown that a user wrote
 ) -> str:
-    "Return Markdown with its HTML tags escaped."
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+    "Return Markdown with its HTML tags escaped and its blocks of code closed."
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+    fence = _open_fence(text)
+    return f"{text}\n{fence}" if fence else text
 
 
 def markdown_table(
