@@ -35,9 +35,7 @@ def command_pages() -> dict[str, str]:
 
 def commands_table() -> str:
     "Return what each command does, as Markdown."
-    rows = (
-        f"| [`{name}`]({name}.md) | {plain(function.__doc__)} |" for name, (function, _) in COMMANDS.items()
-    )
+    rows = (f"| [`{name}`]({name}.md) | {plain(function.__doc__)} |" for name, (function, _) in COMMANDS.items())
     return "\n".join(["| command | |", "|---|---|", *rows])
 
 
