@@ -287,7 +287,7 @@ def test_only_a_page_of_ours_is_overwritten(evil, capsys):
     out = evil
     (out / "report.html").write_text("<p>mine</p>")
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    assert main(["report", str(out), "--html"]) == 1
+    assert main(["report", str(out), "--html"]) == 2
     assert "report.html exists, and this command did not write it" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
     assert main(["report", str(out)]) == 0 and (out / "report.html").read_text() == "<p>mine</p>"
