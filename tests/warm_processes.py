@@ -35,7 +35,8 @@ torch torch.optim torch._dynamo torch.distributed.run torch.distributed.tensor d
 papermill.__main__ ipykernel.kernelapp ipykernel.ipkernel ipykernel_launcher IPython psutil accelerate scipy.stats
 matplotlib.pyplot matplotlib_inline.backend_inline pandas.plotting._matplotlib transformers.models.llama.modeling_llama
 transformers.models.auto.tokenization_auto transformers.generation.utils dora_nb.command.main dora_nb.command.commands
-dora_nb.runs.grid dora_nb.runs.run dora_nb.runs.probe_run dora_nb.results.page dora_nb.results.collect
+dora_nb.runs.grid dora_nb.runs.run dora_nb.runs.probe_run dora_nb.runs.launcher dora_nb.results.page
+dora_nb.results.collect dora_nb.results.overview dora_nb.results.answer dora_nb.curvature.rank_search nbdev.test
 """.split()
 ROOM = 16_000  # bytes for a command line
 TAKEN = {"-P": 0, "-u": 0, "-W": 1}  # options of Python, and how many values they have
@@ -201,6 +202,10 @@ def serve(number):
     "Wait for what is to be started; run by a process of its own."
     for name in MODULES:
         importlib.import_module(name)
+    from dora_nb.data.assets import is_cached, load_model
+
+    if is_cached("smollm2-135m-instruct"):  # verified once, and not by every process
+        load_model("smollm2-135m-instruct")
     asked, parent = socket.socket(fileno=number), os.getppid()
     asked.send(b"ready")
     while True:

@@ -45,11 +45,16 @@ def _missing_lines(problems: list[str]) -> list[str]:
 
 
 def _head(page: Page) -> list[str]:
-    "Return the head of a page: claim, answer, and the runs that are missing."
+    "Return the head of a page: claim, answer, a warning if the experiment is small, and the runs that are missing."
     claim = page.spec.get("claim", page.spec.get("question"))
     answer = page.spec.get("answer") or counted_answer(page)
     words = {"Claim" if "claim" in page.spec else "Question": claim, "Answer": answer}
     lines = [f"**{k}.** {markdown_prose(' '.join(v.split()))}\n" for k, v in words.items() if v]
+    results = page.found.results
+    if len({r["params"]["seed"] for r in results}) == 1 and max(r["metrics"]["n"] for r in results) < 1000:
+        lines += [
+            "This is a small experiment. It shows that everything works; read the intervals before the figures.\n"
+        ]
     return [*lines, *_missing_lines(page.found.problems)]
 
 # %% ../../nbs/7_results/73_page.ipynb #d1a2a89a

@@ -489,7 +489,7 @@ def test_a_page_s_words_come_from_the_grid_file(tmp_path):
     (folder.parent / "grid.toml").write_text(SPEC + "changes_from = { rank = 2 }")
     assert experiment(folder)[0]["changes_from"] == {"rank": 2}
     by_scale = '[report.doubts]\nsmall = ["One."]\nlarge = ["Two."]\n[report.verdict]\nlarge = "Yes."'
-    (folder.parent / "grid.toml").write_text(SPEC.replace('verdict = "Undecided."', by_scale))
+    (folder.parent / "grid.toml").write_text(SPEC.replace('verdict = "Undecided, as nothing was run."', by_scale))
     spec = experiment(folder)[0]
     assert spec["doubts"] == ["One."] and "verdict" not in spec
     assert experiment(tmp_path) == ({}, None, None)
@@ -1119,7 +1119,7 @@ def test_a_page_of_hostile_strings(six, tmp_path):
     page = render(out).read_text(encoding="utf-8")
     html = MarkdownIt("commonmark", {"html": True}).enable("table").render(MADE.sub("", page))
     assert "<script" not in html and not re.search(r"<(b|i|a)>|javascript:f\"", html)
-    assert re.sub("`[^`]*`", "", page).count("<") == len(MADE.findall(page)) == 1
+    assert re.sub("`[^`\n]*`", "", page).count("<") == len(MADE.findall(page)) == 1
     for table in re.findall(r"<table>.*?</table>", html, re.S):
         columns = table.count("<th>") + table.count("<th ")
         assert all(r.count("<td") == columns for r in re.findall(r"<tr>(?:(?!<th).)*?</tr>", table, re.S))
@@ -1216,7 +1216,7 @@ def test_a_grid_file_that_no_page_can_be_made_of_is_named_before_anything_is_sto
     [
         ("report = 5", "report must be of type dict"),
         ('report = "a claim"', "report must be of type dict"),
-        ('report = { claim = "c", answer = "x", number = "7" }', "report.number is unknown; choose one of"),
+        ('report = { claim = "c", answer = "x", number = "7" }', "report.number is of the wrong type"),
         ("report = { claim = 5 }", "report.claim is of the wrong type"),
         ('report = { claim = "c", title = 5 }', "report.title is of the wrong type"),
         ("rows = 3", "unknown key 'rows'"),
@@ -1234,7 +1234,7 @@ def test_an_overview_names_a_wrong_grid_before_anything_is_made(tmp_path, words,
     assert not (tmp_path / "README.md").exists()
     (tmp_path / "b" / "grid.toml").write_text(grid.format('report = { claim = "first", answer = "x", number = 6.5 }'))
     page = overview(tmp_path).read_text(encoding="utf-8")
-    assert page.index("| b | first |") < page.index("| a | b |")
+    assert page.index("| first |") < page.index("| b |")
 
 
 @pytest.mark.attack("crash")
