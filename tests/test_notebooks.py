@@ -14,5 +14,7 @@ RUN = "import os, sys; from nbdev.test import test_nb; good, _ = test_nb(sys.arg
 
 @pytest.mark.parametrize("path", BOOK, ids=lambda p: p.stem)
 def test_chapter(path, warm):
-    done = subprocess.run([sys.executable, "-c", RUN, path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert done.returncode == 0, done.stdout[-4000:]

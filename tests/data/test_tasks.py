@@ -138,7 +138,7 @@ def test_twins_are_found_across_the_file_and_through_others():
 @pytest.mark.parametrize(
     "wrong,named",
     [
-        (dict(name="boolqq"), "boolq, hellaswag"),
+        (dict(name="boolqq"), "did you mean 'boolq'"),
         (dict(split="test"), "train, dev, validation"),
         (dict(format="chat"), "cloze, instruction"),
         (dict(limit=0), "limit=0"),
