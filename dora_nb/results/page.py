@@ -43,7 +43,7 @@ def _missing_lines(problems: list[str]) -> list[str]:
     damaged = [f"- {markdown_text(p)}" for p in problems if ": not finished" not in p]
     return [*lines, *damaged, ""] if damaged else lines
 
-
+# %% ../../nbs/7_results/73_page.ipynb #257a8c4e
 def _head(page: Page) -> list[str]:
     "Return the head of a page: claim, answer, a warning if the experiment is small, and the runs that are missing."
     claim = page.spec.get("claim", page.spec.get("question"))
