@@ -164,14 +164,17 @@ def compare(
     Columns: n, seeds, others (items of one side only), acc_a and acc_b, difference (b − a) with its 95 % interval
     low and high, only_a and only_b (answers that one side alone got right), g (Cohen's), mcnemar and p, detectable
     (the smallest difference found with 80 % power), same and same_seeds (`agreement`), equal_rates (whether both
-    sides have the same learning rates), unlike (conditions in which the sides differ). Accuracies are fractions.
+    sides have the same learning rates) and rate (their common one, if there is a single one), unlike (conditions in
+    which the sides differ). Accuracies are fractions.
     """
     alike = lambda runs: dict(zip(("same", "same_seeds"), agreement(runs, predictions)))
     rate, rows = {r["run"]: r["params"].get("learning_rate") for r in results}, []
     for where, runs in _pairs(results, a, b):
         d = _apart(runs, predictions)
         unlike = {"unlike": _unlike(results, runs.values(), a.keys() | b.keys())}
+        rates = {rate[run] for pair in runs.values() for run in pair}
         equal = {"equal_rates": all(rate[one] == rate[two] for one, two in runs.values())}
+        equal["rate"] = rates.pop() if len(rates) == 1 else math.nan
         rows.append(where | _difference(d.to_numpy()) | d.attrs | alike(runs) | equal | unlike)
     return factor_frame(rows, [k for k in factors(results) if k in rows[0]]) if rows else pd.DataFrame()
 

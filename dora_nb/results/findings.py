@@ -14,6 +14,7 @@ import pandas as pd
 from .about import experiment
 from .compare import METHODS_APART, clear
 from .forest import plot_forest
+from .labels import value_label
 from .sections import PLAIN, Page, table_lines
 from .stored import load_stored, page_results
 
@@ -48,7 +49,10 @@ def finding_rows(
     if sides and (sides["a"], sides["b"]) != METHODS_APART:
         return rows, [], []
     borrowed, missing = _borrowed(page)
-    return [r for r in rows if r["equal_rates"]] + borrowed, [r for r in rows if not r["equal_rates"]], missing
+    equal, chosen = ([r for r in rows if r["equal_rates"] is same] for same in (True, False))
+    if borrowed:  # the rate tells the rows of several reports apart
+        equal = [r | {"place": f"{r['place']}, {value_label('learning_rate', r['rate'])}"} for r in equal]
+    return equal + borrowed, chosen, missing
 
 # %% ../../nbs/7_results/71b_findings.ipynb #9d560fe2
 def conclusion(

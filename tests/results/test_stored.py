@@ -24,7 +24,8 @@ def first_edition(folder, to):
     shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.md", "*.png", ".*"))
     for grid in folder.parent.glob("*.toml"):
         shutil.copy(grid, to.parent)
-        for other in tomllib.loads(grid.read_text()).get("report", {}).get("equal_rates_from", ()):
+        named = tomllib.loads(grid.read_text()).get("report", {}).get("equal_rates_from", {})
+        for other in named.get(folder.name, ()):
             shutil.copytree(
                 REPORTS / other, to.parents[1] / other, ignore=shutil.ignore_patterns("*.md", "*.png", ".*")
             )
