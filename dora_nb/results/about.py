@@ -18,6 +18,7 @@ SPEC = {
     "number": (int, float),
     "title": str,
     "question": str,
+    "topic": str,
     "claim": str,
     "answer": (str, dict),  # a text of at most `WORDS` words, or one for each scale
     "method": str,

@@ -62,6 +62,8 @@ def conclusion(
     a, b = row["labels"]
     if clear(row):
         return f"{b if row['difference'] > 0 else a} is ahead"
+    if row["low"] > 0 or row["high"] < 0:  # the correction for many comparisons forbids the claim
+        return f"not claimed, p = {row['p_holm']:.2g}"
     return f"cannot tell; would find {100 * row['detectable']:.1f}"
 
 # %% ../../nbs/7_results/71b_findings.ipynb #81c6967e
@@ -81,7 +83,7 @@ def finding_table(
     return pd.DataFrame([cells(r) for r in rows])
 
 # %% ../../nbs/7_results/71b_findings.ipynb #4c583128
-NOTE = "Differences have 95 % intervals over items and seeds. *Ahead*: the interval excludes zero, and p, corrected for all comparisons of a page, is below 0.05. *Would find*: a true difference of so many points would be found with 80 % power.\n"
+NOTE = "Differences have 95 % intervals over items, and over seeds where there are several. *Ahead*: the interval excludes zero, and p, corrected for all comparisons of a page, is below 0.05. *Not claimed*: only the interval does. *Would find*: one test without correction would find a true difference of so many points with 80 % power.\n"
 CHOSEN = "The same with the learning rate that was chosen for each method on dev. The rates differ, so a difference may be the rate's:\n"
 
 
@@ -122,8 +124,9 @@ def counted_answer(
     rows = equal or chosen
     if not rows:
         return ""
-    (a, b), n = rows[0]["labels"], len(rows)
-    ahead = [r["labels"][r["difference"] > 0] for r in rows if clear(r)]
-    words = [f"{name} is ahead in {ahead.count(name)} of {n} comparisons" for name in (a, b) if name in ahead]
-    open_ = [f"{n - len(ahead)} of {n} comparisons cannot tell {a} and {b} apart"] if len(ahead) < n else []
-    return "; ".join([*words, *open_]).replace("1 of 1 comparisons", "the comparison") + "."
+    ahead, n = [r["labels"][r["difference"] > 0] for r in rows if clear(r)], len(rows)
+    of = f"{n} comparisons" if n > 1 else "the one comparison"
+    if not ahead:
+        return f"Not shown: no difference is claimed in {of}."
+    words = [f"{name} is ahead in {ahead.count(name)}" for name in dict.fromkeys(ahead)]
+    return f"{' and '.join(words)} of {of}."

@@ -73,10 +73,11 @@ def _measured(page: Page) -> list[str]:
     scale = f" (scale {markdown_code(page.scale)})" if page.scale else ""
     asked = _counts(r["metrics"]["n"] for r in results)
     splits = ", ".join(sorted({r["params"]["eval_split"] for r in results}))
+    tests, random = sum(map(len, page.compared)), "items and seeds" if seeds > 1 else "items, not seeds,"
     lines = [
         f"- Trained: {markdown_text(models)}, {items}{seeds} seed{'s' * (seeds > 1)}{scale}.",
         f"- Evaluated: {asked} items of the {markdown_text(splits)} split. Every difference is paired: the same items, the same seeds.",
-        f"- Tested: {len(page.compared[0]) + len(page.compared[1])} comparisons; intervals and p count items and seeds as random, and p is corrected for all of them.",
+        f"- Tested: {tests} comparison{'s' * (tests > 1)}; intervals and p count {random} as random, and p is corrected for all of them.",
     ]
     return ["## How it was measured\n", *lines, ""]
 
@@ -92,7 +93,7 @@ def _words(page: Page) -> list[str]:
     "Return the details in words: method and verdict of the grid file."
     keys = [k for k in ("method", "verdict") if k in page.spec]
     words = [f"**{k.capitalize()}.** {markdown_prose(page.spec[k].strip())}\n" for k in keys]
-    return ["## Details\n", *words]
+    return ["## Details\n", *words] if words else []
 
 
 def _published(page: Page) -> list[str]:

@@ -1,5 +1,6 @@
 "What was measured stays what it was: every stored report, from its files as the first edition left them."
 
+import base64
 import json
 import shutil
 import tomllib
@@ -83,6 +84,18 @@ def test_the_committed_overview_is_what_the_code_makes(tmp_path):
     assert made.read_text(encoding="utf-8") == (REPORTS / "README.md").read_text(encoding="utf-8"), "run `make report`"
     new, old = (plt.imread(p / "forest.png").astype(float) for p in (made.parent, REPORTS))
     assert new.shape == old.shape and abs(new - old).mean() < 0.01, "run `make report`"
+
+
+def test_the_answer_s_chapter_shows_the_figure_of_the_overview():
+    "The one that is stored now."
+    chapter = json.loads((REPORTS.parent / "nbs/7_results/75_answer.ipynb").read_text(encoding="utf-8"))
+    images = [
+        o["data"]["image/png"]
+        for c in chapter["cells"]
+        for o in c.get("outputs", ())
+        if "image/png" in o.get("data", {})
+    ]
+    assert base64.b64decode("".join(images[0])) == (REPORTS / "forest.png").read_bytes(), "run 75_answer again"
 
 
 @pytest.mark.attack("crash")
