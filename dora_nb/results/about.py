@@ -21,6 +21,7 @@ SPEC = {
     "topic": str,
     "claim": str,
     "answer": (str, dict),  # a text of at most `WORDS` words, or one for each scale
+    "evidence": str,  # heading of the section that the answer rests on, if it is not the page's first contrast
     "method": str,
     "against": str,
     "contrasts": list,

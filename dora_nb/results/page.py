@@ -50,6 +50,9 @@ def _head(page: Page) -> list[str]:
     answer = page.spec.get("answer") or counted_answer(page)
     words = {"Claim" if "claim" in page.spec else "Question": claim, "Answer": answer}
     lines = [f"**{k}.** {markdown_prose(' '.join(v.split()))}\n" for k, v in words.items() if v]
+    if "evidence" in page.spec:
+        words = f"The answer rests on the section {page.spec['evidence']}. Figure and table below compare accuracies."
+        lines.append(f"{markdown_prose(words)}\n")
     results = page.found.results
     if len({r["params"]["seed"] for r in results}) == 1 and max(r["metrics"]["n"] for r in results) < 1000:
         lines += [
