@@ -97,7 +97,7 @@ def in_points(
 def _limit(rows: list[dict]) -> float:
     "Return the end of the axis in points: all differences, and intervals up to 5 points."
     ends = max(max(-r["low"], r["high"]) for r in rows)
-    return max(1.0, math.ceil(min(5.0, ends)), math.ceil(max(abs(r["difference"]) for r in rows)))
+    return max(1.0, math.ceil(min(5.0, ends)), math.ceil(1.1 * max(abs(r["difference"]) for r in rows)))
 
 
 def findings_section(
