@@ -64,7 +64,7 @@ def plot_forest(
         _name_rows(ax, heights, rows, limit)
     else:
         ax.set_yticks(middles, [figure_text(title) for title in groups], fontsize=8)
-    ax.set(xlim=(-limit, limit), ylim=(y - gap, -height), xlabel=xlabel)
+    ax.set(xlim=(-limit, limit), ylim=(y - gap, -height), xlabel=figure_text(xlabel))
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0, pad=8)
     ax.grid(axis="x", color="0.9")

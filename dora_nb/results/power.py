@@ -43,7 +43,11 @@ def detectable_difference(
     seeds: int | None = None,  # of the experiment, two or more; as many as in `values` if None
     power: float = 0.8,  # probability that the difference is found, above 0.05
 ) -> float:  # in the unit of `values`
-    "Return the smallest true mean that a two-sided test at 5 % finds with the given power. With one seed, only items count as random."
+    "Return the smallest true mean that a two-sided test at 5 % finds with the given power. With one seed, only items count as random. ValueError for fewer than two seeds asked for, or a power that is none."
+    if seeds is not None and seeds < 2:
+        raise ValueError(f"seeds={seeds} tells nothing about seeds; give at least 2, or None for those of the values")
+    if not 0.05 < power < 1:
+        raise ValueError(f"power={power} is not possible; give a probability between 0.05 and 1")
     if len(values) == 1:
         error, df = values[0].std(ddof=1) / math.sqrt(values.shape[1]), values.shape[1] - 1
     else:

@@ -1,0 +1,63 @@
+"Power against an independent computation and an audit's figures; the overview overwrites nothing of others."
+
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dora_nb.results.compare import compare
+from dora_nb.results.forest import plot_forest
+from dora_nb.results.overview import FOREST, check_overview, overview
+from dora_nb.results.power import _errors_needed, detectable_difference
+from dora_nb.results.stored import read_report
+
+REPORTS = Path(__file__).parents[2] / "reports"
+
+
+@pytest.mark.parametrize("df", (5, 11, 100))
+@pytest.mark.parametrize("power", (0.5, 0.8, 0.9))
+def test_the_power_is_that_of_the_noncentral_t(df, power):
+    critical, mean = stats.t.ppf(0.975, df), _errors_needed(df, power)
+    found = stats.nct.sf(critical, df, mean) + stats.nct.cdf(-critical, df, mean)
+    assert math.isclose(found, power, abs_tol=2e-3)
+
+
+def test_detectable_differences_are_those_of_an_audit():
+    "Recomputed outside this project from the same answers, in points, with three seeds."
+    found = read_report(REPORTS / "main" / "large")
+    rows = compare(found.results, found.predictions).set_index("task").detectable
+    assert {task: round(100 * rows[task], 1) for task in ("boolq", "hellaswag")} == {"boolq": 4.1, "hellaswag": 1.1}
+
+
+@pytest.mark.parametrize(
+    "given,said", [(dict(seeds=1), "seeds=1"), (dict(power=0.05), "power=0.05"), (dict(power=1), "power=1")]
+)
+def test_an_impossible_experiment_is_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        detectable_difference(np.eye(4), **given)
+
+
+@pytest.mark.attack("data loss")
+def test_the_overview_s_figure_replaces_no_other(tmp_path):
+    shutil.copytree(REPORTS / "longer", tmp_path / "longer", ignore=shutil.ignore_patterns("*.png"))
+    (tmp_path / FOREST).write_bytes(b"a photograph")
+    for make in (check_overview, overview):
+        with pytest.raises(ValueError, match="move it away"):
+            make(tmp_path)
+    assert (tmp_path / FOREST).read_bytes() == b"a photograph" and not (tmp_path / "README.md").exists()
+    (tmp_path / FOREST).unlink()
+    overview(tmp_path), overview(tmp_path)
+    assert (tmp_path / FOREST).stat().st_size > 1000
+
+
+@pytest.mark.attack("crash")
+def test_a_forest_of_hostile_names():
+    name = r"$\frac{ _^ & <b>"
+    figure = plot_forest({name: [dict(label=name, difference=1.0, low=0.5, high=9.0)]}, xlabel=name)
+    figure.canvas.draw()
+    figure = plot_forest({name: [dict(label=name, difference=-12.0)]}, named=False, xlabel=name)
+    figure.canvas.draw()
+    assert "−12.0" in [text.get_text() for text in figure.axes[0].texts]
