@@ -77,11 +77,16 @@ def _measured(page: Page) -> list[str]:
     asked = _counts(r["metrics"]["n"] for r in results)
     splits = ", ".join(sorted({r["params"]["eval_split"] for r in results}))
     tests, random = sum(map(len, page.compared)), "items and seeds" if seeds > 1 else "items, not seeds,"
+    paired = " Every difference is paired: the same items, the same seeds." if tests else ""
     lines = [
         f"- Trained: {markdown_text(models)}, {items}{seeds} seed{'s' * (seeds > 1)}{scale}.",
-        f"- Evaluated: {asked} items of the {markdown_text(splits)} split. Every difference is paired: the same items, the same seeds.",
-        f"- Tested: {tests} comparison{'s' * (tests > 1)}; intervals and p count {random} as random, and p is corrected for all of them.",
+        f"- Evaluated: {asked} items of the {markdown_text(splits)} split.{paired}",
     ]
+    if tests:
+        words = f"{tests} comparison{'s' * (tests > 1)}"
+        lines += [
+            f"- Tested: {words}; intervals and p count {random} as random, and p is corrected for all of them.",
+        ]
     return ["## How it was measured\n", *lines, ""]
 
 
