@@ -12,8 +12,18 @@ import weakref
 
 import torch
 import torch.nn.functional as F
+from dora_nb.layers.base import (
+    adapted_norm,
+    apply_weight,
+    device_of,
+    frozen_squares,
+    frozen_weight,
+    input_dtype,
+    linear_shape,
+    reads_weight,
+)
 from .decompose import row_norm
-from .dora import DROPOUT_FORMS, factored_norm
+from .dora import DROPOUT_FORMS
 from .fused import Operands
 from .lora import init_update, scaling
 from .plans import PLANS, autocast_dtype, product, seen_through
@@ -24,13 +34,13 @@ class _Holder(nn.Module):
     "Hold a linear layer as `base_layer` and pass for one; keep the own parameters in float32 or better."
 
     bias = property(lambda self: self.base_layer.bias)  # some models read these attributes of their layers
-    in_features = property(lambda self: self.base_layer.in_features)
-    out_features = property(lambda self: self.base_layer.out_features)
+    in_features = property(lambda self: linear_shape(self.base_layer)[1])
+    out_features = property(lambda self: linear_shape(self.base_layer)[0])
 
     @property
     def weight(self) -> Tensor:
         "Return the adapted weight, (out, in), in the dtype of W₀; computed at each access."
-        W0 = self.base_layer.weight
+        W0 = frozen_weight(self.base_layer)
         if W0.is_meta:  # offloaded: only its shape and dtype can be read
             return W0
         with torch.autocast(W0.device.type, enabled=False):
@@ -74,7 +84,7 @@ class _Adapter(_Holder):
 # %% ../../nbs/1_layers/06_linear.ipynb #43e40697
 def _check(base_layer: nn.Module, plan: str, dropout: float):
     "Refuse a base layer without values, an unknown plan and an impossible dropout: ValueError."
-    if base_layer.weight.is_meta:
+    if device_of(base_layer).type == "meta":
         raise ValueError(
             "the layer to adapt has no values yet (it is on the meta device); load the weights before adapting"
         )
@@ -93,11 +103,11 @@ class _LowRank(_Adapter):
 
     def operands(self, x: Tensor) -> Operands:
         "Return the tensors of this layer for the product."
-        return Operands(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
+        return Operands(frozen_weight(self.base_layer), self.lora_A, self.lora_B, self.scaling)
 
     def adapted_weight(self) -> Tensor:
         "Return W₀ + s·BA, (out, in), in float32 or better, with a graph."
-        return self.base_layer.weight + self.scaling * (self.lora_B @ self.lora_A)
+        return frozen_weight(self.base_layer) + self.scaling * (self.lora_B @ self.lora_A)
 
 # %% ../../nbs/1_layers/06_linear.ipynb #5e771621
 class LoRALinear(_LowRank):
@@ -105,7 +115,7 @@ class LoRALinear(_LowRank):
 
     def __init__(
         self,
-        base_layer: nn.Linear,  # the layer to adapt, (out, in), with bias or without; frozen here
+        base_layer: nn.Module,  # the linear layer to adapt, (out, in), with bias or without; frozen here
         rank: int = 16,  # r
         alpha: float = 32,  # α
         dropout: float = 0.0,  # probability, on the input of the update
@@ -115,9 +125,9 @@ class LoRALinear(_LowRank):
     ):
         super().__init__()
         _check(base_layer, plan, dropout)
-        out_features, in_features = base_layer.weight.shape
-        dtype = torch.promote_types(base_layer.weight.dtype, torch.float32)
-        new = lambda *shape: nn.Parameter(torch.empty(shape, dtype=dtype, device=base_layer.weight.device))
+        out_features, in_features = linear_shape(base_layer)
+        dtype = torch.promote_types(input_dtype(base_layer), torch.float32)
+        new = lambda *shape: nn.Parameter(torch.empty(shape, dtype=dtype, device=device_of(base_layer)))
         self.base_layer = base_layer.requires_grad_(False)
         self.lora_A, self.lora_B = new(rank, in_features), new(out_features, rank)
         self.dropout = nn.Dropout(dropout)
@@ -172,16 +182,25 @@ class SharedInput:
         return here.ready.pop(layer)
 
 # %% ../../nbs/1_layers/06_linear.ipynb #750b96ae
+_scales = weakref.WeakKeyDictionary()  # layer → result of `constant_scale`, or None yet; only inside `cached_scales`
+
+
 class _Scaled(LoRALinear):
     "Scale the rows of the adapted weight by g = m/n, with m in `magnitude`."
 
     def norm(self) -> Tensor:
         "Return n, (out,), in float32 or better also under autocast; with a graph only for the exact gradient."
         exact = torch.is_grad_enabled() and not self.detach_norm
-        if self.base_layer.weight.is_meta:
+        if device_of(self.base_layer).type == "meta":
             raise RuntimeError("DoRA needs the weight that it adapts, but it is offloaded; merge the adapter before")
+        if self in _scales and not exact and not torch.compiler.is_compiling():
+            return constant_scale(self)[0]
+        return self.fresh_norm(exact)
+
+    def fresh_norm(self, exact: bool = False) -> Tensor:
+        "Compute n, (out,), whether or not it is cached; with a graph if `exact`."
         with torch.autocast(self.magnitude.device.type, enabled=False), torch.set_grad_enabled(exact):
-            return factored_norm(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
+            return adapted_norm(self.base_layer, self.squares, self.lora_A, self.lora_B, self.scaling)
 
     def scale(self) -> Tensor:
         "Return g = m/n, (out,), in float32 or better."
@@ -203,7 +222,7 @@ class DoRALinear(_Scaled):
 
     def __init__(
         self,
-        base_layer: nn.Linear,  # the layer to adapt, (out, in), with bias or without; frozen here
+        base_layer: nn.Module,  # the linear layer to adapt, (out, in), with bias or without; frozen here
         rank: int = 16,  # r
         alpha: float = 32,  # α
         dropout: float = 0.0,  # probability, on the input of the update
@@ -217,7 +236,12 @@ class DoRALinear(_Scaled):
         if dropout_form not in DROPOUT_FORMS:
             raise ValueError(f"dropout_form={dropout_form!r} does not exist; choose one of {', '.join(DROPOUT_FORMS)}")
         self.detach_norm, self.dropout_form = detach_norm, dropout_form
-        self.magnitude = nn.Parameter(row_norm(base_layer.weight.detach()))
+        self.register_buffer(
+            "squares", None if reads_weight(base_layer) else frozen_squares(base_layer), persistent=False
+        )
+        self.magnitude = nn.Parameter(
+            row_norm(frozen_weight(base_layer).detach()) if self.squares is None else self.squares.sqrt()
+        )
 
     @classmethod
     def parameter_shapes(cls, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -226,11 +250,11 @@ class DoRALinear(_Scaled):
 
     def plain(self, x: Tensor) -> Tensor:
         "Return the output by the formula, (…, in) → (…, out)."
-        W0, bias, g = self.base_layer.weight, self.base_layer.bias, self.scale()
-        y = F.linear(x, W0)
+        base, bias, g = self.base_layer, self.base_layer.bias, self.scale()
+        y = apply_weight(base, x)
         dropped = self.dropout(x)
         delta = self.dropout_form == "delta" and self.drops()
-        z = y + (g - 1) * F.linear(dropped, W0) if delta else g * y
+        z = y + (g - 1) * apply_weight(base, dropped) if delta else g * y
         z = (z + g * self.update(dropped)).to(y.dtype)
         return z if bias is None else z + bias.to(y.dtype)
 
@@ -239,9 +263,6 @@ class DoRALinear(_Scaled):
         return super().fast() and not (self.dropout_form == "delta" and self.drops())
 
 # %% ../../nbs/1_layers/06_linear.ipynb #ebe8a380
-_scales = weakref.WeakKeyDictionary()  # layer → result of `constant_scale`, or None yet; only inside `cached_scales`
-
-
 @contextlib.contextmanager
 def cached_scales(
     model: nn.Module,  # with DoRA layers; their parameters and W₀ must not change inside
@@ -263,8 +284,8 @@ def constant_scale(
     if (cached := _scales.get(layer)) is not None:
         return cached
     m = layer.magnitude
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(m.device.type, enabled=False):
-        n = factored_norm(layer.base_layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
+    with torch.inference_mode(False), torch.no_grad():
+        n = layer.fresh_norm()
         g = torch.where(m == 0, 1e-18, m / n)  # the gradient of m divides by it
         # on a GPU, reading the maximum would wait for all work in progress
         change = g - 1 if g.is_cpu and (g - 1).abs().max() < 0.5 else None

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from .base import reads_weight
 from .stored import StoredLinear
 from .fused import Operands, fused_product
 from torch import Tensor, nn
@@ -64,12 +65,13 @@ def draw_dropped(
 
 # %% ../../nbs/1_layers/05_plans.ipynb #d7b54704
 def seen_through(
-    base: nn.Linear,  # the base layer
+    base: nn.Module,  # the base layer
 ) -> bool:
-    "Return whether the plain formula is needed: for hooks, a trainable base, a compiler, a tracer or torch.func."
+    "Return whether the plain formula is needed: for a weight that cannot be read, hooks, a trainable base, a compiler, a tracer or torch.func."
     weight = base._parameters.get("weight")
     return bool(
-        (
+        not reads_weight(base)
+        or (
             weight.requires_grad
             if weight is not None
             else not isinstance(base, StoredLinear) and base.weight.requires_grad

@@ -218,9 +218,9 @@ def test_a_moving_average_is_swapped_in(tokens, grad):
 @pytest.fixture
 def norms(monkeypatch):
     "Counts how often a norm is computed."
-    calls, norm = dict(norm=0), dora_nb.layers.linear.factored_norm
+    calls, norm = dict(norm=0), dora_nb.layers.linear.adapted_norm
     monkeypatch.setattr(
-        dora_nb.layers.linear, "factored_norm", lambda *a: calls.update(norm=calls["norm"] + 1) or norm(*a)
+        dora_nb.layers.linear, "adapted_norm", lambda *a: calls.update(norm=calls["norm"] + 1) or norm(*a)
     )
     return calls
 
