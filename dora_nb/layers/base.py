@@ -133,7 +133,9 @@ def check_linear(
     base: nn.Module,  # a layer whose weight cannot be read
 ):
     "Refuse a layer that does not map x to W₀x + b: ValueError."
-    (out, inn), kind = linear_shape(base), f"is of type {type(base).__name__}"
+    (out, inn), kind, weight = linear_shape(base), f"is of type {type(base).__name__}", getattr(base, "weight", None)
+    if isinstance(weight, Tensor) and is_wrapped(weight):
+        kind += f" with a quantised weight ({type(weight).__name__} of {weight.dtype})"
     u, v = torch.randn(2, inn, generator=torch.Generator().manual_seed(0))
     x = torch.stack([torch.zeros(inn), u, v, u + v]).to(device_of(base), input_dtype(base))
     try:

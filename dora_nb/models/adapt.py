@@ -7,13 +7,15 @@ __all__ = ['FAMILIES', 'AdapterState', 'adapter_state', 'change_state', 'unshare
            'adapt', 'trainable_parameters', 'count_parameters', 'whole', 'whole_tensors']
 
 # %% ../../nbs/3_models/19_adapt.ipynb #9fdf95b8
+import math
 from dataclasses import dataclass, field, replace
 
+from ..layers.base import check_linear, device_of, linear_shape, reads_weight
 from ..layers.linear import LoRALinear, SharedInput
 from ..layers.stored import StoredLinear
 from .methods import METHODS, AdapterConfig
 from .names import match_names, shorten
-from .targets import find_targets, uncompiled, warn_of_unreached
+from .targets import default_targets, find_targets, uncompiled, warn_of_unreached
 from torch import Tensor, nn
 
 # %% ../../nbs/3_models/19_adapt.ipynb #13b00002
@@ -87,27 +89,22 @@ def unmatched_patterns(
     hits = {p: match_names(list(getattr(config, p)), targets) for p in ("rank_pattern", "alpha_pattern")}
     return [(pattern, key) for pattern, found in hits.items() for key, names in found.items() if not names]
 
-
-def _is_quantised(weight: Tensor) -> bool:
-    "Return whether a weight is another library's tensor subclass, or has a dtype that is only for storage."
-    wrapped = hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "full_tensor")  # not a DTensor
-    return wrapped or not weight.is_floating_point() or weight.dtype.itemsize < 2
-
 # %% ../../nbs/3_models/19_adapt.ipynb #6e25ad57
 def _check_targets(targets: dict[str, nn.Linear], config: AdapterConfig):
     "Refuse targets that cannot be adapted, and patterns that match none of them: ValueError."
-    if empty := next((n for n, m in targets.items() if m.weight.is_meta), None):
+    if empty := next((n for n, m in targets.items() if device_of(m).type == "meta"), None):
         raise ValueError(f"{empty!r} has no values yet (it is on the meta device); load the weights before adapting")
     if unmatched := unmatched_patterns(targets, config):
         pattern, entry = unmatched[0]
         raise ValueError(
             f"{pattern}: {shorten(entry)} matches none of the {len(targets)} layers to adapt, for instance {next(iter(targets))!r}"
         )
-    if quantised := next((n for n, m in targets.items() if _is_quantised(m.weight)), None):
-        weight = targets[quantised].weight
-        raise ValueError(
-            f"{quantised!r} is quantised ({type(weight).__name__} of {weight.dtype}), and cannot be adapted here; load the model unquantised, and compress it with dora_nb.models.compress.compress"
-        )
+    for name, layer in targets.items():
+        if not reads_weight(layer):
+            try:
+                check_linear(layer)
+            except ValueError as e:
+                raise ValueError(f"{name!r} {e}") from e
 
 # %% ../../nbs/3_models/19_adapt.ipynb #13b00009
 def _new_layers(targets: dict[str, nn.Linear], config: AdapterConfig) -> dict[str, LoRALinear]:
@@ -119,12 +116,14 @@ def _new_layers(targets: dict[str, nn.Linear], config: AdapterConfig) -> dict[st
 # %% ../../nbs/3_models/19_adapt.ipynb #e76ecf0a
 def adapt(
     model: nn.Module,  # changed in place: frozen, and its target layers replaced
-    config: AdapterConfig,  # method, rank, α and targets
+    config: AdapterConfig,  # method, rank, α and targets; targets by the type of the model if it names none
 ) -> nn.Module:  # the same model
     "Freeze `model` and put adapters around its target layers; with method full, make every weight trainable instead. Refuse a model that is adapted already: RuntimeError; targets that cannot be adapted: ValueError."
     if adapter_state(model).config or adapter_layers(model):
         raise RuntimeError("this model is adapted already; call remove_adapter(model) first")
     train_all = METHODS[config.method].layer is None
+    if config.target_modules is None and not train_all:
+        config = replace(config, target_modules=default_targets(model))
     targets = {} if train_all else find_targets(model, config.target_modules)
     if targets:
         _check_targets(targets, config)
@@ -157,7 +156,7 @@ def count_parameters(
     "Return the numbers of trainable and of all parameters."
     stored = [m for m in model.modules() if isinstance(m, StoredLinear)]  # their weights are buffers
     trained = sum(p.numel() for p in trainable_parameters(model).values())
-    return trained, sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in stored)
+    return trained, sum(p.numel() for p in model.parameters()) + sum(math.prod(linear_shape(m)) for m in stored)
 
 # %% ../../nbs/3_models/19_adapt.ipynb #74e6814e
 def whole(

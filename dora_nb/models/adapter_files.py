@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from ..files import write_json, write_whole
+from ..layers.base import linear_shape
 from .adapt import adapt, adapter_layers, adapter_state, unmatched_patterns, whole_tensors
 from .base_checksum import CHECKSUMS, base_checksum
 from .methods import METHODS, AdapterConfig
@@ -98,7 +99,7 @@ def _expected(targets: dict[str, nn.Linear], config: AdapterConfig) -> dict[str,
     "Return the names and shapes of the tensors that an adapter file must hold."
     shapes, layer = {}, METHODS[config.method].layer
     for name, (rank, _) in config.each(targets).items():
-        each = layer.parameter_shapes(targets[name].out_features, targets[name].in_features, rank)
+        each = layer.parameter_shapes(*linear_shape(targets[name]), rank)
         shapes |= {tensor_name(name, key): shape for key, shape in each.items()}
     return shapes
 

@@ -8,6 +8,7 @@ __all__ = ['can_merge', 'merge', 'unmerge', 'remove_adapter']
 # %% ../../nbs/3_models/20_merge.ipynb #13a00004
 import warnings
 
+from ..layers.base import is_conv1d, linear_shape
 from ..layers.linear import LoRALinear
 from ..layers.stored import StoredLinear
 from .adapt import adapter_layers, adapter_state, change_state, unshare_inputs
@@ -36,8 +37,12 @@ def can_merge(
 
 # %% ../../nbs/3_models/20_merge.ipynb #eeb6f4d1
 def _plain(layer: nn.Module, weight: Tensor) -> nn.Linear:
-    "Return a linear layer with this weight, and the shape and bias of another layer."
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    "Return an ordinary layer with this weight, and the shape and bias of another layer."
+    out, inn = linear_shape(layer)
+    if is_conv1d(layer):  # keep the layout of its checkpoints
+        plain, weight = type(layer)(out, inn), weight.T.contiguous()
+    else:
+        plain = nn.Linear(inn, out, bias=False, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)

@@ -93,8 +93,10 @@ def _check_numbers(config):
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # of the layers that the paper adapts
 
 
-def _checked_targets(targets: str | Sequence[str]) -> str | tuple[str, ...]:
+def _checked_targets(targets: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
     "Return the targets, a list as a tuple; ValueError for values that cannot name modules."
+    if targets is None:
+        return None
     if isinstance(targets, str) and targets:
         expressions([targets], whole=True)
         return targets
@@ -137,7 +139,9 @@ class AdapterConfig:
     rank: int = 16  # r, at least 1
     alpha: float = 32.0  # α; the update is scaled by α/r (the paper uses α = 2r)
     dropout: float = 0.0  # probability, on the input of the update; 0.05 in the paper
-    target_modules: str | Sequence[str] = PAPER_TARGETS  # ends of names, one regular expression, or "all-linear"
+    target_modules: str | Sequence[str] | None = (
+        None  # ends of names, one regular expression, or "all-linear"; None: by the type of the model, as 18_targets says
+    )
     init: str = "kaiming"  # initial A: kaiming (PEFT's and the authors') or gaussian, N(0, 0.01²) (the poster's)
     rslora: bool = False  # scale by α/√r instead of α/r
     detach_norm: bool = True  # DoRA: no gradient through the norm (§4.3); False for the exact gradient

@@ -13,6 +13,7 @@ import torch
 from ..data.assets import is_cached, load_model, model_path, outline
 from ..data.weights import HUB_MODELS
 from ..data.tasks import load_task
+from ..layers.base import linear_shape
 from ..models.targets import find_targets
 from ..models.compress import compress, parse_scheme
 from .config import RunConfig
@@ -57,7 +58,7 @@ def check_model(
     if adapter is None or adapter.method == "full":
         return
     layers = find_targets(_outline(folder, checksums(config)["model"]), adapter.target_modules)
-    widest = max(max(layer.in_features, layer.out_features) for layer in layers.values())
+    widest = max(max(linear_shape(layer)) for layer in layers.values())
     if wrong := next((n for n in layers if adapter.at(n)[0] > widest), None):
         raise ValueError(
             f"rank {adapter.at(wrong)[0]} of {wrong!r} is larger than any layer of {config.model} ({widest})"

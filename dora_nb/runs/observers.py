@@ -23,7 +23,7 @@ from ..layers.decompose import delta_direction, delta_magnitude, row_norm
 from ..messages import say
 from ..models.adapt import adapter_layers
 from ..models.targets import find_targets
-from ..models.methods import AdapterConfig, METHODS
+from ..models.methods import PAPER_TARGETS, METHODS
 from .config import RunConfig
 from .folder import CURVATURE, GEOMETRY, SCHEMA
 from .identity import run_name
@@ -109,7 +109,7 @@ def _moved(config: RunConfig, model) -> Callable[[], Iterable[tuple[str, torch.T
     if config.method != "full":
         layers = adapter_layers(model)
         return lambda: ((n, layer.base_layer.weight, layer.merged_weight()) for n, layer in layers.items())
-    targets = find_targets(model, AdapterConfig().target_modules)
+    targets = find_targets(model, PAPER_TARGETS)
     before = {n: m.weight.detach().clone() for n, m in targets.items()}
     return lambda: ((n, before[n], m.weight) for n, m in targets.items())
 

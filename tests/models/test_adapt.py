@@ -52,7 +52,6 @@ def assert_untouched(model, before):
         ("init", "pissa", "kaiming"),
         ("dropout_form", "x", "delta"),
         ("target_modules", [], "target_modules"),
-        ("target_modules", None, "target_modules"),
         ("target_modules", "q_(proj", "no regular expression"),
         ("target_modules", 5, "must be a list"),
         ("target_modules", {"q_proj": 1}, "must be a list"),
@@ -102,7 +101,7 @@ def test_targets(llama):
 def test_only_the_adapter_learns(llama, method):
     model = adapt(llama(), AdapterConfig(method, rank=4))
     assert all("lora_" in n or "magnitude" in n for n in trainable_parameters(model))
-    layers = find_targets(llama(), AdapterConfig().target_modules).values()
+    layers = find_targets(llama(), None).values()
     want = sum(4 * (m.in_features + m.out_features) + (method == "dora") * m.out_features for m in layers)
     assert count_parameters(model)[0] == want
 
@@ -235,7 +234,9 @@ def test_save_and_load(llama, shake, ids, tmp_path, method):
 
 
 def test_what_peft_has_no_field_for_comes_back_too(llama, tmp_path):
-    config = AdapterConfig("dora", init="gaussian", detach_norm=False, dropout_form="lowrank", dropout=0.2)
+    config = AdapterConfig(
+        "dora", target_modules=["q_proj"], init="gaussian", detach_norm=False, dropout_form="lowrank", dropout=0.2
+    )
     save_adapter(adapt(llama(), config), tmp_path)
     assert adapter_state(load_adapter(llama(), tmp_path)).config == config
     assert adapter_state(load_adapter(llama(), tmp_path, detach_norm=True)).config.detach_norm
@@ -263,11 +264,8 @@ def test_layers_that_others_look_into():
 
 
 def test_models_that_cannot_be_adapted(llama):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32))
-    with pytest.raises(ValueError, match="Conv1D"):
-        adapt(gpt2, AdapterConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="finds no linear layer; this model is made of Conv2d, ReLU, Sequential"):
+        adapt(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.ReLU()), AdapterConfig())
     twice = llama()
     twice.model.layers[1].mlp.up_proj = twice.model.layers[0].mlp.up_proj
     with pytest.raises(ValueError, match="one layer under two names"):
@@ -277,7 +275,7 @@ def test_models_that_cannot_be_adapted(llama):
     with pytest.raises(ValueError, match="meta device"):
         adapt(empty, AdapterConfig())
     attention = torch.nn.MultiheadAttention(8, 2)  # reads its projection's weight itself, past any adapter
-    with pytest.raises(ValueError, match="NonDynamically"):
+    with pytest.raises(ValueError, match="is inside a torch.nn.*MultiheadAttention"):
         adapt(attention, AdapterConfig(target_modules=["out_proj"]))
 
 
@@ -640,7 +638,9 @@ def test_bases_that_another_library_quantised(llama, dtype, method):
     layer = model.model.layers[1].self_attn.k_proj
     layer.weight = torch.nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
     learned = {n: p.requires_grad for n, p in model.named_parameters()}
-    with pytest.raises(ValueError, match="layers.1.self_attn.k_proj' is quantised.*dora_nb.models.compress"):
+    with pytest.raises(
+        ValueError, match=f"layers.1.self_attn.k_proj' .* a quantised weight .*{dtype}.*forward pass fails"
+    ):
         adapt(model, AdapterConfig(method))
     assert {n: p.requires_grad for n, p in model.named_parameters()} == learned and not adapter_layers(model)
 
