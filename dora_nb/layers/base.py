@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'GAIN', 'TOLERANCE', 'is_conv1d', 'is_wrapped', 'reads_weight', 'linear_shape', 'device_of', 'input_dtype',
-           'apply_weight', 'frozen_weight', 'frozen_squares', 'adapted_norm', 'check_linear']
+           'base_output', 'apply_weight', 'start_training', 'frozen_weight', 'frozen_squares', 'adapted_norm',
+           'check_linear']
 
 # %% ../../nbs/1_layers/03b_base.ipynb #58b35cfb
+import contextlib
 import itertools
 
 import torch
@@ -71,6 +73,19 @@ CHUNK = 1024  # columns of W₀ that are computed at a time
 GAIN = 256.0  # enlarges inputs, so that adding and subtracting the bias does not round their small products away
 
 
+def base_output(
+    base: nn.Module,  # a linear layer
+    x: Tensor,  # (…, in)
+) -> Tensor:  # (…, out), with a graph
+    "Return W₀x + b by the layer's own forward pass; RuntimeError if it passes no gradient where one is needed."
+    y = base(x)
+    if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+        raise RuntimeError(
+            f"a layer of type {type(base).__name__} passes no gradient to its input: it is made for inference only, or model.train() was not called"
+        )
+    return y
+
+
 def apply_weight(
     base: nn.Module,  # a linear layer
     x: Tensor,  # (…, in)
@@ -78,8 +93,26 @@ def apply_weight(
     "Return W₀x: by the weight if it can be read, or else by the layer's own forward pass."
     if reads_weight(base):
         return F.linear(x, frozen_weight(base))
-    y = base(x)
+    y = base_output(base, x)
     return y if base.bias is None else y - base.bias.to(y.dtype)
+
+
+def start_training(
+    base: nn.Module,  # a linear layer whose weight cannot be read
+) -> nn.Module:  # the same layer
+    "Put a layer into training mode, and undo what bitsandbytes did to its weight for inference on a CPU."
+    base.state_dict()  # which puts the weight back into the form that is saved, and passes gradients
+    return base.train()
+
+
+@contextlib.contextmanager
+def _as_in_training(base: nn.Module):
+    "Put a layer into training mode: in eval mode, bitsandbytes' layers round their inputs or pass no gradient."
+    before = base.training
+    try:
+        yield start_training(base)
+    finally:
+        base.train(before)
 
 
 def _columns(base: nn.Module):
@@ -98,7 +131,7 @@ def frozen_weight(
         return base.weight.T
     if reads_weight(base):
         return base.weight
-    with torch.no_grad(), torch.autocast(device_of(base).type, enabled=False):
+    with torch.no_grad(), torch.autocast(device_of(base).type, enabled=False), _as_in_training(base):
         return torch.cat(list(_columns(base))).T.contiguous()
 
 # %% ../../nbs/1_layers/03b_base.ipynb #24ca3c15
@@ -107,7 +140,7 @@ def frozen_squares(
 ) -> Tensor:  # (out,), float32 or better
     "Return the squared row norms of W₀, from the layer's outputs for the identity."
     dtype = torch.promote_types(input_dtype(base), torch.float32)
-    with torch.no_grad(), torch.autocast(device_of(base).type, enabled=False):
+    with torch.no_grad(), torch.autocast(device_of(base).type, enabled=False), _as_in_training(base):
         return sum(columns.to(dtype).square().sum(0) for columns in _columns(base))
 
 
@@ -128,24 +161,36 @@ def adapted_norm(
 TOLERANCE = 0.05  # of the output: above the rounding errors of eight-bit inputs
 
 
-@torch.no_grad()
+def _probe(base: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    "Return a layer's outputs W₀x for 0, u, v and u + v, the gradient of ⟨dy, W₀u⟩ in u, and dy and u; ValueError if it cannot be called."
+    out, inn = linear_shape(base)
+    u, v, dy = (torch.randn(n, generator=torch.Generator().manual_seed(i)) for i, n in enumerate((inn, inn, out)))
+    x = torch.stack([torch.zeros(inn), u, v, u + v]).to(device_of(base), input_dtype(base)).requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad(), _as_in_training(base):
+        try:
+            y = apply_weight(base, x).float()
+        except Exception as e:
+            raise ValueError(f"fails for an input of shape (4, {inn}): {e}") from e
+        if y.shape != (4, out):
+            raise ValueError(f"returns shape {tuple(y.shape)} where (4, {out}) was expected")
+        gradient = lambda: torch.autograd.grad((y[1] * dy.to(y)).sum(), x, allow_unused=True, materialize_grads=True)
+        slope = gradient()[0][1].float()
+    return y.detach(), (slope * u.to(slope)).sum(), (y[1] * dy.to(y)).sum().detach()
+
+
 def check_linear(
     base: nn.Module,  # a layer whose weight cannot be read
 ):
-    "Refuse a layer that does not map x to W₀x + b: ValueError."
-    (out, inn), kind, weight = linear_shape(base), f"is of type {type(base).__name__}", getattr(base, "weight", None)
+    "Refuse a layer that does not map x to W₀x + b, or that passes no gradient to x: ValueError."
+    kind, weight = f"is of type {type(base).__name__}", getattr(base, "weight", None)
     if isinstance(weight, Tensor) and is_wrapped(weight):
         kind += f" with a quantised weight ({type(weight).__name__} of {weight.dtype})"
-    u, v = torch.randn(2, inn, generator=torch.Generator().manual_seed(0))
-    x = torch.stack([torch.zeros(inn), u, v, u + v]).to(device_of(base), input_dtype(base))
     try:
-        y = base(x).float()
-    except Exception as e:
-        raise ValueError(f"{kind}, whose forward pass fails for an input of shape (4, {inn}): {e}") from e
-    if y.shape != (4, out):
-        raise ValueError(f"{kind}, which returns shape {tuple(y.shape)} where (4, {out}) was expected")
-    bias = torch.zeros(()) if base.bias is None else base.bias.float()
-    zero, at_u, at_v, both = y - bias.to(y.device)
+        (zero, at_u, at_v, both), by_gradient, by_output = _probe(base)
+    except ValueError as e:
+        raise ValueError(f"{kind}, whose forward pass {e}") from e
     error = torch.stack([zero, at_u + at_v - both - zero]).norm() / both.norm().clamp_min(1e-6)
     if not error < TOLERANCE:
         raise ValueError(f"{kind}, which does not map x to Wx + b: it is off by {error.item():.0%}")
+    if not (by_gradient - by_output).abs() < TOLERANCE * at_u.norm() * at_u.shape[0] ** 0.5:
+        raise ValueError(f"{kind}, which passes no right gradient to its input: it is made for inference only")

@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from dora_nb.layers.base import (
     adapted_norm,
     apply_weight,
+    base_output,
     device_of,
     frozen_squares,
     frozen_weight,
     input_dtype,
     linear_shape,
     reads_weight,
+    start_training,
 )
 from .decompose import row_norm
 from .dora import DROPOUT_FORMS
@@ -45,6 +47,13 @@ class _Holder(nn.Module):
             return W0
         with torch.autocast(W0.device.type, enabled=False):
             return self.adapted_weight().to(W0.dtype)
+
+    def train(self, mode: bool = True):
+        "Set training or eval mode."
+        super().train(mode)
+        if mode and not reads_weight(self.base_layer):
+            start_training(self.base_layer)
+        return self
 
     def merged_weight(self) -> Tensor:
         "Return `weight` without a graph."
@@ -141,7 +150,7 @@ class LoRALinear(_LowRank):
 
     def plain(self, x: Tensor) -> Tensor:
         "Return the output by the formula, (…, in) → (…, out)."
-        return self.base_layer(x) + self.update(self.dropout(x))
+        return base_output(self.base_layer, x) + self.update(self.dropout(x))
 
 # %% ../../nbs/1_layers/06_linear.ipynb #3a9f752e
 class SharedInput:

@@ -37,9 +37,9 @@ def _base_weights(model: nn.Module) -> dict[str, Tensor]:
 def base_checksum(
     model: nn.Module,  # adapted, merged or neither
 ) -> str:  # hexadecimal
-    "Return a checksum of values from every weight of the base model; empty if they are sharded or offloaded."
+    "Return a checksum of values from every weight of the base model; empty if they are sharded, offloaded, or tensors of another library."
     weights = _base_weights(model)
-    if any(p.is_meta or hasattr(p, "full_tensor") for p in weights.values()):
+    if any(p.is_meta or hasattr(p, "__tensor_flatten__") for p in weights.values()):
         return ""
     digest = hashlib.sha256()
     for name in sorted(weights):
@@ -54,7 +54,7 @@ def first_rows_checksum(
     digest = hashlib.sha256()
     for name, layer in adapter_layers(model).items():
         weight = layer.base_layer._parameters.get("weight")
-        if weight is None or hasattr(weight, "full_tensor"):
+        if weight is None or hasattr(weight, "__tensor_flatten__"):
             return ""
         row = weight[0].detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(name.encode() + row.view(torch.int16).numpy().tobytes())

@@ -8,7 +8,7 @@ __all__ = ['can_merge', 'merge', 'unmerge', 'remove_adapter']
 # %% ../../nbs/3_models/20_merge.ipynb #13a00004
 import warnings
 
-from ..layers.base import is_conv1d, linear_shape
+from ..layers.base import device_of, input_dtype, is_conv1d, linear_shape
 from ..layers.linear import LoRALinear
 from ..layers.stored import StoredLinear
 from .adapt import adapter_layers, adapter_state, change_state, unshare_inputs
@@ -96,8 +96,10 @@ def unmerge(
             "this model has no adapter to restore: it was never adapted, or was merged with keep_base=False, which cannot be undone"
         )
     for name, layer in state.merged.items():
-        weight = model.get_submodule(name).weight  # the model may have been moved or cast meanwhile
-        model.set_submodule(name, layer.to(weight.device, weight.dtype).train(model.training))
+        weight, base = model.get_submodule(name).weight, getattr(layer, "base_layer", layer)
+        if (weight.device, weight.dtype) != (device_of(base), input_dtype(base)):  # moved or cast while it was merged
+            layer.to(weight.device, weight.dtype)
+        model.set_submodule(name, layer.train(model.training))
     change_state(model, merged={})
     return model
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..files import check_file, read_json
+from ..layers.base import is_conv1d
 from .adapt import adapter_layers
 from .methods import METHODS, AdapterConfig
 from safetensors import SafetensorError, safe_open
@@ -77,7 +78,7 @@ def to_peft(
         use_rslora=config.rslora,
         init_lora_weights=True,
         bias="none",
-        fan_in_fan_out=False,
+        fan_in_fan_out=any(is_conv1d(layer.base_layer) for layer in adapter_layers(model).values()),
         inference_mode=True,
     ) | dict(METHODS[config.method].peft)
 
@@ -85,6 +86,7 @@ def to_peft(
 _INERT = {
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
     *("megatron_core", "eva_config", "qalora_group_size", "runtime_config"),
+    "fan_in_fan_out",  # follows from the layers, which are Conv1D or not
 }
 _NARROWING = {
     "layers_to_transform",

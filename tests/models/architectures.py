@@ -88,10 +88,15 @@ ARCHITECTURES = {
 }
 
 
+WIDE = dict(
+    wide_llama=text("LlamaForCausalLM", "LlamaConfig", **GROUPED | dict(hidden_size=128, intermediate_size=192))
+)
+
+
 def build(name):
     "Return a model of an architecture in eval mode, the same at every call, and its input."
     torch.manual_seed(0)
-    model, inputs = ARCHITECTURES[name]()
+    model, inputs = (ARCHITECTURES | WIDE)[name]()
     return model.eval(), inputs
 
 

@@ -1,0 +1,150 @@
+"""Adapt models that bitsandbytes and torchao quantised, in a process of its own, and print what was found as JSON.
+
+These libraries lie aside (see the Makefile), as transformers and PEFT import them wherever they find them.
+"""
+
+import copy
+import json
+import sys
+import tempfile
+import warnings
+
+import torch
+from torch import nn
+
+warnings.simplefilter("ignore")
+sys.path.insert(0, __file__.rpartition("/")[0])
+
+from architectures import build, output  # noqa: E402
+
+from dora_nb.layers.base import frozen_weight  # noqa: E402
+from dora_nb.models.adapt import adapt, adapter_layers, trainable_parameters  # noqa: E402
+from dora_nb.models.adapter_files import load_adapter, save_adapter  # noqa: E402
+from dora_nb.models.compress import compress  # noqa: E402
+from dora_nb.models.merge import merge, remove_adapter, unmerge  # noqa: E402
+from dora_nb.models.methods import AdapterConfig  # noqa: E402
+
+
+def replace_layers(model, make):
+    "Replace every linear layer of the blocks by what `make` returns for it."
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and "layers." in name:
+            model.set_submodule(name, make(layer))
+    return model
+
+
+def bitsandbytes_8(model):
+    import bitsandbytes as bnb
+
+    def make(layer):
+        new = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False)
+        new.load_state_dict(layer.state_dict())
+        return new.to("cpu")
+
+    return replace_layers(model, make)
+
+
+def bitsandbytes_4(model):
+    import bitsandbytes as bnb
+
+    def make(layer):
+        options = dict(compute_dtype=torch.float32, quant_type="nf4")
+        new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, **options)
+        new.load_state_dict(layer.state_dict())
+        return new.to("cpu")
+
+    return replace_layers(model, make)
+
+
+def torchao_weight_only(kind, **options):
+    def quantise(model):
+        import torchao.quantization as ao
+
+        blocks = lambda m, name: isinstance(m, nn.Linear) and "layers." in name
+        ao.quantize_(model, getattr(ao, kind)(**options), filter_fn=blocks)
+        return model
+
+    return quantise
+
+
+BASES = {
+    "bitsandbytes, 8 bits": bitsandbytes_8,
+    "bitsandbytes, 4 bits": bitsandbytes_4,
+    "torchao, 8 bits": torchao_weight_only("Int8WeightOnlyConfig"),
+    "torchao, 4 bits": torchao_weight_only("IntxWeightOnlyConfig", weight_dtype=torch.int4),
+    "torchao, 8 bits, inputs too": torchao_weight_only("Int8DynamicActivationInt8WeightConfig"),
+    "dora_nb, 4 bits": lambda model: compress(model, "rtn-4", group=16),
+}
+
+
+def dense_twin(model):
+    "Return a copy of a quantised model whose layers hold the same weights as ordinary numbers."
+    twin, _ = build("wide_llama")
+    for name, layer in twin.named_modules():
+        if type(layer) is nn.Linear and "layers." in name:
+            layer.weight.data = frozen_weight(model.get_submodule(name)).detach().clone().float()
+    return twin
+
+
+def move(model):
+    "Move every adapter away from its start, the same in each model."
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            layer.lora_B.normal_(std=0.2)
+            if hasattr(layer, "magnitude"):
+                layer.magnitude *= 0.7 + 0.6 * torch.rand_like(layer.magnitude)
+    return model
+
+
+def gradients(model, inputs):
+    "Return the gradients of a step after an evaluation."
+    with torch.no_grad():
+        model.eval()(**inputs)
+    model.train()(**inputs).loss.backward()
+    return {n: p.grad for n, p in trainable_parameters(model).items()}
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def examine(base, method):
+    "Return how far a quantised model with an adapter is from its dense twin, and what holds exactly."
+    full, inputs = build("wide_llama")
+    quantised = lambda: BASES[base](build("wide_llama")[0]).train()  # in eval mode, bitsandbytes rounds once more
+    model, result = quantised(), {}
+    before, twin = output(model, inputs).detach(), dense_twin(model)
+    result["quantised"] = relative(before, output(full, inputs))
+    config = AdapterConfig(method, rank=4, alpha=8, target_modules="all-linear")
+    for each in (model, twin):
+        torch.manual_seed(0)
+        adapt(each, config)
+    result["start"] = relative(output(model, inputs), before)
+    move(model), move(twin)
+    after, want = output(model, inputs).detach(), output(twin, inputs).detach()
+    result["output"] = relative(after, want)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder)
+        result["loaded"] = relative(output(load_adapter(quantised(), folder), inputs), after)
+    result["copied"] = torch.equal(output(copy.deepcopy(model), inputs), after)
+    result["merged"] = relative(output(merge(model), inputs), want)
+    result["plain"] = all(type(model.get_submodule(n)) is nn.Linear for n in adapter_layers(twin))
+    result["unmerged"] = torch.equal(output(unmerge(model), inputs), after)
+    own, theirs = gradients(model, inputs), gradients(twin, inputs)
+    result["gradient"] = max(relative(own[n], theirs[n]) for n in theirs)
+    removed = remove_adapter(copy.deepcopy(model))
+    result["removed"] = relative(output(removed, inputs), before)
+    return result
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    found = {}
+    for base in BASES:
+        for method in ("lora", "dora"):
+            try:
+                found[f"{base}: {method}"] = examine(base, method)
+            except Exception as e:
+                found[f"{base}: {method}"] = dict(error=f"{type(e).__name__}: {e}")
+    print(json.dumps(found))

@@ -1,0 +1,43 @@
+"Adapters over layers that bitsandbytes and torchao quantised, against the same weights in full precision."
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from quantised_bases import BASES
+
+EXTRAS = Path(sys.prefix) / "extras"  # where the Makefile puts the libraries
+INFERENCE_ONLY = "torchao, 8 bits, inputs too"
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def found():
+    if not (EXTRAS / "bitsandbytes").is_dir() or not (EXTRAS / "torchao").is_dir():
+        pytest.skip("bitsandbytes and torchao are not installed aside; `make` does it")
+    paths = os.pathsep.join([*sys.path, str(EXTRAS)])
+    script = [sys.executable, Path(__file__).with_name("quantised_bases.py")]
+    run = subprocess.run(script, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("method", ("lora", "dora"))
+@pytest.mark.parametrize("base", [base for base in BASES if base != INFERENCE_ONLY])
+def test_an_adapter_over_quantised_layers(base, method, found):
+    result = found[f"{base}: {method}"]
+    assert "error" not in result, result["error"]
+    rounding = 0.01 if base == "bitsandbytes, 4 bits" else 1e-5  # it rounds its scales when it is evaluated
+    assert 0.005 < result["quantised"] < 0.5  # the weights are quantised indeed
+    assert result["start"] == result["loaded"] == 0 and result["copied"] and result["unmerged"]
+    assert result["output"] < 1e-5 and result["merged"] < 1e-5 and result["plain"]
+    assert result["gradient"] < rounding and result["removed"] < rounding
+
+
+@pytest.mark.parametrize("method", ("lora", "dora"))
+def test_layers_for_inference_only_are_refused(method, found):
+    error = found[f"{INFERENCE_ONLY}: {method}"]["error"]
+    assert error.startswith("ValueError: 'model.layers.0.self_attn.q_proj'") and "inference only" in error
