@@ -26,6 +26,7 @@ class AdapterState:
     config: AdapterConfig | None = None  # of its adapter; None without one
     merged: dict[str, nn.Module] = field(default_factory=dict)  # name → layer that `merge` replaced; empty if unmerged
     compressed: str = ""  # how `compress` compressed it; empty if it did not
+    quantiser: object | None = None  # transformers' quantiser of the base model, while it is merged
 
 
 def adapter_state(

@@ -8,11 +8,10 @@ __all__ = ['can_merge', 'merge', 'unmerge', 'remove_adapter']
 # %% ../../nbs/3_models/20_merge.ipynb #13a00004
 import warnings
 
-from ..layers.base import device_of, input_dtype, is_conv1d, linear_shape
+from ..layers.base import device_of, frozen_weight, input_dtype, is_conv1d, linear_shape
 from ..layers.linear import LoRALinear
-from ..layers.stored import StoredLinear
 from .adapt import adapter_layers, adapter_state, change_state, unshare_inputs
-from .targets import uncompiled
+from .targets import is_quantised, uncompiled
 from torch import Tensor, nn
 
 # %% ../../nbs/3_models/20_merge.ipynb #88967b3f
@@ -50,13 +49,13 @@ def _plain(layer: nn.Module, weight: Tensor) -> nn.Linear:
 
 
 def _merged_layers(model: nn.Module, layers: dict[str, LoRALinear]) -> tuple[dict, dict]:
-    "Return the plain layers by name, and the compressed layers without an adapter that are among those replaced."
+    "Return the plain layers by name, and the quantised layers without an adapter that are among those replaced."
     plain = {name: _plain(layer.base_layer, layer.merged_weight()) for name, layer in layers.items()}
     if wrong := next((name for name, m in plain.items() if not m.weight.isfinite().all()), None):
         raise RuntimeError(f"{wrong!r} would not be finite once merged; its adapter has diverged, or overflows here")
-    stored = {n: m for n, m in uncompiled(model).named_modules() if isinstance(m, StoredLinear) and layers}
+    stored = {n: m for n, m in uncompiled(model).named_modules() if layers and is_quantised(m)}
     stored = {n: m for n, m in stored.items() if n.removesuffix(".base_layer") not in layers}
-    plain |= {name: _plain(layer, layer.weight) for name, layer in stored.items()}
+    plain |= {name: _plain(layer, frozen_weight(layer)) for name, layer in stored.items()}
     return plain, stored
 
 # %% ../../nbs/3_models/20_merge.ipynb #f20b6d93
@@ -71,18 +70,28 @@ def _merge_all(model: nn.Module) -> dict[str, nn.Module]:
     return layers | stored
 
 # %% ../../nbs/3_models/20_merge.ipynb #13a00010
+def _set_quantiser(model: nn.Module, quantiser):
+    "Give a model back the quantiser that transformers loaded it with."
+    method = quantiser.quantization_config.quant_method
+    model.hf_quantizer, model.is_quantized, model.quantization_method = quantiser, True, method
+    model.config.quantization_config = quantiser.quantization_config
+
+
 def merge(
     model: nn.Module,  # adapted; changed in place
     keep_base: bool = True,  # keep W₀ for `unmerge`; False frees its memory and cannot be undone
 ) -> nn.Module:  # the same model, with plain linear layers
-    "Merge the adapters into plain linear layers, and decompress the compressed ones. On a merged model, only `keep_base=False` has an effect. RuntimeError, and the model unchanged, if `can_merge` is False or a merged weight would not be finite."
+    "Merge the adapters into plain linear layers, and write out the quantised ones. On a merged model, only `keep_base=False` has an effect. RuntimeError, and the model unchanged, if `can_merge` is False or a merged weight would not be finite."
     layers = adapter_state(model).merged
     if layers and keep_base:
         warnings.warn("this model is merged already; nothing was changed", stacklevel=2)
     change_state(model, merged=layers or _merge_all(model))
+    if (quantiser := getattr(model, "hf_quantizer", None)) is not None:  # else a checkpoint would say it is quantised
+        quantiser.remove_quantization_config(model)
+        change_state(model, quantiser=quantiser)
     if not keep_base:
         unshare_inputs(model)
-        change_state(model, merged={}, config=None, compressed="")
+        change_state(model, merged={}, config=None, compressed="", quantiser=None)
     return model
 
 # %% ../../nbs/3_models/20_merge.ipynb #352b1045
@@ -100,7 +109,9 @@ def unmerge(
         if (weight.device, weight.dtype) != (device_of(base), input_dtype(base)):  # moved or cast while it was merged
             layer.to(weight.device, weight.dtype)
         model.set_submodule(name, layer.train(model.training))
-    change_state(model, merged={})
+    if state.quantiser is not None:
+        _set_quantiser(model, state.quantiser)
+    change_state(model, merged={}, quantiser=None)
     return model
 
 

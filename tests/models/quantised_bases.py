@@ -138,9 +138,37 @@ def examine(base, method):
     return result
 
 
+def loaded_quantised(folder):
+    "Return what loads a model in each form of transformers."
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    forms = {"4 bits": four, "8 bits": BitsAndBytesConfig(load_in_8bit=True)}
+    forms["torchao"] = TorchAoConfig(Int8WeightOnlyConfig())
+    load = lambda form=None: AutoModelForCausalLM.from_pretrained(folder, quantization_config=form).train()
+    return load, forms
+
+
+def through_transformers(name):
+    "Load a quantised model as users do, merge an adapter into it, and load the merged checkpoint."
+    plain, inputs = build("wide_llama")
+    with tempfile.TemporaryDirectory() as base, tempfile.TemporaryDirectory() as merged:
+        plain.save_pretrained(base)
+        load, forms = loaded_quantised(base)
+        model = move(adapt(load(forms[name]), AdapterConfig(rank=4)))
+        after = output(model, inputs)
+        merge(model).save_pretrained(merged)
+        checkpoint = loaded_quantised(merged)[0]()
+        again = relative(output(checkpoint, inputs), after)
+        clean = getattr(checkpoint.config, "quantization_config", None) is None
+        restored = torch.equal(output(unmerge(model), inputs), after) and model.is_quantized
+    return dict(checkpoint=again, clean=clean, restored=restored)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = {}
+    found = {f"transformers, {name}": through_transformers(name) for name in ("4 bits", "8 bits", "torchao")}
     for base in BASES:
         for method in ("lora", "dora"):
             try:

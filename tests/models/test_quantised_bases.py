@@ -41,3 +41,9 @@ def test_an_adapter_over_quantised_layers(base, method, found):
 def test_layers_for_inference_only_are_refused(method, found):
     error = found[f"{INFERENCE_ONLY}: {method}"]["error"]
     assert error.startswith("ValueError: 'model.layers.0.self_attn.q_proj'") and "inference only" in error
+
+
+@pytest.mark.parametrize("form", ("4 bits", "8 bits", "torchao"))
+def test_a_merged_model_is_an_ordinary_checkpoint(form, found):
+    result = found[f"transformers, {form}"]
+    assert result["checkpoint"] < 1e-5 and result["clean"] and result["restored"]
