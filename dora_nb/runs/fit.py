@@ -9,6 +9,7 @@ __all__ = ['check_there', 'merge_for_evaluation', 'fit']
 import dataclasses
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from .identity import training_id
 from .observers import curvature_observer, geometry_observer
 from ..training.distributed import Distributed, shard
 from ..training.history import is_history
-from ..training.train import train
+from ..training.train import IdleAdapter, train
 
 # %% ../../nbs/6_runs/49_fit.ipynb #4cacd881
 def _adapter_config(config: RunConfig, model, tokenizer, items, run_dir: Path) -> AdapterConfig:
@@ -139,7 +140,12 @@ def fit(
         _check_history(run_dir / HISTORY)
     keep = dict(checkpoints=run_dir / CHECKPOINTS, checkpoint_seconds=config.checkpoint_seconds, team=team)
     start = time.perf_counter()
-    records = train(model, tokenizer, items, config.training(), run_dir / HISTORY, observe, progress, **keep)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", IdleAdapter)  # a run that trains nothing in some layers is a mistake
+            records = train(model, tokenizer, items, config.training(), run_dir / HISTORY, observe, progress, **keep)
+    except IdleAdapter as e:
+        raise ValueError(f"target_modules: {e}") from None
     earlier = max(0.0, records[-1]["seconds"] - (time.perf_counter() - start))  # seconds of earlier, interrupted tries
     check_there(run_dir)
     _save(model, tokenizer, run_dir / "adapter", whole=config.method == "full", write=team.rank == 0)
