@@ -194,8 +194,14 @@ class SharedInput:
 _scales = weakref.WeakKeyDictionary()  # layer → result of `constant_scale`, or None yet; only inside `cached_scales`
 
 
-class _Scaled(LoRALinear):
-    "Scale the rows of the adapted weight by g = m/n, with m in `magnitude`."
+class _Normed(LoRALinear):
+    "Add a magnitude m, and compute the row norms n of W₀ + s·BA."
+
+    def add_magnitude(self):
+        "Add m, the row norms of W₀; and the squares of these if W₀ cannot be read, as they would be costly to compute again."
+        base, reads = self.base_layer, reads_weight(self.base_layer)
+        self.register_buffer("squares", None if reads else frozen_squares(base), persistent=False)
+        self.magnitude = nn.Parameter(row_norm(frozen_weight(base).detach()) if reads else self.squares.sqrt())
 
     def norm(self) -> Tensor:
         "Return n, (out,), in float32 or better also under autocast; with a graph only for the exact gradient."
@@ -210,6 +216,10 @@ class _Scaled(LoRALinear):
         "Compute n, (out,), whether or not it is cached; with a graph if `exact`."
         with torch.autocast(self.magnitude.device.type, enabled=False), torch.set_grad_enabled(exact):
             return adapted_norm(self.base_layer, self.squares, self.lora_A, self.lora_B, self.scaling)
+
+# %% ../../nbs/1_layers/06_linear.ipynb #49bf6e74
+class _Scaled(_Normed):
+    "Scale the rows of the adapted weight by g = m/n, with m in `magnitude`."
 
     def scale(self) -> Tensor:
         "Return g = m/n, (out,), in float32 or better."
@@ -245,12 +255,7 @@ class DoRALinear(_Scaled):
         if dropout_form not in DROPOUT_FORMS:
             raise ValueError(f"dropout_form={dropout_form!r} does not exist; choose one of {', '.join(DROPOUT_FORMS)}")
         self.detach_norm, self.dropout_form = detach_norm, dropout_form
-        self.register_buffer(
-            "squares", None if reads_weight(base_layer) else frozen_squares(base_layer), persistent=False
-        )
-        self.magnitude = nn.Parameter(
-            row_norm(frozen_weight(base_layer).detach()) if self.squares is None else self.squares.sqrt()
-        )
+        self.add_magnitude()
 
     @classmethod
     def parameter_shapes(cls, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:

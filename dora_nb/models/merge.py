@@ -69,14 +69,7 @@ def _merge_all(model: nn.Module) -> dict[str, nn.Module]:
         model.set_submodule(name, linear.train(model.training))
     return layers | stored
 
-# %% ../../nbs/3_models/20_merge.ipynb #13a00010
-def _set_quantiser(model: nn.Module, quantiser):
-    "Give a model back the quantiser that transformers loaded it with."
-    method = quantiser.quantization_config.quant_method
-    model.hf_quantizer, model.is_quantized, model.quantization_method = quantiser, True, method
-    model.config.quantization_config = quantiser.quantization_config
-
-
+# %% ../../nbs/3_models/20_merge.ipynb #527a36e2
 def merge(
     model: nn.Module,  # adapted; changed in place
     keep_base: bool = True,  # keep W₀ for `unmerge`; False frees its memory and cannot be undone
@@ -93,6 +86,13 @@ def merge(
         unshare_inputs(model)
         change_state(model, merged={}, config=None, compressed="", quantiser=None)
     return model
+
+# %% ../../nbs/3_models/20_merge.ipynb #13a00010
+def _set_quantiser(model: nn.Module, quantiser):
+    "Give a model back the quantiser that transformers loaded it with."
+    method = quantiser.quantization_config.quant_method
+    model.hf_quantizer, model.is_quantized, model.quantization_method = quantiser, True, method
+    model.config.quantization_config = quantiser.quantization_config
 
 # %% ../../nbs/3_models/20_merge.ipynb #352b1045
 def unmerge(
@@ -114,7 +114,7 @@ def unmerge(
     change_state(model, merged={}, quantiser=None)
     return model
 
-
+# %% ../../nbs/3_models/20_merge.ipynb #a3881845
 def remove_adapter(
     model: nn.Module,  # changed in place
 ) -> nn.Module:  # the same model

@@ -139,9 +139,7 @@ class AdapterConfig:
     rank: int = 16  # r, at least 1
     alpha: float = 32.0  # α; the update is scaled by α/r (the paper uses α = 2r)
     dropout: float = 0.0  # probability, on the input of the update; 0.05 in the paper
-    target_modules: str | Sequence[str] | None = (
-        None  # ends of names, one regular expression, or "all-linear"; None: by the type of the model, as 18_targets says
-    )
+    target_modules: str | Sequence[str] | None = None  # ends of names, a regular expression, or "all-linear"
     init: str = "kaiming"  # initial A: kaiming (PEFT's and the authors') or gaussian, N(0, 0.01²) (the poster's)
     rslora: bool = False  # scale by α/√r instead of α/r
     detach_norm: bool = True  # DoRA: no gradient through the norm (§4.3); False for the exact gradient

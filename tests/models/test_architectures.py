@@ -9,12 +9,12 @@ from architectures import ARCHITECTURES, build, output
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from dora_nb.files import read_json
 from dora_nb.models.adapt import adapt, adapter_layers, adapter_state, trainable_parameters
 from dora_nb.models.adapter_files import load_adapter, save_adapter
 from dora_nb.models.merge import merge, remove_adapter, unmerge
 from dora_nb.models.methods import PAPER_TARGETS, AdapterConfig
 from dora_nb.models.peft_format import CONFIG
-from dora_nb.files import read_json
 
 DEFAULTS = {
     "llama qwen2 qwen3 gemma3 mistral": PAPER_TARGETS,
