@@ -15,14 +15,17 @@ from pathlib import Path
 import accelerate
 import datasets
 from ..curvature.rank_search import as_patterns, warm_ranks
+from ..data.own import is_own
 from ..data.tasks import load_task
+from ..data.tokens import check_tokens
 from ..files import check_replaceable, owned, read_json, set_aside, write_json
 from ..messages import say
 from ..models.adapt import adapt, count_parameters
 from ..models.merge import can_merge, merge
 from ..models.adapter_files import save_adapter
 from ..models.methods import AdapterConfig
-from .config import RunConfig, read_patterns, trained_tasks
+from ..models.scoring import context_length
+from .config import RunConfig, data_options, read_patterns, trained_tasks
 from .folder import CHECKPOINTS, HISTORY, RANKS
 from .identity import training_id
 from .observers import curvature_observer, geometry_observer
@@ -49,8 +52,9 @@ def _adapter_config(config: RunConfig, model, tokenizer, items, run_dir: Path) -
 # %% ../../nbs/6_runs/49_fit.ipynb #f0c9bca3
 def _training_items(config: RunConfig) -> datasets.Dataset:
     "Return the training items of all tasks of a run."
-    where = dict(source=config.source, dev_cut=config.dev_cut)
-    draw = lambda task: load_task(task, "train", config.format, config.train_items, config.seed, **where)
+    draw = lambda task: load_task(
+        task, "train", config.format, config.train_items, config.seed, **data_options(config, task)
+    )
     return datasets.concatenate_datasets([draw(task) for task in trained_tasks(config)])
 
 # %% ../../nbs/6_runs/49_fit.ipynb #afedbbed
@@ -130,6 +134,8 @@ def fit(
 ) -> dict:  # the record of the training
     "Adapt and train a model, save the result, and merge it; return the record of the training."
     items = _training_items(config)
+    if any(map(is_own, trained_tasks(config))):
+        check_tokens(tokenizer, items, config.max_tokens, context_length(model))
     adapt(model, _adapter_config(config, model, tokenizer, items, run_dir))
     trainable, total = count_parameters(model)
     if config.fsdp:
