@@ -133,7 +133,7 @@ def _predict(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     if args.adapter and can_merge(model):
         merge(model, keep_base=False)
     how = dict(batch_tokens=args.batch_tokens, precision=args.precision)
-    how["metric"] = TASKS[args.task].metric if args.task in TASKS else None
+    how["metric"] = getattr(TASKS.get(args.task), "metric", None)
     return evaluate(model, tokenizer, items, args.protocol, **how)
 
 

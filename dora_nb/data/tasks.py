@@ -167,7 +167,7 @@ def _own_task(name: str, template: str, columns: str) -> Task:
         return replace(task, answers=(), cloze=lambda row: ([row["question"]], row["choices"]))
     return replace(task, cloze=_own_cloze)
 
-
+# %% ../../nbs/2_data/12_tasks.ipynb #cbe14ffb
 def find_task(
     name: str,  # one of `TASKS`, a file (.jsonl, .json, .csv, .parquet), a folder, or a dataset of the Hub
     template: str = "",  # of a file's prompts, with columns in braces; its column prompt if empty
@@ -196,7 +196,7 @@ def _dev_groups(name: str, values: tuple[tuple, ...]) -> frozenset[int]:
         chosen += group if len(chosen) + len(group) <= DEV_ITEMS else []
     return frozenset(chosen)
 
-
+# %% ../../nbs/2_data/12_tasks.ipynb #da5ef56c
 def _drawn(places: Sequence[int], least: int = 0) -> frozenset[int]:
     "Draw a fifth of some places, and at most `DEV_ITEMS`."
     return frozenset(random.Random(DEV_SEED).sample(places, min(DEV_ITEMS, max(least, len(places) // 5))))
@@ -239,7 +239,7 @@ def _rows(task: Task, split: str, source: str) -> datasets.Dataset:
     _check(rows, task, split)
     return rows
 
-
+# %% ../../nbs/2_data/12_tasks.ipynb #4af6e740
 def _official(task: Task, split: str) -> str:
     "Return the official split that one of `SPLITS` is, or is cut from; ValueError if there is none."
     if split == WHOLE:

@@ -21,6 +21,20 @@ def _meet(tokenizer, context: str, continuation: str) -> tuple[int, bool, bool]:
     return len(after), spans, edge.isascii() and edge.isalnum() and len(edge) == 2
 
 # %% ../../nbs/2_data/14b_tokens.ipynb #c72baa44
+def _check_fit(name, sizes: list[int], max_tokens: int, context: int | None):
+    "Refuse an item with a continuation that leaves no room for its prompt: ValueError."
+    limit = max_tokens if context is None else min(max_tokens, context + 1)
+    if max(sizes) >= limit:
+        what = f"max_tokens is {max_tokens}" if limit == max_tokens else f"the model's context is {context}"
+        raise ValueError(f"item {name}: a continuation of {max(sizes)} tokens leaves no room for its prompt: {what}")
+
+
+def _warn(names: list, items: int, what: str):
+    "Warn of some items, and name the first one."
+    if names:
+        warnings.warn(f"{len(names)} of {items} items, the first being item {names[0]}, have {what}", stacklevel=3)
+
+# %% ../../nbs/2_data/14b_tokens.ipynb #8cdeb5a4
 def check_tokens(
     tokenizer,  # a transformers tokenizer
     items: datasets.Dataset | Sequence[dict],  # from `load_task`
@@ -28,26 +42,15 @@ def check_tokens(
     context: int | None = None,  # of the model, from `context_length`; None for no limit
 ):
     "Check how items become tokens: ValueError for a continuation that is too long, a warning where it runs into its prompt."
-    limit, spanning, running = max_tokens if context is None else min(max_tokens, context + 1), [], []
+    spanning, running = [], []
     for i, item in enumerate(items):
         name = item.get("doc_index", i)
         try:
             met = [_meet(tokenizer, *pair) for pair in zip(item["contexts"], item["continuations"])]
         except ValueError as e:
             raise ValueError(f"item {name}: {e}") from None
-        if (longest := max(n for n, *_ in met)) >= limit:
-            raise ValueError(
-                f"item {name}: a continuation of {longest} tokens leaves no room for its prompt: max_tokens is {max_tokens}, and the model's context {context}"
-            )
+        _check_fit(name, [n for n, *_ in met], max_tokens, context)
         spanning += [name] * any(spans for _, spans, _ in met)
         running += [name] * any(runs for *_, runs in met)
-    if running:
-        warnings.warn(
-            f"{len(running)} of {len(items)} items, the first being item {running[0]}, have no space between prompt and continuation; begin the continuation with one, or end the prompt or template with one",
-            stacklevel=2,
-        )
-    if spanning:
-        warnings.warn(
-            f"{len(spanning)} of {len(items)} items, the first being item {spanning[0]}, have a token that spans prompt and continuation; the two are encoded separately",
-            stacklevel=2,
-        )
+    _warn(running, len(items), "no space between prompt and continuation; begin one or end the other with a space")
+    _warn(spanning, len(items), "a token that spans prompt and continuation; the two are encoded separately")

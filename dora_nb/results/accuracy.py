@@ -165,9 +165,7 @@ def percent(
     shares: Collection[float],  # one, or several in order
 ) -> str:
     "Return a fraction in percent as text, a dash for NaN; the lowest and the highest if there are several."
-    if math.isnan(shares[0]):
-        return "–"
-    return " to ".join(dict.fromkeys(f"{100 * x:.1f}" for x in (shares[0], shares[-1])))
+    return " to ".join(dict.fromkeys(f"{100 * x:.1f}" if x == x else "–" for x in (shares[0], shares[-1])))
 
 # %% ../../nbs/7_results/62_accuracy.ipynb #89092fe2
 def cell(

@@ -36,7 +36,7 @@ def _why_not(params: dict, checksum: str | None) -> str:
         return f"its data cannot be read: {e}"
     return "the data here are not those that the runs read" if checksum and checksum not in known else ""
 
-
+# %% ../../nbs/7_results/73b_questions.ipynb #810e22db
 def _parts(item: dict) -> tuple[str, list[str]]:
     "Return the question of an item and its choices; choices with contexts of their own hold these too."
     contexts, ends = item["contexts"], item["continuations"]

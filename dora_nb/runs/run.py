@@ -25,16 +25,13 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from ..data.assets import load_model
-from ..data.own import is_own
 from ..data.tasks import TASKS, load_task
-from ..data.tokens import check_tokens
 from ..files import read_json, set_aside, write_json, write_whole
 from ..messages import say
 from ..models.adapter_files import load_adapter
-from ..models.scoring import context_length
 from .base import check_data, check_model, load_base
 from .config import RunConfig, config_from, data_options, trained_tasks
-from .fit import check_there, fit, merge_for_evaluation
+from .fit import check_texts, check_there, fit, merge_for_evaluation
 from .folder import CHECKPOINTS, CURVATURE, GEOMETRY, HISTORY, PREDICTIONS, RANKS, RESULT, SCHEMA
 from .folder import adapter_file_names, check_files, file_checksums, finished_result, hold_folder
 from .folder import describe_machine, library_versions, read_result
@@ -114,8 +111,7 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
     items = load_task(config.task, config.eval_split, format, config.eval_items, **data_options(config, config.task))
     first_task, place = trained_tasks(config)[0], "cpu" if config.fsdp else device
     model, tokenizer = load_base(config.model, config.compress, first_task, place, **data_options(config, first_task))
-    if is_own(config.task):
-        check_tokens(tokenizer, items, config.max_tokens, context_length(model))
+    check_texts(config, (config.task,), model, tokenizer, items)
     if config.fsdp and config.method == "base":
         shard(model, team)
     accelerate.utils.set_seed(config.seed)
@@ -128,10 +124,8 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
     else:
         result["training"] = fit(config, model, tokenizer, run_dir, progress, team) if trains else None
     options = dict(batch_tokens=config.batch_tokens, max_tokens=config.max_tokens, precision=config.eval_precision)
-    options["metric"] = TASKS[config.task].metric if config.task in TASKS else None
-    result["metrics"], answers = evaluate(
-        model, tokenizer, items, config.protocol, **options, progress=progress, team=team
-    )
+    options |= dict(progress=progress, team=team, metric=getattr(TASKS.get(config.task), "metric", None))
+    result["metrics"], answers = evaluate(model, tokenizer, items, config.protocol, **options)
     if team.rank == 0:
         check_there(run_dir)
         table = pa.Table.from_pylist(answers)

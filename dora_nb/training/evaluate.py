@@ -103,7 +103,7 @@ def _scores(
     scores = dict(pair for part in team.gather(list(scores.items())) for pair in part)
     return [scores[i] for i in range(len(rows))]
 
-# %% ../../nbs/4_training/34_evaluate.ipynb #00d9c13a
+
 def _encoded(model: nn.Module, tokenizer, items: list[dict], max_tokens: int, team: Distributed) -> tuple[list, int]:
     "Return the rows of every item, and how many items lost the beginning of a prompt."
     share, context = shares_prompts(model.eval()), context_length(model)
