@@ -15,8 +15,8 @@ from .rows import encode_pair, encode_text
 # %% ../../nbs/2_data/14b_tokens.ipynb #1f134ec4
 def _meet(tokenizer, context: str, continuation: str) -> tuple[int, bool, bool]:
     "Return the tokens of a continuation, whether one token spans its beginning, and whether two words run together."
-    before, after = encode_pair(tokenizer, context, continuation)
-    spans = bool(context.strip()) and encode_text(tokenizer, context + continuation) != before + after
+    _, after = encode_pair(tokenizer, context, continuation)
+    spans = encode_text(tokenizer, context + continuation)[-len(after) :] != after
     edge = context[-1:] + continuation[:1]
     return len(after), spans, edge.isascii() and edge.isalnum() and len(edge) == 2
 
