@@ -7,6 +7,7 @@ import re
 import shutil
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +19,9 @@ from dora_nb.data.own import is_own, own_digest, own_label, own_rows
 from dora_nb.data.tasks import FORMATS, find_task, load_task, task_digest
 from dora_nb.data.tokens import check_tokens
 from dora_nb.results.collect import collect
+from dora_nb.results.labels import parameters
 from dora_nb.results.page import render
+from dora_nb.results.questions import item_texts
 from dora_nb.runs.config import RunConfig
 from dora_nb.runs.grid import load_grid
 from dora_nb.runs.identity import names_of, run_id, run_name, training_id
@@ -324,7 +327,15 @@ def test_the_instruction_format_numbers_the_choices(write):
 # Splits and identity
 
 
-@pytest.mark.parametrize("n, sizes", [(2, (1, 0, 1)), (5, (4, 0, 1)), (100, (64, 16, 20)), (6000, (4000, 1000, 1000))])
+@pytest.mark.parametrize(
+    "n, sizes",
+    [
+        (2, (1, 0, 1)),
+        (5, (4, 0, 1)),
+        (100, (64, 16, 20)),
+        pytest.param(6000, (4000, 1000, 1000), marks=pytest.mark.long),
+    ],
+)
 def test_a_file_is_cut_once_and_for_all(write, n, sizes):
     name, found = write("a.jsonl", [ITEM | {"prompt": f"{i}?"} for i in range(n)]), {}
     for split, size in zip(("train", "dev", "validation"), sizes):
@@ -595,3 +606,16 @@ def test_a_task_that_is_not_there(write, capsys, monkeypatch, name, task, messag
     more = {"probe": ["--adapter", "x"], "ranks": ["--adapter", "x", "--budget", "0.5"]}.get(name, [])
     status, out, err = command(capsys, name, "--task", task, *more)
     assert (status, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.long
+def test_a_report_shows_the_questions_of_a_file_as_long_as_it_is_unchanged(write, tiny_model_dir):
+    config = RunConfig(task=write("a.csv", MANY), method="base", model=str(tiny_model_dir), template="Is {prompt}:")
+    result = run(config, "run", progress=False)
+    gold = pd.read_parquet("run/predictions.parquet").set_index("doc_index").gold
+    texts, why = item_texts(parameters(result), gold, result["checksums"]["data"])
+    assert not why and texts[0] == (f"Is {gold.index[0]} is:", ["even", "odd"]) and len(texts) == 12
+    write("a.csv", MANY.replace("odd", "uneven"))
+    assert item_texts(parameters(result), gold, result["checksums"]["data"])[1].startswith("the data here are not")
+    os.remove("a.csv")
+    assert "there is no file or folder a.csv" in item_texts(parameters(result), gold, None)[1]
