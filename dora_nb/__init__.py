@@ -13,6 +13,7 @@ _PUBLIC = {
     "data.assets": ("load_model",),
     "data.tasks": ("TASKS", "Task", "load_task"),
     "data.items": ("check_items",),
+    "data.tokens": ("check_tokens",),
     "models.methods": ("METHODS", "AdapterConfig", "Method"),
     "models.adapt": ("adapt", "count_parameters", "trainable_parameters"),
     "models.merge": ("merge", "remove_adapter", "unmerge"),

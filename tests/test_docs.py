@@ -188,7 +188,11 @@ def test_commands_of_how_to_pages_parse(path):
 
 
 @pytest.mark.parametrize("path", [p for p in HOW_TO if blocks(p, "python")], ids=lambda p: p.stem)
-def test_programs_of_how_to_pages_run(path, tiny_model_dir):
+def test_programs_of_how_to_pages_run(path, tiny_model_dir, tmp_path, monkeypatch):
+    "In a folder with the files that the page shows."
+    for name, content in re.findall(r"`([\w-]+\.csv)`:\n\n```text\n(.+?)^```$", path.read_text(), re.M | re.S):
+        (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
     code = "".join(blocks(path, "python"))
     for name in ("path/to/model", "smollm2-135m-instruct"):
         code = code.replace(name, str(tiny_model_dir))

@@ -73,6 +73,14 @@ def sums(split):
     return [{"a": n, "sum": n + 1 + n % 2, "label": 1 - n % 2} for n in numbers]
 
 
+def f1(items, records):
+    "F1 of the answer that the sum is true."
+    said, right = (sum(r[k] == 1 for r in records) for k in ("pred", "gold"))
+    both = sum(r["pred"] == r["gold"] == 1 for r in records)
+    assert [i["gold"] for i in items] == [r["gold"] for r in records]
+    return {"f1": 2 * both / (said + right)}
+
+
 SUMS = Task(
     "sums",
     "Sums",
@@ -83,6 +91,7 @@ SUMS = Task(
     lambda r: f"Is {r['a']} + 1 = {r['sum']}?\\n\\nAnswer format: false/true",
     one_word=True,
     rows=sums,
+    metric=f1,
 )
 """
 
@@ -228,6 +237,11 @@ def test_a_run_and_a_page_of_both(toys, tiny_model_dir, tmp_path):
     metrics, _ = evaluate(model, tokenizer, load_task("sums"), progress=False)
     stored = json.loads((tmp_path / "runs" / "pissa" / "result.json").read_text())["metrics"]
     assert metrics["acc"] == stored["acc"]
+    _, records = evaluate(model, tokenizer, load_task("sums"), progress=False)
+    golds, said = ([r[k] == 1 for r in records] for k in ("gold", "pred"))
+    both = sum(a and b for a, b in zip(golds, said))
+    assert stored["f1"] == pytest.approx(2 * both / (sum(golds) + sum(said))) and "f1" not in metrics
+    assert TASKS["sums"].metric(load_task("sums").to_list(), records) == {"f1": stored["f1"]}
     collect(tmp_path / "runs", tmp_path / "report")
     page = render(tmp_path / "report", "Toys").read_text()
     assert "| PiSSA, rank 2" in page and "| LoRA, rank 2" in page and "Sums (n = 12)" in page

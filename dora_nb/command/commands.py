@@ -60,9 +60,11 @@ def _train(args: argparse.Namespace):
 # %% ../../nbs/8_command/78_commands.ipynb #5e0b7a1c
 def _item_options(p: Parser):
     "Add the options of `dora-nb evaluate` for the model and the items."
-    add_shared(p, "--model", "--compress", "--calibrate", "--task", "--dev-cut", "--source", "--adapter")
-    splits = ("validation", "dev", "train")
-    p.add_argument("--split", choices=splits, default=splits[0], help="{choices} (default: validation)")
+    add_shared(p, "--model", "--compress", "--calibrate", "--task", "--template", "--columns", "--dev-cut", "--source")
+    add_shared(p, "--adapter")
+    splits = ("validation", "dev", "train", "all")
+    split = "{choices}; all is every item of a file (default: validation)"
+    p.add_argument("--split", choices=splits, default=splits[0], help=split)
     p.add_argument("--limit", type=int, metavar="N", help="evaluate N items, drawn by a fixed seed (default: all)")
     first = "with --limit: take the first N, as lm-evaluation-harness does, instead of drawing"
     p.add_argument("--first", action="store_true", help=first)
@@ -89,10 +91,12 @@ def _evaluate_options(p: Parser):
 
 # %% ../../nbs/8_command/78_commands.ipynb #3d584ebf
 def _check_options(args: argparse.Namespace, *counts: str):
-    "Refuse counts below 1 and an unknown compression: ValueError."
+    "Refuse counts below 1, an unknown compression, and a template without a file: ValueError."
     from dora_nb.models.compress import parse_scheme
+    from dora_nb.runs.config import check_own
 
     check_counts(args, *counts)
+    check_own(args, args.task, args.calibrate or "")
     if args.compress:
         parse_scheme(args.compress)
 
@@ -102,26 +106,34 @@ def _load_adapted(args: argparse.Namespace):
     import torch
     from dora_nb.models.adapter_files import load_adapter
     from dora_nb.runs.base import load_base
+    from dora_nb.runs.config import data_options
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     say(f"loading {args.model} on {device}", "verbose")
     calibrate = args.calibrate or args.task
-    model, tokenizer = load_base(args.model, args.source, args.compress, calibrate, device, args.dev_cut)
+    model, tokenizer = load_base(args.model, args.compress, calibrate, device, **data_options(args, calibrate))
     return load_adapter(model, args.adapter) if args.adapter else model, tokenizer
 
 # %% ../../nbs/8_command/78_commands.ipynb #105d72f3
 def _predict(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     "Return the summary of an evaluation and one record per item."
-    from dora_nb.data.tasks import load_task
+    from dora_nb.data.own import is_own
+    from dora_nb.data.tasks import TASKS, load_task
+    from dora_nb.data.tokens import check_tokens
     from dora_nb.models.merge import can_merge, merge
+    from dora_nb.models.scoring import context_length
+    from dora_nb.runs.config import data_options
     from dora_nb.training.evaluate import evaluate, format_of
 
-    seed, where = None if args.first else 0, dict(source=args.source, dev_cut=args.dev_cut)
+    seed, where = None if args.first else 0, data_options(args, args.task)
     items = load_task(args.task, args.split, format_of(args.protocol), args.limit, seed, **where)
     model, tokenizer = _load_adapted(args)
+    if is_own(args.task):
+        check_tokens(tokenizer, items, context=context_length(model))
     if args.adapter and can_merge(model):
         merge(model, keep_base=False)
     how = dict(batch_tokens=args.batch_tokens, precision=args.precision)
+    how["metric"] = getattr(TASKS.get(args.task), "metric", None)
     return evaluate(model, tokenizer, items, args.protocol, **how)
 
 
@@ -143,6 +155,7 @@ def _evaluate(args: argparse.Namespace):
         check_adapter(args.adapter)
     summary, records = _predict(args)
     settings = {k: getattr(args, k) for k in ("task", "split", "dev_cut", "protocol", "model", "adapter")}
+    settings |= {k: v for k in ("template", "columns") if (v := getattr(args, k))}
     settings |= {"answers": args.out} if args.out else {}
     try:
         if args.out:
@@ -189,7 +202,7 @@ _RANKS_HELP = "receives ranks.json and the smaller adapter (default: ranks)"
 
 def _ranks_options(p: Parser):
     "Add the options of `dora-nb ranks`."
-    add_shared(p, "--model", "--compress", "--calibrate", "--task", "--dev-cut", "--source")
+    add_shared(p, "--model", "--compress", "--calibrate", "--task", "--template", "--columns", "--dev-cut", "--source")
     add_shared(p, "--adapter", required=True)
     p.add_argument("--budget", type=float, required=True, help=_BUDGET_HELP)
     scores = ("curvature", "singular", "gate", "obd", "fisher")
@@ -220,10 +233,11 @@ def _ranks(args: argparse.Namespace):
     from dora_nb.curvature.rank import fit_budget, rank_pattern
     from dora_nb.data.tasks import load_task
     from dora_nb.models.adapter_files import save_adapter
+    from dora_nb.runs.config import data_options
     from dora_nb.training.config import TrainConfig
 
     _check_ranks_options(args)
-    items = load_task(args.task, args.split, limit=args.items, source=args.source, dev_cut=args.dev_cut)
+    items = load_task(args.task, args.split, limit=args.items, **data_options(args, args.task))
     model, tokenizer = _load_adapted(args)
     rows = fit_budget(model, tokenizer, items, TrainConfig(), args.budget, args.score, progress=True)
     pattern, adapter = Path(args.out) / "ranks.json", Path(args.out) / "adapter"

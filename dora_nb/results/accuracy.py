@@ -17,6 +17,7 @@ import pandas as pd
 from .intervals import share_interval
 from dora_nb.results.labels import (
     ALWAYS,
+    completes,
     factors,
     kind,
     parameters,
@@ -151,20 +152,20 @@ def majority(
     results: list[dict],  # of runs
     predictions: pd.DataFrame,  # their answers
 ) -> dict[tuple, list[float]]:  # (task, split, n) → one accuracy, or several if runs have different items
-    "Return the majority-class baseline: the accuracy of always giving the most frequent answer."
+    "Return the majority-class baseline: the accuracy of always giving the most frequent answer; NaN for completions."
     columns = {r["run"]: (r["params"]["task"], r["params"]["eval_split"], r["metrics"]["n"]) for r in results}
     gold = predictions[predictions.run.isin(columns.keys())].groupby("run").gold
-    found = {}
+    found, without = {}, {r["run"] for r in results if completes(r)}
     for run, share in gold.agg(lambda g: g.value_counts(normalize=True).iloc[0]).items():
-        found.setdefault(columns[run], set()).add(share)
+        found.setdefault(columns[run], set()).add(math.nan if run in without else share)
     return {column: sorted(shares) for column, shares in found.items()}
 
 
 def percent(
     shares: Collection[float],  # one, or several in order
 ) -> str:
-    "Return a fraction in percent as text; the lowest and the highest if there are several."
-    return " to ".join(dict.fromkeys(f"{100 * x:.1f}" for x in (shares[0], shares[-1])))
+    "Return a fraction in percent as text, a dash for NaN; the lowest and the highest if there are several."
+    return " to ".join(dict.fromkeys(f"{100 * x:.1f}" if x == x else "–" for x in (shares[0], shares[-1])))
 
 # %% ../../nbs/7_results/62_accuracy.ipynb #89092fe2
 def cell(

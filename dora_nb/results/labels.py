@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ALWAYS', 'LOOKS', 'CONTENT', 'CALIBRATION', 'FROM_FILE', 'task_label', 'method_label', 'method_color', 'method_line',
-           'has_adapter', 'has_magnitude', 'one_word', 'ignored', 'parameters', 'factors', 'without_repeats',
-           'one_line', 'value_label', 'in_order', 'among', 'place', 'kind', 'run_label', 'run_labels']
+           'has_adapter', 'has_magnitude', 'completes', 'one_word', 'ignored', 'parameters', 'factors',
+           'without_repeats', 'one_line', 'value_label', 'in_order', 'among', 'place', 'kind', 'run_label',
+           'run_labels']
 
 # %% ../../nbs/7_results/59_labels.ipynb #01307cf6
 import json
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 from ..models.methods import METHODS
+from ..data.own import is_own, own_label
 from ..data.tasks import TASKS
 from ..runs.config import RunConfig
 from ..runs.identity import LATER, MANNER, ignored_parameters
@@ -37,7 +39,9 @@ FROM_FILE = "from a file"  # the value of rank and alpha where a file sets them 
 def task_label(
     task: str,  # as results name it
 ) -> str:
-    "Return the label of a task; the name itself if it is unknown."
+    "Return the label of a task: the name of a file without its folder, and the name itself if it is unknown."
+    if task not in TASKS and is_own(str(task)):
+        return own_label(str(task))
     return TASKS[task].label if task in TASKS else str(task)
 
 
@@ -74,6 +78,13 @@ def has_magnitude(
 ) -> bool:
     "Return whether a method trains magnitudes; False for an unknown method."
     return method in METHODS and METHODS[method].has_magnitude
+
+
+def completes(
+    result: dict,  # of a run
+) -> bool:
+    "Return whether the items of a run have one right completion each, so that there are no choices to compare."
+    return not {"perplexity", "exact_match"}.isdisjoint(result["metrics"])
 
 
 def one_word(

@@ -10,27 +10,33 @@ import base64
 import itertools
 import json
 import zlib
+from types import SimpleNamespace
 
 import pandas as pd
 from ..data.assets import asset_of, is_cached
+from ..data.own import is_own
 from ..data.tasks import TASKS, load_task, task_digest
 from .compare import METHODS_APART
 from .labels import among, factors, ignored, parameters, place, run_labels, value_label, without_repeats
 from .stored import Results
+from ..runs.config import data_options
+from ..runs.identity import data_checksum
 
 # %% ../../nbs/7_results/73b_questions.ipynb #a120a45b
 def _why_not(params: dict, checksum: str | None) -> str:
     "Return why the texts of a task cannot be shown; an empty string if they can be read."
-    task, source = params["task"], params["source"]
-    if task not in TASKS:
+    task, source, config = params["task"], params["source"], SimpleNamespace(**params)
+    if task not in TASKS and not is_own(task):
         return "this version knows no such task"
-    if TASKS[task].rows is None and not is_cached(asset_of(task), source):
+    if task in TASKS and TASKS[task].rows is None and not is_cached(asset_of(task), source):
         return f"its data are not in the cache; `dora-nb fetch {asset_of(task)}` brings them"
-    if checksum and checksum != task_digest(task, source):
-        return "the data in the cache are not those that the runs read"
-    return ""
+    try:
+        known = {data_checksum(config, task), *([task_digest(task, source)] if task in TASKS else [])}  # of version 1
+    except Exception as e:  # a task of another package may raise anything
+        return f"its data cannot be read: {e}"
+    return "the data here are not those that the runs read" if checksum and checksum not in known else ""
 
-
+# %% ../../nbs/7_results/73b_questions.ipynb #810e22db
 def _parts(item: dict) -> tuple[str, list[str]]:
     "Return the question of an item and its choices; choices with contexts of their own hold these too."
     contexts, ends = item["contexts"], item["continuations"]
@@ -40,7 +46,7 @@ def _parts(item: dict) -> tuple[str, list[str]]:
 
 # %% ../../nbs/7_results/73b_questions.ipynb #3f68b00a
 def item_texts(
-    params: dict,  # of a run: task, eval_split, source, dev_cut
+    params: dict,  # of a run: task, eval_split, source, dev_cut, template, columns
     gold: pd.Series,  # doc_index → number of the right answer, from predictions
     checksum: str | None = None,  # of the data that the run read; None if it is not known
 ) -> tuple[list | None, str]:  # (question, choices) of each item in the order of `gold`, or None and the reason
@@ -48,12 +54,13 @@ def item_texts(
     if why := _why_not(params, checksum):
         return None, why
     try:
-        rows = load_task(params["task"], params["eval_split"], source=params["source"], dev_cut=params["dev_cut"])
+        where = data_options(SimpleNamespace(**params), params["task"])
+        rows = load_task(params["task"], params["eval_split"], **where)
     except Exception as e:  # a task of another package may raise anything
         return None, f"its data cannot be read: {e}"
     items = {row["doc_index"]: row for row in rows.to_list()}
     if any(i not in items or items[i]["gold"] != right for i, right in gold.items()):
-        return None, "the data in the cache have other items or other right answers than the runs saw"
+        return None, "the data here have other items or other right answers than the runs saw"
     return [_parts(items[i]) for i in gold.index], ""
 
 # %% ../../nbs/7_results/73b_questions.ipynb #79e8c33c

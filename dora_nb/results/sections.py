@@ -21,7 +21,7 @@ from ..files import write_whole
 from .accuracy import accuracies, accuracy_table, loss_table, majority, mixed_note, percent
 from .compare import METHODS_APART, change_verdict, changes, compare, holm, side_labels, verdict
 from .figures import plot_accuracy, plot_sweep, sweep, sweep_table
-from .labels import among, factors, one_word, parameters, run_labels, task_label, value_label
+from .labels import among, completes, factors, one_word, parameters, run_labels, task_label, value_label
 from .stored import Results
 from .text import markdown_table, markdown_text
 
@@ -76,11 +76,14 @@ def _constant_line(constant: dict[tuple, list[float]]) -> str:
 
 def _unparsed_line(results: list[dict]) -> list[str]:
     "Return a line with the percentage of generated answers that name no choice."
-    names, unread = factors(results), {}
+    results, unread = [r for r in results if not completes(r)], {}
+    names = factors(results)
     for r, called in zip(results, run_labels([parameters(r) for r in results], names)):
         label = f"{task_label(r['params']['task'])}, {called}"
         unread.setdefault(label, []).append(100 * r["metrics"].get("unparsed", math.nan))
     words = ", ".join(f"{label} {np.mean(shares):.1f}" for label, shares in unread.items())
+    if not unread:
+        return []
     return [f"Answers that name no choice, and count as wrong, in percent: {markdown_text(words)}.\n"]
 
 # %% ../../nbs/7_results/71_sections.ipynb #0691f836
@@ -102,7 +105,9 @@ def _accuracy_lines(page: Page, table: pd.DataFrame, constant: dict, name: str) 
 
 # %% ../../nbs/7_results/71_sections.ipynb #99995d5f
 def _loss_lines(results: list[dict], predictions: pd.DataFrame) -> list[str]:
-    "Return the table of cross-entropies over the choices."
+    "Return the table of cross-entropies over the choices; none for completions."
+    if not (results := [r for r in results if not completes(r)]):
+        return []
     losses = loss_table(results, predictions)
     lines = table_lines(losses, losses.attrs["note"], own=True, disable_numparse=True)
     return ["Cross-entropy over the choices (nats); the lowest of each method in bold:\n", *lines]

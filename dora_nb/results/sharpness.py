@@ -23,6 +23,7 @@ from dora_nb.results.labels import (
     ALWAYS,
     CALIBRATION,
     among,
+    completes,
     factors,
     ignored,
     in_order,
@@ -219,7 +220,7 @@ def plot_layers(
 # %% ../../nbs/7_results/69_sharpness.ipynb #2607cb68
 def _endings(found: Results, names: dict[str, list], broken: Sequence[dict]) -> list[tuple[dict, float, bool | None]]:
     "Return the parameters and final loss of every ranked training, and whether it diverged, or None without a base model."
-    ranked = [r for r in found.results if r["params"]["protocol"] == "loglikelihood"]
+    ranked = [r for r in found.results if r["params"]["protocol"] == "loglikelihood" and not completes(r)]
     losses = choice_losses(found.predictions[found.predictions.run.isin([r["run"] for r in ranked])])
     shared = [k for k in (*names, CALIBRATION) if k not in ("method", *ignored("base"))]
     place_of = lambda p: json.dumps([p.get(k) for k in shared])

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..data.cache import cache_dir
 from ..files import check_writable, owned, read_json, write_json
 from ..messages import say
-from .base import check_model
+from .base import check_data, check_model
 from .cluster import Ray
 from .config import naming
 from .engines import Local
@@ -181,8 +181,10 @@ def _check_options(workers: int | None, timeout: float | None, engine: str, addr
         )
 
 
-def _check_models(grid: Grid, fetch: bool):
-    "Refuse runs whose adapter does not fit their model: ValueError. Each model is checked once."
+def _check_inputs(grid: Grid, fetch: bool):
+    "Refuse runs whose data have a fault, or whose adapter does not fit their model: ValueError. Each model is checked once."
+    for config in grid.configs:
+        check_data(config)
     for config in {(c.model, c.source, c.target_modules, c.rank, c.ranks): c for c in grid.configs}.values():
         check_model(config, fetch=fetch)
 
@@ -226,7 +228,7 @@ def run_grid(
     _check_options(workers, timeout, engine, address)
     grid = load_grid(path, scale)
     check(grid, Path(path))
-    _check_models(grid, fetch=not dry_run)
+    _check_inputs(grid, fetch=not dry_run)
     need("papermill", "ipykernel", "matplotlib", "pandas")
     folder, processes = Path(out) / grid.name, max(config.processes for config in grid.configs)
     jobs = _jobs(grid, folder, known)

@@ -24,7 +24,7 @@ from ..messages import say
 from ..models.adapt import adapter_layers
 from ..models.targets import find_targets
 from ..models.methods import PAPER_TARGETS, METHODS
-from .config import RunConfig
+from .config import RunConfig, data_options
 from .folder import CURVATURE, GEOMETRY, SCHEMA
 from .identity import run_name
 
@@ -74,7 +74,7 @@ def read_points(path: Path) -> list[dict]:
 # %% ../../nbs/6_runs/48_observers.ipynb #ec7a1b84
 def curvature_observer(config: RunConfig, model, tokenizer, run_dir: Path) -> Callable[[dict], None]:
     "Return a function that records the curvature at three steps of a training: ValueError if a block is impossible."
-    where = dict(source=config.source, dev_cut=config.dev_cut)
+    where = data_options(config, config.task)
     items = load_task(config.task, "dev", config.format, config.probe_items, **where)
     wanted = [b for b in split_blocks(config.probe_blocks) if b != "m" or METHODS[config.method].has_magnitude]
     check_blocks(model, wanted)

@@ -17,7 +17,7 @@ from ..files import check_replaceable, read_json, write_json
 from ..models.adapter_files import load_adapter
 from ..models.compress import parse_scheme
 from .base import load_base
-from .config import check_values
+from .config import check_own, check_values, data_options
 from .folder import SCHEMA, describe_machine, library_versions
 from .observers import split_blocks, peak_memory
 from ..training.config import TrainConfig
@@ -28,12 +28,14 @@ class ProbeConfig:
     "Describe a probe of a saved adapter. Every value is checked on construction: ValueError."
 
     adapter: str = ""  # the folder of an adapter, saved by this package or by PEFT
-    task: str = "winogrande"  # a name in `TASKS`, for instance boolq or hellaswag
+    task: str = "winogrande"  # a name in `TASKS`, for instance boolq; or a file, a folder, or a Hub dataset
+    template: str = ""  # prompt of a file, columns in braces: {question}\nAnswer:; its column prompt if empty
+    columns: str = ""  # columns of a file: answer=label,choices=option1+option2; their usual names if empty
     model: str = "smollm2-135m-instruct"  # a model of this package, a local folder, or a Hub id
     source: str = "package"  # where the package's model and the data come from: package or hub
     compress: str = ""  # compression of the adapter's base model: rtn-4, hqq-3, …; none if empty
     calibrate: str = ""  # the task whose training items wanda reads; `task` if empty
-    split: str = "dev"  # split of the items: train, dev or validation
+    split: str = "dev"  # split of the items: train, dev or validation; all items of a file
     dev_cut: str = "twins"  # how the adapter's training cut WinoGrande's dev from train: twins, or items
     items: int = 16  # number of items, drawn by a fixed seed
     format: str = "cloze"  # prompt format of the items: cloze or instruction
@@ -46,6 +48,7 @@ class ProbeConfig:
 
     def __post_init__(self):
         check_values(self)
+        check_own(self, self.task, self.calibrate)
         if self.compress:
             parse_scheme(self.compress)
         if not self.adapter:
@@ -64,10 +67,9 @@ def is_probe(
 # %% ../../nbs/6_runs/51_probe_run.ipynb #c950d6af
 def _measure(config: ProbeConfig, device: torch.device, progress: bool) -> dict:
     "Return the curvature of the loss around a saved adapter."
-    where = dict(source=config.source, dev_cut=config.dev_cut)
-    items = load_task(config.task, config.split, config.format, config.items, **where)
+    items = load_task(config.task, config.split, config.format, config.items, **data_options(config, config.task))
     calibrate = config.calibrate or config.task
-    model, tokenizer = load_base(config.model, config.source, config.compress, calibrate, device, config.dev_cut)
+    model, tokenizer = load_base(config.model, config.compress, calibrate, device, **data_options(config, calibrate))
     load_adapter(model, config.adapter)
     training, blocks = TrainConfig(config.objective, max_tokens=config.max_tokens), split_blocks(config.blocks)
     return probe(model, tokenizer, items, training, blocks, config.eigenvalues, config.products, config.seed, progress)

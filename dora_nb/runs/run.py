@@ -25,13 +25,13 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from ..data.assets import load_model
-from ..data.tasks import load_task
+from ..data.tasks import TASKS, load_task
 from ..files import read_json, set_aside, write_json, write_whole
 from ..messages import say
 from ..models.adapter_files import load_adapter
-from .base import check_model, load_base
-from .config import RunConfig, config_from, trained_tasks
-from .fit import check_there, fit, merge_for_evaluation
+from .base import check_data, check_model, load_base
+from .config import RunConfig, config_from, data_options, trained_tasks
+from .fit import check_texts, check_there, fit, merge_for_evaluation
 from .folder import CHECKPOINTS, CURVATURE, GEOMETRY, HISTORY, PREDICTIONS, RANKS, RESULT, SCHEMA
 from .folder import adapter_file_names, check_files, file_checksums, finished_result, hold_folder
 from .folder import describe_machine, library_versions, read_result
@@ -108,10 +108,10 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
     check_model(config)
     result, progress = _identity(config, device), progress and team.rank == 0
     format = config.eval_format or format_of(config.protocol)
-    where = dict(source=config.source, dev_cut=config.dev_cut)
-    items = load_task(config.task, config.eval_split, format, config.eval_items, **where)
+    items = load_task(config.task, config.eval_split, format, config.eval_items, **data_options(config, config.task))
     first_task, place = trained_tasks(config)[0], "cpu" if config.fsdp else device
-    model, tokenizer = load_base(config.model, config.source, config.compress, first_task, place, config.dev_cut)
+    model, tokenizer = load_base(config.model, config.compress, first_task, place, **data_options(config, first_task))
+    check_texts(config, (config.task,), model, tokenizer, items)
     if config.fsdp and config.method == "base":
         shard(model, team)
     accelerate.utils.set_seed(config.seed)
@@ -124,9 +124,8 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
     else:
         result["training"] = fit(config, model, tokenizer, run_dir, progress, team) if trains else None
     options = dict(batch_tokens=config.batch_tokens, max_tokens=config.max_tokens, precision=config.eval_precision)
-    result["metrics"], answers = evaluate(
-        model, tokenizer, items, config.protocol, **options, progress=progress, team=team
-    )
+    options |= dict(progress=progress, team=team, metric=getattr(TASKS.get(config.task), "metric", None))
+    result["metrics"], answers = evaluate(model, tokenizer, items, config.protocol, **options)
     if team.rank == 0:
         check_there(run_dir)
         table = pa.Table.from_pylist(answers)
@@ -158,6 +157,7 @@ def run(
 ) -> dict:  # the content of result.json
     "Train and evaluate a configuration; write the result, history, predictions and adapter to `run_dir`. Finished parts are not repeated. ValueError if the folder holds anything else."
     config, run_dir = effective(config), Path(run_dir)
+    check_data(config)
     team = Distributed(join=config.processes > 1)
     if team.size != config.processes:
         return run_in_processes(config, run_dir, progress, team)

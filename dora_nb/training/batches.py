@@ -92,14 +92,14 @@ def encode_items(
     "Encode the items of a training; warn of those that lost their beginning."
     how = config.max_tokens, share, config.end, context
     encoded = [encode_for(config.objective, tokenizer, item, *how) for item in items]
-    if cut := sum(c > 0 for _, c in encoded):
+    if cut := [item.get("doc_index", i) for i, (item, (_, c)) in enumerate(zip(items, encoded)) if c]:
         most = (
             f"max_tokens={config.max_tokens}"
             if context is None
             else f"max_tokens={config.max_tokens} or the model's context of {context}"
         )
         warnings.warn(
-            f"{cut} of {len(encoded)} items were longer than {most} and lost their beginning",
+            f"{len(cut)} of {len(encoded)} items, the first being item {cut[0]}, were longer than {most} and lost their beginning",
             stacklevel=3,
         )
     return [r for r, _ in encoded]

@@ -18,7 +18,7 @@ from dora_nb.command.parser import parser
 from dora_nb.command.places import check_output, check_ranks, is_answers
 from dora_nb.curvature.components import SCORES
 from dora_nb.data.assets import ASSETS, SOURCES
-from dora_nb.data.tasks import DEV_CUTS, SPLITS, TASKS
+from dora_nb.data.tasks import DEV_CUTS, SPLITS, TASKS, WHOLE
 from dora_nb.files import claim
 from dora_nb.runs.config import RunConfig
 from dora_nb.runs.probe_run import is_probe
@@ -54,7 +54,7 @@ def test_names_that_the_parser_repeats_to_spare_an_import():
     choices = choices_of("evaluate")
     assert {k: set(v) for k, v in choices.items()} == dict(
         **dict.fromkeys(("task", "calibrate"), set(TASKS)),
-        split=set(SPLITS),
+        split={*SPLITS, WHOLE},
         protocol=set(PROTOCOLS),
         precision=set(PRECISIONS),
         source=set(SOURCES),

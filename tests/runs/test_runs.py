@@ -682,7 +682,7 @@ def test_a_damaged_result_stays_until_a_new_one_takes_its_place(made, tmp_path, 
     folder = copied(folder, tmp_path / folder.name)
     flip(folder / HISTORY)
     before = (folder / RESULT).read_text()
-    monkeypatch.setattr("dora_nb.runs.run.load_base", lambda *_: (_ for _ in ()).throw(OSError("no such disk")))
+    monkeypatch.setattr("dora_nb.runs.run.load_base", lambda *_, **__: (_ for _ in ()).throw(OSError("no such disk")))
     with pytest.raises(OSError, match="no such disk"):
         run(config, folder, progress=False)
     assert (folder / RESULT).read_text() == before and not list(folder.glob("damaged-*"))

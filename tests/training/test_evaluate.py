@@ -1,5 +1,8 @@
 "Intervals against published values, matching, batches that change nothing."
 
+import math
+import random
+import re
 import warnings
 
 import pytest
@@ -7,19 +10,19 @@ import torch
 import transformers
 
 from dora_nb.data.assets import load_model
-from dora_nb.data.rows import encode_text
+from dora_nb.data.rows import encode_pair, encode_text
 from dora_nb.data.tasks import load_task
 from dora_nb.models.scoring import context_length
 from dora_nb.training.evaluate import (
-    answers_of,
     evaluate,
     format_of,
     generate_answers,
-    match_answer,
     rank_choices,
+    score_completions,
     standard_error,
     wilson,
 )
+from dora_nb.training.matching import answers_of, match_answer, matches_exactly, named_choice
 
 
 @pytest.mark.parametrize(
@@ -254,14 +257,119 @@ def test_weights_that_break_on_some_items(tiny_model_dir, protocol, beams):
         ([" happy", " sad"], "unhappy, or rather sad", 1),
         ([" not happy", " happy"], "she is not happy", 0),
         ([" not happy", " happy"], "she is happy", 1),
+        ([" not happy", " very sad"], "she is happy", None),  # a last word is no answer
+        ([" not happy", " happy", " unhappy"], "UNHAPPY, not happy", 2),
+        ([" Paris, France", " Rome, Italy"], "It lies in France", None),
+        ([" Paris, France", " Rome, Italy"], "paris,\n France", 0),
         ([" a cat", " the cat", " the dog"], "I saw the cat.", 1),
         ([" C++", " C"], "written in C++", 0),
-        ([" yes ", " no "], "no", 1),
+        ([" yes ", " no "], "No", 1),
+        ([" US", " us"], "between us", 1),  # case counts where it tells choices apart
+        ([" 3", " 35", " -3"], "3.5", None),
+        ([" 3", " 35", " -3"], "-3, or 3", 2),
+        ([" 3", " 35", " -3"], "35.", 1),
+        ([" caf\u00e9", " bar"], "the cafe\u0301", 0),  # one character, or two
         (["the correct answer is option1", "the correct answer is option2"], "option2", 1),
+        (["the correct answer is option1", "the correct answer is option2"], "Option2", None),
     ],
 )
-def test_whole_words_and_answers_that_end_alike(continuations, text, pred):
-    assert match_answer(text, answers_of(dict(doc_index=0, continuations=continuations))) == pred
+def test_whole_answers_are_compared(continuations, text, pred):
+    assert named_choice(dict(doc_index=0, continuations=continuations), text) == pred
+
+
+@pytest.mark.parametrize("name", ("boolq", "winogrande", "hellaswag", "piqa", "social_iqa", "arc_easy", "openbookqa"))
+def test_the_paper_s_answers_are_found_as_its_authors_find_them(name):
+    "commonsense_evaluate.py of DoRA and LLM-Adapters: the first of `re.findall`, over words that are no part of a word."
+    items = load_task(name, "validation", "instruction", limit=4)
+    rng = random.Random(0)
+    words = "true false True option1 Option2 ending1 ending44 ending4 answer2 answer3. solution1, untrue not is the correct answer".split()
+    for item in items:
+        names = [c.rsplit(" ", 1)[-1] for c in item["continuations"]]
+        for _ in range(200):
+            text = " ".join(rng.choices(words + names, k=rng.randint(1, 8)))
+            found = re.findall(rf"\b(?:{'|'.join(names)})\b", text)
+            assert named_choice(item, text) == (names.index(found[0]) if found else None), text
+
+
+@pytest.mark.parametrize(
+    "text, completion, same",
+    [(" Paris\n", "paris", True), ("Paris, France", "Paris", False), ("", "Paris", False), ("a  b", " a\nb", True)],
+)
+def test_exact_match(text, completion, same):
+    assert matches_exactly(text, completion) == same
+
+
+def completions(n):
+    "Items with the text of the right choice alone."
+    items = load_task("hellaswag", limit=n).to_list()
+    return [i | {k: [i[k][i["gold"]]] for k in ("contexts", "continuations")} | {"gold": 0} for i in items]
+
+
+@pytest.mark.parametrize("batch_tokens", (1, 10**5))
+def test_a_completion_s_perplexity_is_that_of_transformers_loss(tiny_model_dir, batch_tokens):
+    "And whether it is greedy is what the model writes."
+    model, tokenizer = load_model(str(tiny_model_dir))
+    items = completions(5)
+    prompt = tokenizer(items[0]["contexts"][0], return_tensors="pt").input_ids
+    written = model.generate(prompt, max_new_tokens=3, do_sample=False, pad_token_id=2)[0, prompt.shape[1] :]
+    greedy = tokenizer.decode(written)
+    if tokenizer(items[0]["contexts"][0] + greedy).input_ids == [*prompt[0].tolist(), *written.tolist()]:
+        items[0]["continuations"] = [greedy]
+    summary, records = score_completions(model, tokenizer, items, batch_tokens=batch_tokens, progress=False)
+    total, tokens = 0.0, 0
+    for item, record in zip(items, records):
+        given, scored = encode_pair(tokenizer, item["contexts"][0], item["continuations"][0])
+        ids, labels = torch.tensor([given + scored]), torch.tensor([[-100] * len(given) + scored])
+        with torch.no_grad():
+            out = model(ids, labels=labels)
+        total, tokens = total - out.loss.item() * len(scored), tokens + len(scored)
+        assert record["loglikelihood"] == pytest.approx([-out.loss.item() * len(scored)], abs=1e-3)
+        best = out.logits[0, len(given) - 1 : -1].argmax(1).tolist() == scored
+        assert record["pred"] == (0 if best else None) and record["gold"] == 0
+    assert summary["perplexity"] == pytest.approx(math.exp(-total / tokens), rel=1e-4)
+    assert summary["loglikelihood"] == pytest.approx(total / 5, abs=1e-3)
+    assert summary["acc"] == sum(r["pred"] == 0 for r in records) / 5
+    assert "acc_norm" not in summary and evaluate(model, tokenizer, items, progress=False)[1] == records
+
+
+def test_completions_that_are_written_are_matched_exactly(tiny_model_dir):
+    model, tokenizer = load_model(str(tiny_model_dir))
+    items = completions(3)
+    prompt = encode_text(tokenizer, items[1]["contexts"][0])
+    _, records = generate_answers(model, tokenizer, items, progress=False, max_new_tokens=4, num_beams=1)
+    items[1]["continuations"] = [records[1]["output"]]
+    summary, records = generate_answers(model, tokenizer, items, progress=False, max_new_tokens=4, num_beams=1)
+    assert [r["pred"] for r in records] == [None, 0, None] and len(prompt) > 0
+    assert summary["acc"] == summary["exact_match"] == pytest.approx(1 / 3) and "unparsed" not in summary
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("protocol", ["loglikelihood", "generate"])
+def test_one_choice_among_items_with_several(tiny_model_dir, protocol):
+    model, tokenizer = load_model(str(tiny_model_dir))
+    items = load_task("boolq", "validation", format_of(protocol), limit=2).to_list() + completions(1)
+    with pytest.raises(ValueError, match="it has 1 choice, and at least 2 are needed"):
+        evaluate(model, tokenizer, items, protocol, progress=False)
+
+
+def test_a_metric_of_your_own(tiny_model_dir):
+    model, tokenizer = load_model(str(tiny_model_dir))
+    items = load_task("hellaswag", limit=6)
+
+    def reciprocal_rank(items, records):
+        assert [i["doc_index"] for i in items] == [r["doc_index"] for r in records]
+        ranks = [sum(s >= r["loglikelihood"][r["gold"]] for s in r["loglikelihood"]) for r in records]
+        return {"mrr": sum(1 / rank for rank in ranks) / len(ranks)}
+
+    summary, records = evaluate(model, tokenizer, items, metric=reciprocal_rank, progress=False)
+    assert summary["mrr"] == reciprocal_rank(items, records)["mrr"] >= summary["acc"]
+    for wrong, named in (
+        (lambda i, r: {"acc": 1.0}, "gives 'acc', which the summary has already"),
+        (lambda i, r: 0.5, "must return a dictionary of finite numbers, and gave 0.5"),
+        (lambda i, r: {"f1": math.nan}, "must return a dictionary of finite numbers"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            evaluate(model, tokenizer, items, metric=wrong, progress=False)
 
 
 @pytest.mark.attack("silent error")
