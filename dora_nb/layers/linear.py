@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from .decompose import row_norm
 from .dora import DROPOUT_FORMS, factored_norm
 from .fused import Operands
-from .lora import init_update, scaling
+from .lora import scaling
 from .plans import PLANS, autocast_dtype, product, seen_through
+from .starts import Started
 from torch import Tensor, nn
 
 # %% ../../nbs/1_layers/06_linear.ipynb #f76d5cde
@@ -84,8 +85,8 @@ def _check(base_layer: nn.Module, plan: str, dropout: float):
         raise ValueError(f"dropout={dropout!r} is not possible; it must be at least 0 and below 1")
 
 # %% ../../nbs/1_layers/06_linear.ipynb #6ae23c0a
-class _LowRank(_Adapter):
-    "Add s·BA to the weight of the base layer, with A in `lora_A` and B in `lora_B`."
+class _LowRank(Started, _Adapter):
+    "Add s·BA to the weight of the base layer, with A in `lora_A` and B in `lora_B`; subtract the start in `start_A` and `start_B`."
 
     def update(self, x: Tensor) -> Tensor:
         "Return s·BAx, (…, in) → (…, out), in the dtype of `x`."
@@ -93,11 +94,16 @@ class _LowRank(_Adapter):
 
     def operands(self, x: Tensor) -> Operands:
         "Return the tensors of this layer for the product."
-        return Operands(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
+        return Operands(self.base_layer.weight, *self.factors(), self.scaling)
 
     def adapted_weight(self) -> Tensor:
         "Return W₀ + s·BA, (out, in), in float32 or better, with a graph."
-        return self.base_layer.weight + self.scaling * (self.lora_B @ self.lora_A)
+        A, B = self.factors()
+        return self.base_layer.weight + self.scaling * (B @ A)
+
+    def fast(self) -> bool:
+        "Return whether the product may be used now."
+        return super().fast() and not (self.start_A is not None and self.drops())
 
 # %% ../../nbs/1_layers/06_linear.ipynb #5e771621
 class LoRALinear(_LowRank):
@@ -109,7 +115,7 @@ class LoRALinear(_LowRank):
         rank: int = 16,  # r
         alpha: float = 32,  # α
         dropout: float = 0.0,  # probability, on the input of the update
-        init: str = "kaiming",  # initialisation of A, one of `INITS`
+        init: str = "kaiming",  # initialisation of A, one of `STARTS`
         rslora: bool = False,  # scale by α/√r instead of α/r
         plan: str = "auto",  # how to compute the product, one of `PLANS`
     ):
@@ -122,7 +128,7 @@ class LoRALinear(_LowRank):
         self.lora_A, self.lora_B = new(rank, in_features), new(out_features, rank)
         self.dropout = nn.Dropout(dropout)
         self.scaling, self.plan, self.shared_input = scaling(alpha, rank, rslora), plan, None
-        init_update(self.lora_A, self.lora_B, init)
+        self.start(init, base_layer.weight)
 
     @classmethod
     def parameter_shapes(cls, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -131,7 +137,7 @@ class LoRALinear(_LowRank):
 
     def plain(self, x: Tensor) -> Tensor:
         "Return the output by the formula, (…, in) → (…, out)."
-        return self.base_layer(x) + self.update(self.dropout(x))
+        return self.without_start(self.base_layer(x), x) + self.update(self.dropout(x))
 
 # %% ../../nbs/1_layers/06_linear.ipynb #3a9f752e
 class SharedInput:
@@ -181,7 +187,7 @@ class _Scaled(LoRALinear):
         if self.base_layer.weight.is_meta:
             raise RuntimeError("DoRA needs the weight that it adapts, but it is offloaded; merge the adapter before")
         with torch.autocast(self.magnitude.device.type, enabled=False), torch.set_grad_enabled(exact):
-            return factored_norm(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
+            return factored_norm(self.base_layer.weight, *self.factors(), self.scaling)
 
     def scale(self) -> Tensor:
         "Return g = m/n, (out,), in float32 or better."
@@ -207,7 +213,7 @@ class DoRALinear(_Scaled):
         rank: int = 16,  # r
         alpha: float = 32,  # α
         dropout: float = 0.0,  # probability, on the input of the update
-        init: str = "kaiming",  # initialisation of A, one of `INITS`
+        init: str = "kaiming",  # initialisation of A, one of `STARTS`
         rslora: bool = False,  # scale by α/√r instead of α/r
         plan: str = "auto",  # how to compute the product, one of `PLANS`
         detach_norm: bool = True,  # §4.3: no gradient through the norm; False for the exact gradient
@@ -227,10 +233,10 @@ class DoRALinear(_Scaled):
     def plain(self, x: Tensor) -> Tensor:
         "Return the output by the formula, (…, in) → (…, out)."
         W0, bias, g = self.base_layer.weight, self.base_layer.bias, self.scale()
-        y = F.linear(x, W0)
+        y = self.without_start(F.linear(x, W0), x)
         dropped = self.dropout(x)
         delta = self.dropout_form == "delta" and self.drops()
-        z = y + (g - 1) * F.linear(dropped, W0) if delta else g * y
+        z = y + (g - 1) * self.without_start(F.linear(dropped, W0), dropped) if delta else g * y
         z = (z + g * self.update(dropped)).to(y.dtype)
         return z if bias is None else z + bias.to(y.dtype)
 
@@ -264,7 +270,7 @@ def constant_scale(
         return cached
     m = layer.magnitude
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(m.device.type, enabled=False):
-        n = factored_norm(layer.base_layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
+        n = factored_norm(layer.base_layer.weight, *layer.factors(), layer.scaling)
         g = torch.where(m == 0, 1e-18, m / n)  # the gradient of m divides by it
         # on a GPU, reading the maximum would wait for all work in progress
         change = g - 1 if g.is_cpu and (g - 1).abs().max() < 0.5 else None

@@ -166,7 +166,7 @@ class _Adapter:
     allocate: str = ""  # choose ranks by layer in a warm-up, with as many parameters: curvature, gates or random
     dropout: float = 0.05  # dropout probability on the input of the update
     target_modules: str = "q_proj,k_proj,v_proj,up_proj,down_proj"  # name endings, separated by commas; or all-linear
-    init: str = "kaiming"  # initialisation of A: kaiming or gaussian
+    init: str = "kaiming"  # start of A and B: kaiming, gaussian, peft_gaussian, orthogonal, mica, pissa or olora
     rslora: bool = False  # scale by α/√r instead of α/r
     detach_norm: bool = True  # DoRA: treat the norm as a constant in the backward pass
     dropout_form: str = "lowrank"  # DoRA: the part that receives the input after dropout, lowrank or delta
