@@ -80,3 +80,10 @@ class Started:
         if self.start_A is None:
             return y
         return y - F.linear(F.linear(x, self.start_A.to(x.dtype)), self.start_B.to(x.dtype)) * self.scaling
+
+    def check_ordinary(self):
+        "Refuse a layer that subtracts its start, for what knows only A and B: ValueError."
+        if self.start_A is not None:
+            raise ValueError(
+                "a start is subtracted from this layer's update (init='pissa' or 'olora'); save the adapter and load it, which makes it an ordinary one of twice the rank"
+            )

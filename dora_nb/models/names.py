@@ -105,7 +105,7 @@ def layer_indices(
     patterns: Sequence[str] = (),  # what stands before the index, for instance "layers"; any name if empty
 ) -> dict[str, int]:  # name → index; names without one are left out
     "Return the index of the layer that each module belongs to, as in PEFT; ValueError for an expression that takes too long."
-    forms = [_compiled(p, r"(?:^|.*?\.){}\.(\d+)\.") for p in patterns or [r"[^.]*"]]
+    forms = [_compiled(p, r"(?:^|.*?\.){}\.(\d+)\.") for p in patterns] or [_compiled("", r".*?\.[^.]*\.(\d+)\.")]
     found, until = {}, time.process_time() + SECONDS
     for name in names:
         for form in forms:

@@ -106,6 +106,10 @@ def from_peft(
     return config
 
 # %% ../../nbs/3_models/17b_peft_config.ipynb #0db7b261
+_BEGUN = ("gaussian", "orthogonal", "mica", *SUBTRACTED)  # starts of a new adapter, besides the default
+_OTHERWISE = "PEFT's get_peft_model(model, config) can do it, and dora_nb.accelerate(peft_model) makes its layers fast"
+
+
 def _pefts_targets(model: nn.Module) -> list[str]:
     "Return the targets that PEFT chooses for a model; ValueError if it knows none."
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
@@ -126,12 +130,14 @@ def as_config(
     if not hasattr(config, "peft_type") or not hasattr(config, "to_dict"):
         raise TypeError(f"adapt takes an AdapterConfig, or PEFT's LoraConfig, not {type(config).__name__}")
     peft = config.to_dict()
-    if (start := peft.get("init_lora_weights")) in (False, None, "eva"):
-        raise ValueError(
-            f"LoraConfig: an adapter cannot begin with init_lora_weights={start!r} here; PEFT's get_peft_model can"
-        )
+    start = peft.get("init_lora_weights", True)
+    if start is not True and str(start).lower() not in _BEGUN:
+        raise ValueError(f"LoraConfig: an adapter cannot begin with init_lora_weights={start!r:.60} here. {_OTHERWISE}")
     for key in ("target_modules", "exclude_modules"):  # sets, in PEFT
         peft[key] = sorted(peft[key]) if isinstance(peft.get(key), set) else peft.get(key)
     if peft["target_modules"] is None:
         peft["target_modules"] = _pefts_targets(model)
-    return from_peft(peft, "LoraConfig")
+    try:
+        return from_peft(peft, "LoraConfig")
+    except ValueError as e:
+        raise ValueError(str(e).replace(WAY_OUT, _OTHERWISE)) from None

@@ -56,6 +56,8 @@ def _advice(entry: str, target_modules: str | Sequence[str], modules: dict[str, 
     "Return how to correct an entry that matches no module."
     leaves = sorted({n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)})
     near = difflib.get_close_matches(entry, leaves, n=1, cutoff=0.5)
+    fused = [f"{n}.{k}" for n, m in modules.items() for k, p in m.named_parameters(recurse=False) if p.dim() > 2]
+    experts = next((name for name in fused if entry in name.rpartition(".")[2]), "")
     names = [t.strip() for t in target_modules.split(",")] if isinstance(target_modules, str) else []
     listed = ", ".join(leaves)
     if "all-linear" in (entry, *names):
@@ -64,6 +66,8 @@ def _advice(entry: str, target_modules: str | Sequence[str], modules: dict[str, 
         )
     if names and all(name in leaves for name in names):
         return f": a string is one regular expression for whole names; to match the ends of names, give a list: {names}"
+    if experts:
+        return f"; {experts!r} is a parameter and no module, as in fused experts, which no adapter here can reach. Leave it out, or use PEFT's target_parameters"
     return f"; did you mean {near[0]!r}?" if near else f"; the linear layers are called {listed}"
 
 # %% ../../nbs/3_models/18_targets.ipynb #f6be0432

@@ -18,6 +18,7 @@ from ..data.assets import SOURCES
 from ..data.tasks import DEV_CUTS, FORMATS, SPLITS, TASKS
 from ..files import read_json
 from ..layers.plans import PLANS
+from ..layers.starts import SUBTRACTED
 from ..messages import advice
 from ..models.compress import parse_scheme
 from ..models.methods import METHODS, AdapterConfig
@@ -107,8 +108,8 @@ def _check_together(config):
             "protocol='generate' needs eval_format='instruction'",
         ),
         (
-            c.allocate and (c.ranks or c.processes > 1),
-            "allocate finds ranks in one process, and does not go with a file of ranks",
+            c.allocate and (c.ranks or c.processes > 1 or c.init in SUBTRACTED),
+            "allocate finds ranks in one process, and goes neither with a file of ranks nor with the starts of PiSSA and OLoRA",
         ),
         (
             c.fsdp and (c.processes == 1 or c.probe or c.geometry or generates),
