@@ -614,7 +614,7 @@ def test_what_cannot_be_loaded_here_has_a_way_out(llama, saved, changes):
 @pytest.mark.attack("crash")
 @pytest.mark.parametrize("method", METHODS)
 def test_adapting_is_all_or_nothing(llama, monkeypatch, method):
-    from dora_nb.layers import linear as module
+    from dora_nb.layers import starts as module
 
     model, made, original = llama(), [], module.start_update
     model.model.layers[0].requires_grad_(False)

@@ -12,9 +12,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dora_nb.curvature.components import components
 from dora_nb.curvature.rank_search import open_gates
+from dora_nb.data.tasks import load_task
 from dora_nb.layers.linear import DoRALinear, LoRALinear
 from dora_nb.layers.starts import STARTS, SUBTRACTED
 from dora_nb.models.adapt import adapt, adapter_layers, adapter_state, trainable_parameters
@@ -27,6 +29,8 @@ from dora_nb.models.peft_config import from_peft
 from dora_nb.models.peft_format import BIN, CONFIG, WEIGHTS
 from dora_nb.models.targets import find_targets, narrowed
 from dora_nb.runs.config import RunConfig
+from dora_nb.runs.run import run
+from dora_nb.training.evaluate import evaluate
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 SLOW = r"(.*)(.*)(.*)[^a-z0-9_.]x?"
@@ -282,6 +286,18 @@ def test_what_splits_an_update_takes_no_subtracted_start(llama, tmp_path, init):
     )
     with pytest.raises(ValueError, match="allocate finds ranks.*nor with the starts of PiSSA and OLoRA"):
         RunConfig(method="lora", init=init, allocate="gates")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method,init", [("lora", "pissa"), ("dora", "olora"), ("lora", "mica")])
+def test_a_run_with_a_start(tiny_model_dir, tmp_path, method, init):
+    "Its stored adapter gives the accuracy that the run measured."
+    config = RunConfig("boolq", method, str(tiny_model_dir), rank=4, init=init, train_items=32, eval_items=20)
+    result = run(replace(config, precision="float32", learning_rate=1e-2), tmp_path, progress=False)
+    model = load_adapter(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path / "adapter")
+    items = load_task("boolq", "validation", limit=20)
+    metrics, _ = evaluate(model, AutoTokenizer.from_pretrained(tiny_model_dir), items, progress=False)
+    assert metrics["acc"] == result["metrics"]["acc"] and metrics["n"] == 20
 
 
 # --- which word stands for a start in a file
