@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dora_nb.data.tasks import TASKS, load_task, task_digest
 from dora_nb.layers.linear import LoRALinear
-from dora_nb.models.adapt import adapt, adapter_layers
+from dora_nb.models.adapt import adapt, adapter_layers, adapter_state
 from dora_nb.models.adapter_files import load_adapter, save_adapter
 from dora_nb.models.merge import merge, remove_adapter, unmerge
 from dora_nb.models.methods import METHODS, AdapterConfig, Method
@@ -144,15 +144,19 @@ def test_a_method_of_another_package(toys, llama, ids, tmp_path):
     assert torch.equal(remove_adapter(model)(ids).logits, plain)
 
 
-def test_peft_s_file_of_a_method_that_is_not_installed_is_refused(llama, tmp_path, package, monkeypatch):
+def test_peft_s_file_of_a_method_that_is_not_installed_means_what_peft_means(
+    llama, ids, shake, tmp_path, package, monkeypatch
+):
     with monkeypatch.context() as m:
         m.syspath_prepend(str(package))
         m.setitem(vars(METHODS), "_announced", announced(METHODS._group))
         m.setattr(METHODS, "_entries", dict(METHODS._entries))
-        save_adapter(adapt(llama(), AdapterConfig("pissa", rank=2)), tmp_path)
+        theirs = shake(adapt(llama(), AdapterConfig("pissa", rank=2)))
+        save_adapter(theirs, tmp_path)
     assert "pissa" not in METHODS
-    with pytest.raises(ValueError, match="init_lora_weights='pissa' changes the base weights"):
-        load_adapter(llama(), tmp_path)
+    ours = load_adapter(llama(), tmp_path)
+    assert adapter_state(ours).config.method == "lora" and adapter_state(ours).config.init == "pissa"
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-4)
 
 
 def test_a_method_without_a_format_is_refused_before_it_is_trained(llama, tmp_path, monkeypatch):

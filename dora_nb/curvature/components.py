@@ -66,7 +66,8 @@ def components(
     layer: LoRALinear,  # the layer whose update is split
     metric: Metric | None = None,  # its curvature; plain singular components if None
 ) -> Components:  # scored by σ²/2
-    "Return the canonical components of a layer's update."
+    "Return the canonical components of a layer's update; ValueError for a layer that subtracts its start."
+    layer.check_ordinary()
     A, B = layer.lora_A.detach().double(), layer.lora_B.detach().double()
     X, sigma, Y = canonical(B, A, layer.scaling, metric)
     return Components(B @ X * sigma, Y @ A, sigma**2 / 2, Y.T)

@@ -61,6 +61,7 @@ def open_gates(
     for name, layer in adapter_layers(model).items():
         if parametrize.is_parametrized(layer):
             raise RuntimeError(f"{name!r} has gates already; call close_gates(model) first")
+        layer.check_ordinary()
         B, A = layer.lora_B, layer.lora_A
         if found is not None:
             B, A = (found[name].B / layer.scaling).to(B), found[name].A.to(A)

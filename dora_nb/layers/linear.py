@@ -27,8 +27,9 @@ from dora_nb.layers.base import (
 from .decompose import row_norm
 from .dora import DROPOUT_FORMS
 from .fused import Operands
-from .lora import init_update, scaling
+from .lora import INITS, scaling
 from .plans import PLANS, autocast_dtype, product, seen_through
+from .starts import Started
 from torch import Tensor, nn
 
 # %% ../../nbs/1_layers/06_linear.ipynb #f76d5cde
@@ -103,8 +104,8 @@ def _check(base_layer: nn.Module, plan: str, dropout: float):
         raise ValueError(f"dropout={dropout!r} is not possible; it must be at least 0 and below 1")
 
 # %% ../../nbs/1_layers/06_linear.ipynb #6ae23c0a
-class _LowRank(_Adapter):
-    "Add s·BA to the weight of the base layer, with A in `lora_A` and B in `lora_B`."
+class _LowRank(Started, _Adapter):
+    "Add s·BA to the weight of the base layer, with A in `lora_A` and B in `lora_B`; subtract the start in `start_A` and `start_B`."
 
     def update(self, x: Tensor) -> Tensor:
         "Return s·BAx, (…, in) → (…, out), in the dtype of `x`."
@@ -112,11 +113,16 @@ class _LowRank(_Adapter):
 
     def operands(self, x: Tensor) -> Operands:
         "Return the tensors of this layer for the product."
-        return Operands(frozen_weight(self.base_layer), self.lora_A, self.lora_B, self.scaling)
+        return Operands(frozen_weight(self.base_layer), *self.factors(), self.scaling)
 
     def adapted_weight(self) -> Tensor:
         "Return W₀ + s·BA, (out, in), in float32 or better, with a graph."
-        return frozen_weight(self.base_layer) + self.scaling * (self.lora_B @ self.lora_A)
+        A, B = self.factors()
+        return frozen_weight(self.base_layer) + self.scaling * (B @ A)
+
+    def fast(self) -> bool:
+        "Return whether the product may be used now."
+        return super().fast() and not (self.start_A is not None and self.drops())
 
 # %% ../../nbs/1_layers/06_linear.ipynb #5e771621
 class LoRALinear(_LowRank):
@@ -128,7 +134,7 @@ class LoRALinear(_LowRank):
         rank: int = 16,  # r
         alpha: float = 32,  # α
         dropout: float = 0.0,  # probability, on the input of the update
-        init: str = "kaiming",  # initialisation of A, one of `INITS`
+        init: str = "kaiming",  # initialisation of A, one of `STARTS`
         rslora: bool = False,  # scale by α/√r instead of α/r
         plan: str = "auto",  # how to compute the product, one of `PLANS`
     ):
@@ -141,7 +147,7 @@ class LoRALinear(_LowRank):
         self.lora_A, self.lora_B = new(rank, in_features), new(out_features, rank)
         self.dropout = nn.Dropout(dropout)
         self.scaling, self.plan, self.shared_input = scaling(alpha, rank, rslora), plan, None
-        init_update(self.lora_A, self.lora_B, init)
+        self.start(init, None if init in INITS else frozen_weight(base_layer))
 
     @classmethod
     def parameter_shapes(cls, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -150,7 +156,7 @@ class LoRALinear(_LowRank):
 
     def plain(self, x: Tensor) -> Tensor:
         "Return the output by the formula, (…, in) → (…, out)."
-        return base_output(self.base_layer, x) + self.update(self.dropout(x))
+        return self.without_start(base_output(self.base_layer, x), x) + self.update(self.dropout(x))
 
 # %% ../../nbs/1_layers/06_linear.ipynb #3a9f752e
 class SharedInput:
@@ -215,7 +221,7 @@ class _Normed(LoRALinear):
     def fresh_norm(self, exact: bool = False) -> Tensor:
         "Compute n, (out,), whether or not it is cached; with a graph if `exact`."
         with torch.autocast(self.magnitude.device.type, enabled=False), torch.set_grad_enabled(exact):
-            return adapted_norm(self.base_layer, self.squares, self.lora_A, self.lora_B, self.scaling)
+            return adapted_norm(self.base_layer, self.squares, *self.factors(), self.scaling)
 
 # %% ../../nbs/1_layers/06_linear.ipynb #49bf6e74
 class _Scaled(_Normed):
@@ -245,7 +251,7 @@ class DoRALinear(_Scaled):
         rank: int = 16,  # r
         alpha: float = 32,  # α
         dropout: float = 0.0,  # probability, on the input of the update
-        init: str = "kaiming",  # initialisation of A, one of `INITS`
+        init: str = "kaiming",  # initialisation of A, one of `STARTS`
         rslora: bool = False,  # scale by α/√r instead of α/r
         plan: str = "auto",  # how to compute the product, one of `PLANS`
         detach_norm: bool = True,  # §4.3: no gradient through the norm; False for the exact gradient
@@ -265,10 +271,10 @@ class DoRALinear(_Scaled):
     def plain(self, x: Tensor) -> Tensor:
         "Return the output by the formula, (…, in) → (…, out)."
         base, bias, g = self.base_layer, self.base_layer.bias, self.scale()
-        y = apply_weight(base, x)
-        dropped = self.dropout(x)
+        frozen = lambda x: self.without_start(apply_weight(base, x), x)
+        y, dropped = frozen(x), self.dropout(x)
         delta = self.dropout_form == "delta" and self.drops()
-        z = y + (g - 1) * apply_weight(base, dropped) if delta else g * y
+        z = y + (g - 1) * frozen(dropped) if delta else g * y
         z = (z + g * self.update(dropped)).to(y.dtype)
         return z if bias is None else z + bias.to(y.dtype)
 

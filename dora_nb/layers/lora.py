@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/1_layers/01_lora.ipynb #4427280e
-INITS = ("kaiming", "gaussian")
+INITS = ("kaiming", "gaussian", "peft_gaussian")
 
 
 @torch.no_grad()
@@ -22,13 +22,14 @@ def init_update(
     init: str = "kaiming",  # one of `INITS`
 ):
     "Fill `A` with random numbers and `B` with zeros, in place. Refuse an unknown `init`: ValueError."
+    start = torch.empty(A.shape, dtype=A.dtype, device="cpu")  # a seed gives the same values on every device
     if init == "kaiming":
-        start = nn.init.kaiming_uniform_(torch.empty(A.shape, dtype=A.dtype, device="cpu"), a=math.sqrt(5))
-    elif init == "gaussian":
-        start = nn.init.normal_(torch.empty(A.shape, dtype=A.dtype, device="cpu"), std=0.01)
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5))
+    elif init in ("gaussian", "peft_gaussian"):
+        nn.init.normal_(start, std=0.01 if init == "gaussian" else 1 / len(A))
     else:
         raise ValueError(f"init={init!r} does not exist; choose one of {', '.join(INITS)}")
-    A.data.copy_(start)  # drawn on the CPU, so that a seed gives the same values on every device
+    A.data.copy_(start)
     nn.init.zeros_(B)
 
 # %% ../../nbs/1_layers/01_lora.ipynb #089c387b

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from ..layers.base import check_linear, device_of, linear_shape, reads_weight
 from ..layers.linear import LoRALinear, SharedInput
 from ..layers.stored import StoredLinear
-from .methods import METHODS, AdapterConfig
+from .methods import METHODS, AdapterConfig, narrowing
+from .peft_config import as_config
 from .names import match_names, shorten
-from .targets import default_targets, find_targets, uncompiled, warn_of_unreached
+from .targets import default_targets, find_targets, uncompiled, warn_of_unmatched, warn_of_unreached
 from torch import Tensor, nn
 
 # %% ../../nbs/3_models/19_adapt.ipynb #13b00002
@@ -117,18 +118,20 @@ def _new_layers(targets: dict[str, nn.Linear], config: AdapterConfig) -> dict[st
 # %% ../../nbs/3_models/19_adapt.ipynb #e76ecf0a
 def adapt(
     model: nn.Module,  # changed in place: frozen, and its target layers replaced
-    config: AdapterConfig,  # method, rank, α and targets; targets by the type of the model if it names none
+    config: AdapterConfig,  # method, rank, α and targets (None: by the model's type); PEFT's LoraConfig is taken too
 ) -> nn.Module:  # the same model
     "Freeze `model` and put adapters around its target layers; with method full, make every weight trainable instead. Refuse a model that is adapted already: RuntimeError; targets that cannot be adapted: ValueError."
     if adapter_state(model).config or adapter_layers(model):
         raise RuntimeError("this model is adapted already; call remove_adapter(model) first")
+    config = as_config(config, model)
     train_all = METHODS[config.method].layer is None
     if config.target_modules is None and not train_all:
         config = replace(config, target_modules=default_targets(model))
-    targets = {} if train_all else find_targets(model, config.target_modules)
+    targets = {} if train_all else find_targets(model, config.target_modules, **narrowing(config))
     if targets:
         _check_targets(targets, config)
         warn_of_unreached(model, config.target_modules)
+        warn_of_unmatched(model, targets, **narrowing(config))
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
         model.requires_grad_(train_all)

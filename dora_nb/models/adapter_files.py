@@ -17,20 +17,22 @@ from ..files import write_json, write_whole
 from ..layers.base import linear_shape
 from .adapt import adapt, adapter_layers, adapter_state, unmatched_patterns, whole_tensors
 from .base_checksum import CHECKSUMS, base_checksum
-from .methods import METHODS, AdapterConfig
+from .methods import METHODS, AdapterConfig, narrowing
 from .names import match_ends, shorten
 from dora_nb.models.peft_format import (
     CONFIG,
     OURS,
-    WAY_OUT,
     WEIGHTS,
     adapter_tensors,
     naming_file,
     read_adapter,
     tensor_name,
     to_peft,
+    weights_file,
+    with_starts,
 )
-from .targets import find_targets, linear_layers, modules_by_name, named_targets, uncompiled
+from .peft_config import WAY_OUT
+from .targets import find_targets, modules_by_name, uncompiled
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -77,7 +79,7 @@ def save_adapter(
     if METHODS[config.method].layer is None:
         _save_model(model, path, write)
         return path
-    peft, tensors = to_peft(config, model), whole_tensors(adapter_tensors(model), write)
+    peft, tensors = to_peft(config, model), with_starts(whole_tensors(adapter_tensors(model), write), model)
     if write:
         ours = {k: getattr(config, k) for k in OURS}
         ours |= {"compress": adapter_state(model).compressed, "weights": base_checksum(model)}
@@ -140,16 +142,6 @@ def _without_base(tensors: dict[str, Tensor], expected: dict[str, tuple], model:
     return kept
 
 # %% ../../nbs/3_models/23_adapter_files.ipynb #8dd10278
-def _with_tensors(config: AdapterConfig, model: nn.Module, tensors: dict[str, Tensor], source: Path) -> AdapterConfig:
-    "Return the configuration with the targets that have tensors in the file; ValueError if none has."
-    modules, every = modules_by_name(model), config.target_modules == "all-linear"
-    named = linear_layers(model, modules) if every else named_targets(modules, config.target_modules)
-    left = tuple(n for n in modules if n in named and tensor_name(n, "lora_A") in tensors)
-    if not left:
-        raise ValueError(f"{source} has tensors for none of the {len(named)} layers that its configuration names")
-    return replace(config, target_modules=left)
-
-
 def _idle_entries(config: AdapterConfig, model: nn.Module) -> dict[str, list[str]]:
     "Return the entries of targets and patterns that match no layer of a model, by the option's name."
     idle = {"target_modules": [], "rank_pattern": [], "alpha_pattern": []}
@@ -157,7 +149,7 @@ def _idle_entries(config: AdapterConfig, model: nn.Module) -> dict[str, list[str
         hits = match_ends(config.target_modules, modules_by_name(model))
         idle["target_modules"] = [entry for entry, names in hits.items() if not names]
         config = replace(config, target_modules=tuple(e for e, names in hits.items() if names) or config.target_modules)
-    for pattern, key in unmatched_patterns(find_targets(model, config.target_modules), config):
+    for pattern, key in unmatched_patterns(find_targets(model, config.target_modules, **narrowing(config)), config):
         idle[pattern].append(key)
     return idle
 
@@ -215,16 +207,15 @@ def load_adapter(
         raise ValueError(
             f"{', '.join(sorted(wrong))} cannot be changed, as the adapter's values depend on it; only dropout, detach_norm, dropout_form and plan can"
         )
-    config, tensors, ours, narrowed = read_adapter(path)
-    config = replace(config, **changes)
+    config, tensors, ours = read_adapter(path)
+    config, weights = replace(config, **changes), weights_file(path)
     _warn_of_compression(model, ours, path)
     if not adapter_state(model).config:  # otherwise `adapt` raises the error
         with naming_file(path / CONFIG):
-            config = _with_tensors(config, model, tensors, path / WEIGHTS) if narrowed else config
             config = _fitted(config, model, path / CONFIG)
-            expected = _expected(find_targets(model, config.target_modules), config)
-        tensors = _without_base(tensors, expected, uncompiled(model), path / WEIGHTS)
-        _check(tensors, expected, path / WEIGHTS)
+            expected = _expected(find_targets(model, config.target_modules, **narrowing(config)), config)
+        tensors = _without_base(tensors, expected, uncompiled(model), weights)
+        _check(tensors, expected, weights)
     adapt(model, config)
     with torch.no_grad():
         for key, p in adapter_tensors(model).items():

@@ -19,6 +19,7 @@ from ..data.own import is_own, read_columns, template_fields
 from ..data.tasks import DEV_CUTS, FORMATS, SPLITS, TASKS, WHOLE
 from ..files import read_json
 from ..layers.plans import PLANS
+from ..layers.starts import SUBTRACTED
 from ..messages import advice
 from ..models.compress import parse_scheme
 from ..models.methods import METHODS, AdapterConfig
@@ -130,8 +131,8 @@ def _check_together(config):
             "protocol='generate' needs eval_format='instruction'",
         ),
         (
-            c.allocate and (c.ranks or c.processes > 1),
-            "allocate finds ranks in one process, and does not go with a file of ranks",
+            c.allocate and (c.ranks or c.processes > 1 or c.init in SUBTRACTED),
+            "allocate finds ranks in one process, and goes neither with a file of ranks nor with the starts of PiSSA and OLoRA",
         ),
         (
             c.fsdp and (c.processes == 1 or c.probe or c.geometry or generates),
@@ -189,7 +190,7 @@ class _Adapter:
     allocate: str = ""  # choose ranks by layer in a warm-up, with as many parameters: curvature, gates or random
     dropout: float = 0.05  # dropout probability on the input of the update
     target_modules: str = "q_proj,k_proj,v_proj,up_proj,down_proj"  # name endings, separated by commas; or all-linear
-    init: str = "kaiming"  # initialisation of A: kaiming or gaussian
+    init: str = "kaiming"  # start of A and B: kaiming, gaussian, peft_gaussian, orthogonal, mica, pissa or olora
     rslora: bool = False  # scale by α/√r instead of α/r
     detach_norm: bool = True  # DoRA: treat the norm as a constant in the backward pass
     dropout_form: str = "lowrank"  # DoRA: the part that receives the input after dropout, lowrank or delta

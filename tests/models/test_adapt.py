@@ -49,7 +49,7 @@ def assert_untouched(model, before):
         ("alpha", "32", "alpha='32'"),
         ("rank", True, "rank=True"),
         ("rslora", "false", "rslora='false'"),
-        ("init", "pissa", "kaiming"),
+        ("init", "zeros", "kaiming"),
         ("dropout_form", "x", "delta"),
         ("target_modules", [], "target_modules"),
         ("target_modules", "q_(proj", "no regular expression"),
@@ -314,7 +314,7 @@ SPOILT = {
     "fewer targets": (lambda f: spoil_config(f, target_modules=["q_proj"]), "v_proj.*has no place"),
     "lora, not dora": (lambda f: spoil_config(f, use_dora=False), "lora_magnitude_vector.*has no place"),
     "another method": (lambda f: spoil_config(f, peft_type="IA3"), "IA3"),
-    "pissa": (lambda f: spoil_config(f, init_lora_weights="pissa"), "pissa.*base weights"),
+    "loftq": (lambda f: spoil_config(f, init_lora_weights="loftq"), "loftq.*base weights"),
     "trained biases": (lambda f: spoil_config(f, bias="all"), "bias='all'"),
     "another rank pattern": (lambda f: spoil_config(f, rank_pattern={"q_proj": 2}), r"q_proj.*needs \(2, 64\)"),
     "a pattern that is none": (lambda f: spoil_config(f, rank_pattern={"q_(": 2}), "no regular expression"),
@@ -324,7 +324,7 @@ SPOILT = {
     "a config cut short": (lambda f: (f / CONFIG).write_text('{"r":'), f"{CONFIG} is damaged"),
     "missing tensor": (lambda f: spoil_weights(f, lambda t: t.pop(sorted(t)[0])), "lacks"),
     "no config": (lambda f: (f / CONFIG).unlink(), "holds no adapter_config.json"),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), "holds no adapter_model.safetensors.*bin"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "holds neither adapter_model.safetensors nor adapter_model.bin"),
     "half a config": (
         lambda f: (f / CONFIG).write_text('{"peft_type": "LORA", "r": 4}'),
         "lacks lora_alpha, target_modules",
@@ -599,7 +599,7 @@ def test_names_of_other_versions(llama, saved, ids, new, old):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(modules_to_save=["lm_head"]), dict(bias="all"), dict(init_lora_weights="pissa"), dict(peft_type="IA3")]
+    [dict(modules_to_save=["lm_head"]), dict(bias="all"), dict(init_lora_weights="loftq"), dict(peft_type="IA3")]
     + [dict(target_parameters=["mlp.experts.gate_up_proj"])],
     ids=str,
 )
@@ -612,9 +612,9 @@ def test_what_cannot_be_loaded_here_has_a_way_out(llama, saved, changes):
 @pytest.mark.attack("crash")
 @pytest.mark.parametrize("method", METHODS)
 def test_adapting_is_all_or_nothing(llama, monkeypatch, method):
-    from dora_nb.layers import linear as module
+    from dora_nb.layers import starts as module
 
-    model, made, original = llama(), [], module.init_update
+    model, made, original = llama(), [], module.start_update
     model.model.layers[0].requires_grad_(False)
     before = state(model)
 
@@ -624,7 +624,7 @@ def test_adapting_is_all_or_nothing(llama, monkeypatch, method):
             raise KeyError("no memory")
         return original(*args)
 
-    monkeypatch.setattr(module, "init_update", fail)
+    monkeypatch.setattr(module, "start_update", fail)
     with pytest.raises(KeyError, match="no memory"):
         adapt(model, AdapterConfig(method))
     assert_untouched(model, before)
