@@ -8,14 +8,19 @@ __all__ = ['WAY_OUT', 'WEIGHTS', 'CONFIG', 'LARGEST', 'OURS', 'tensor_name', 'ad
 
 # %% ../../nbs/3_models/22_peft_format.ipynb #13e00004
 import contextlib
+import inspect
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ..files import check_file, read_json
 from .adapt import adapter_layers
 from .methods import METHODS, AdapterConfig
+from .saved import HEADS, is_classifier, saved_entries
+from .targets import modules_by_name, uncompiled
+from .trained import hand_entries, whole_modules
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -47,11 +52,30 @@ def _canonical(key: str) -> str:
     return key[: found.start()] + f".{found[1]}" + ("" if found[1] == "lora_magnitude_vector" else ".weight")
 
 # %% ../../nbs/3_models/22_peft_format.ipynb #114f1b72
+_CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
+
+
+def _takes(model: nn.Module, *names: str) -> bool:
+    "Return whether a model's forward pass has arguments of these names."
+    return set(names) <= inspect.signature(type(model).forward).parameters.keys()
+
+
 def _task_type(model: nn.Module) -> str | None:
     "Return the task type with which PEFT wraps this model, or None."
-    if not hasattr(model, "prepare_inputs_for_generation"):
+    model = uncompiled(model)
+    if is_classifier(model) and _takes(model, "input_ids"):
+        heads, whole = {n for n in modules_by_name(model) if n.endswith(HEADS)}, whole_modules(model)
+        sequence = "ForSequenceClassification" in type(model).__name__
+        return _CLASSIFIERS[not sequence] if heads and heads <= whole.keys() else None
+    if not hasattr(model, "prepare_inputs_for_generation") or not _takes(model, "input_ids"):
         return None
     return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+
+
+def _saved_fields(config: AdapterConfig, model: nn.Module) -> dict:
+    "Return the fields of PEFT's configuration that tell what is trained beside the adapters."
+    entries = dict.fromkeys((*saved_entries(model, config), *hand_entries(model)))
+    return dict(task_type=_task_type(model), bias=config.bias, modules_to_save=list(entries) or None)
 
 # %% ../../nbs/3_models/22_peft_format.ipynb #5152f30a
 def to_peft(
@@ -64,22 +88,24 @@ def to_peft(
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     if targets == "all-linear":  # its meaning in PEFT depends on the version and the model
         targets = list(adapter_layers(model))
-    return dict(
-        peft_type="LORA",
-        task_type=_task_type(model),
-        base_model_name_or_path=getattr(getattr(model, "config", None), "name_or_path", None) or None,
-        r=config.rank,
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.alpha_pattern,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=targets,
-        use_rslora=config.rslora,
-        init_lora_weights=True,
-        bias="none",
-        fan_in_fan_out=False,
-        inference_mode=True,
-    ) | dict(METHODS[config.method].peft)
+    return (
+        dict(
+            peft_type="LORA",
+            base_model_name_or_path=getattr(getattr(model, "config", None), "name_or_path", None) or None,
+            r=config.rank,
+            rank_pattern=config.rank_pattern,
+            alpha_pattern=config.alpha_pattern,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=targets,
+            use_rslora=config.rslora,
+            init_lora_weights=True,
+            fan_in_fan_out=False,
+            inference_mode=True,
+        )
+        | _saved_fields(config, model)
+        | dict(METHODS[config.method].peft)
+    )
 
 # %% ../../nbs/3_models/22_peft_format.ipynb #13e00014
 _INERT = {
@@ -119,8 +145,6 @@ def _check_kind(peft: dict, source: Path):
         )
     if missing := {k for k in ("r", "lora_alpha", "target_modules") if peft.get(k) is None}:
         raise ValueError(f"{source} lacks {', '.join(sorted(missing))}; it is not a complete LoRA configuration")
-    if (bias := peft.pop("bias", "none")) != "none":
-        raise ValueError(f"{source}: bias={bias!r:.60} is not supported, as biases are frozen here. {WAY_OUT}")
 
 # %% ../../nbs/3_models/22_peft_format.ipynb #13e00025
 def _check_rest(peft: dict, source: Path):
@@ -131,12 +155,21 @@ def _check_rest(peft: dict, source: Path):
         listed = ", ".join(f"{k:.40}={v!r:.60}" for k, v in sorted(unknown.items())[:5])
         raise ValueError(f"{source}: not supported here: {listed}. {WAY_OUT}")
 
+# %% ../../nbs/3_models/22_peft_format.ipynb #a9378cf6
+def _modules_in(peft: dict) -> Sequence[str]:
+    "Return the modules that PEFT trains whole, and remove the field: for a classifier, its head too."
+    entries = peft.pop("modules_to_save", None) or ()
+    if peft.get("task_type") not in _CLASSIFIERS or not isinstance(entries, (list, tuple)):
+        return entries
+    return tuple(dict.fromkeys((*entries, *HEADS)))
+
 # %% ../../nbs/3_models/22_peft_format.ipynb #e1b36d6a
 def from_peft(
     peft: dict,  # what adapter_config.json holds
     source: Path,  # the file, for messages
 ) -> AdapterConfig:
     "Return the configuration that PEFT's fields describe; ValueError for options that no method here has."
+    modules = _modules_in(peft := dict(peft))
     peft = {k: v for k, v in peft.items() if k not in _INERT | _NARROWING}
     _check_kind(peft, source)
     config = AdapterConfig(
@@ -148,6 +181,8 @@ def from_peft(
         dropout=peft.pop("lora_dropout", 0.0),
         target_modules=peft.pop("target_modules"),
         rslora=peft.pop("use_rslora", False),
+        modules_to_save=modules,
+        bias=peft.pop("bias", "none"),
     )
     _check_rest(peft, source)
     return config
