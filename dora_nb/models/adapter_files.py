@@ -191,6 +191,10 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, tuple], source: Path)
 
 # %% ../../nbs/3_models/23_adapter_files.ipynb #b83d99d1
 _BASE = "base_model.model."
+# What PEFT inserts into the names of a whole module's biases, which it writes three times
+_AGAIN = [
+    re.compile(rf"\.{inserted}\.") for inserted in ("original_module", "modules_to_save", r"modules_to_save\.\w+")
+]
 
 
 def _in_base(key: str) -> str:
@@ -217,8 +221,7 @@ def _without_base(tensors: dict[str, Tensor], expected: dict[str, tuple], model:
     "Return the tensors without weights of the base model; ValueError if one differs from the model's own."
     base, kept = model.state_dict(), dict(tensors)
     for key in tensors.keys() - expected.keys():
-        plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
-        if plain != key and plain in tensors:  # the biases of a whole module, which PEFT writes three times
+        if any(again.sub(".", key) in tensors.keys() - {key} for again in _AGAIN):
             kept.pop(key)
             continue
         own = base.get(_in_base(key))
