@@ -4,13 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'AdapterState', 'adapter_state', 'change_state', 'unshare_inputs', 'adapter_layers', 'unmatched_patterns',
-           'save_as_before', 'open_targets', 'adapt', 'trainable_parameters', 'count_parameters', 'unfrozen', 'whole',
-           'whole_tensors']
+           'open_targets', 'adapt', 'trainable_parameters', 'count_parameters', 'unfrozen', 'whole', 'whole_tensors']
 
 # %% ../../nbs/3_models/19_adapt.ipynb #9fdf95b8
-import importlib
-import sys
-import weakref
 from dataclasses import dataclass, field, replace
 
 from ..layers.linear import LoRALinear, SharedInput
@@ -19,6 +15,7 @@ from .methods import METHODS, AdapterConfig
 from .names import match_names, shorten
 from .saved import Copied, copy_biases, copy_modules, find_saved, saved_entries, swap_all, trained_biases
 from .targets import find_targets, uncompiled, warn_of_unreached
+from .through import save_through
 from torch import Tensor, nn
 
 # %% ../../nbs/3_models/19_adapt.ipynb #13b00002
@@ -117,39 +114,6 @@ def _check_targets(targets: dict[str, nn.Linear], config: AdapterConfig):
             f"{quantised!r} is quantised ({type(weight).__name__} of {weight.dtype}), and cannot be adapted here; load the model unquantised, and compress it with dora_nb.models.compress.compress"
         )
 
-# %% ../../nbs/3_models/19_adapt.ipynb #b6e74241
-class _Through:
-    "Call a function of 23b_pretrained with the model; a copy of the model, or of its pickle, gets its own."
-
-    def __init__(self, model: nn.Module, name: str):
-        self.model, self.name = weakref.ref(model), name  # no cycle: a deleted model frees its memory at once
-
-    def __reduce__(self):
-        return _Through, (self.model(), self.name)
-
-    def __call__(self, *args, **options):
-        later = importlib.import_module("dora_nb.models.pretrained")  # it needs `adapt`, so it comes after
-        return getattr(later, self.name)(self.model(), *args, **options)
-
-
-_METHODS_THROUGH = ("save_pretrained", "load_state_dict")
-
-
-def _save_through(model: nn.Module):
-    "Let a model of transformers save and load its adapter; other models stay as they are."
-    transformers = sys.modules.get("transformers.modeling_utils")
-    if transformers and isinstance(model, transformers.PreTrainedModel):
-        for name in _METHODS_THROUGH:
-            setattr(model, name, _Through(model, name))
-
-
-def save_as_before(
-    model: nn.Module,  # adapted, or not
-):
-    "Let a model save and load as its class does."
-    for name in _METHODS_THROUGH:
-        vars(uncompiled(model)).pop(name, None)
-
 # %% ../../nbs/3_models/19_adapt.ipynb #13b00009
 def open_targets(
     model: nn.Module,  # not adapted
@@ -213,7 +177,7 @@ def adapt(
         model.set_submodule(name, layer)
     _share_inputs(model)
     if layers:
-        _save_through(uncompiled(model))
+        save_through(uncompiled(model))
     change_state(model, config=config, saved=tuple(saved), copies=copies)
     return model
 

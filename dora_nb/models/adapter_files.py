@@ -57,7 +57,7 @@ def _all_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     own |= {name: (f"base_model.model.{name}", t) for name, t in tensors_to_save(model).items()}
     return {_WRAPPER.sub("", name): (_WRAPPER.sub("", in_file), t) for name, (in_file, t) in own.items()}
 
-
+# %% ../../nbs/3_models/23_adapter_files.ipynb #d63a1c53
 def file_names(
     model: nn.Module,  # adapted, merged or not
 ) -> dict[str, str]:  # name in the model → name in PEFT's file
@@ -116,7 +116,7 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add(place)
     return found
 
-
+# %% ../../nbs/3_models/23_adapter_files.ipynb #46312f26
 def save_adapter(
     model: nn.Module,  # adapted, merged or not
     path: str | Path,  # folder, created if needed
@@ -162,7 +162,7 @@ def _expected_whole(model: nn.Module, targets: dict, saved: dict, config: Adapte
     found = {name: uncompiled(model).get_parameter(own) for name, own in biases.items()} | module_tensors(saved)
     return {f"base_model.model.{name}": tuple(t.shape) for name, t in found.items()}
 
-
+# %% ../../nbs/3_models/23_adapter_files.ipynb #f3f4ad5f
 def _check_values(key: str, t: Tensor, shape: tuple, source: Path):
     "Refuse a tensor with another shape than expected, or values that are not finite: ValueError."
     if t.shape != shape:
@@ -315,7 +315,7 @@ def _put_embeddings(model: nn.Module, embeddings: dict[str, Tensor]):
     swap_all(found)
     change_state(model, copies=adapter_state(model).copies | found)
 
-
+# %% ../../nbs/3_models/23_adapter_files.ipynb #e8030d20
 def _matched(model: nn.Module, path: Path, changes: dict) -> tuple[AdapterConfig, dict, dict, dict]:
     "Return the configuration, tensors, token embeddings and metadata of a file, with all checked against a model."
     config, tensors, ours, narrowed = read_adapter(path)

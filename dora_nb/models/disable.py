@@ -27,6 +27,24 @@ def _check_base(model: nn.Module):
         )
 
 # %% ../../nbs/3_models/20b_disable.ipynb #e99b04b3
+def _bases(model: nn.Module) -> dict[str, nn.Module]:
+    "Return the base layers of a model's adapters by name; of a merged one, moved and cast as the model was since."
+    merged = adapter_state(model).merged
+    if not merged:
+        return {name: layer.base_layer for name, layer in adapter_layers(model).items()}
+    like = {name: model.get_submodule(name).weight for name in merged}
+    bases = {n: layer.base_layer if isinstance(layer, LoRALinear) else layer for n, layer in merged.items()}
+    return {name: base.to(like[name].device, like[name].dtype) for name, base in bases.items()}
+
+
+def _put(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    "Put modules into a model by name, and return those that they replace."
+    there = {name: model.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        model.set_submodule(name, module.train(model.training))
+    return there
+
+# %% ../../nbs/3_models/20b_disable.ipynb #5e63e086
 @contextlib.contextmanager
 def disable_adapter(
     model: nn.Module,  # adapted, merged or not
@@ -36,19 +54,13 @@ def disable_adapter(
         yield model
         return
     _check_base(model)
-    replaced, copies = adapter_state(model).merged or adapter_layers(model), adapter_state(model).copies
-    there = {name: model.get_submodule(name) for name in replaced}
+    copies = adapter_state(model).copies
     swap_all(copies)
-    for name, layer in replaced.items():
-        base = layer.base_layer if isinstance(layer, LoRALinear) else layer
-        if base is not there[name] and layer is not there[name]:  # merged: the model may have been moved or cast since
-            base.to(there[name].weight.device, there[name].weight.dtype)
-        model.set_submodule(name, base.train(model.training))
+    adapters = _put(model, _bases(model))
     change_state(model, disabled=True)
     try:
         yield model
     finally:
+        _put(model, adapters)
         swap_all(copies)
-        for name, layer in there.items():
-            model.set_submodule(name, layer.train(model.training))
         change_state(model, disabled=False)

@@ -10,9 +10,10 @@ import warnings
 
 from ..layers.linear import LoRALinear
 from ..layers.stored import StoredLinear
-from .adapt import adapter_layers, adapter_state, change_state, save_as_before, unfrozen, unshare_inputs
+from .adapt import adapter_layers, adapter_state, change_state, unfrozen, unshare_inputs
 from .saved import Copied, swap_all
 from .targets import uncompiled
+from .through import save_as_before
 from torch import Tensor, nn
 
 # %% ../../nbs/3_models/20_merge.ipynb #88967b3f
@@ -83,7 +84,7 @@ def _release(model: nn.Module):
     save_as_before(model)
     change_state(model, merged={}, config=None, saved=(), copies={})
 
-
+# %% ../../nbs/3_models/20_merge.ipynb #f627b5e3
 def merge(
     model: nn.Module,  # adapted; changed in place
     keep_base: bool = True,  # keep W₀ for `unmerge`; False frees its memory and cannot be undone

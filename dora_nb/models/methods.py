@@ -122,6 +122,12 @@ def _checked_modules(names: Sequence[str] | None) -> tuple[str, ...] | None:
         raise ValueError(f"modules_to_save must hold names, at most {MOST:,} of at most {LONGEST:,} characters")
     return names
 
+
+def _check_names(config):
+    "Replace the lists of names in a configuration by tuples; ValueError for values that cannot name modules."
+    object.__setattr__(config, "target_modules", _checked_targets(config.target_modules))
+    object.__setattr__(config, "modules_to_save", _checked_modules(config.modules_to_save))
+
 # %% ../../nbs/3_models/17_methods.ipynb #2d4d861b
 def _check_options(config):
     "Refuse options with unknown names, and flags that are not bool: ValueError."
@@ -158,9 +164,8 @@ class AdapterConfig:
     detach_norm: bool = True  # DoRA: no gradient through the norm (§4.3); False for the exact gradient
     dropout_form: str = "lowrank"  # DoRA: which term takes the dropped-out input, lowrank (torchtune's) or delta (the authors' and PEFT's)
     plan: str = "auto"  # how the product is computed: auto (the cheapest), factored, dense, or plain (the formula)
-    # layers with another r or α: end of a name, or regular expression for one → its r or α
-    rank_pattern: dict[str, int] = field(default_factory=dict, hash=False)
-    alpha_pattern: dict[str, float] = field(default_factory=dict, hash=False)
+    rank_pattern: dict[str, int] = field(default_factory=dict, hash=False)  # end of a name, or regular expression → r
+    alpha_pattern: dict[str, float] = field(default_factory=dict, hash=False)  # the same → α
     modules_to_save: Sequence[str] | None = (
         None  # ends of names of modules trained whole; None: a classifier's new head
     )
@@ -169,8 +174,7 @@ class AdapterConfig:
     def __post_init__(self):
         _check_options(self)
         _check_numbers(self)
-        object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
-        object.__setattr__(self, "modules_to_save", _checked_modules(self.modules_to_save))
+        _check_names(self)
 
     def each(
         self,

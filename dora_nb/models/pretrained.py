@@ -29,7 +29,7 @@ def _name_twice(path: Path, name: str):
     except OSError:
         shutil.copyfile(path, second)
 
-
+# %% ../../nbs/3_models/23b_pretrained.ipynb #98d5476f
 def save_pretrained(
     model: nn.Module,  # adapted, merged or not
     save_directory: str | Path,  # folder, created if needed
@@ -50,6 +50,16 @@ def save_pretrained(
         _name_twice(folder / WEIGHTS, _MODEL)
 
 # %% ../../nbs/3_models/23b_pretrained.ipynb #b2342219
+def _check_complete(state_dict: dict[str, Tensor], expected: dict[str, str]):
+    "Refuse an adapter's tensors with other names than expected: RuntimeError."
+    lacking, strays = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
+    for wrong, what in ((lacking, "lacks"), (strays, "holds")):
+        if wrong:
+            raise RuntimeError(
+                f"this adapter's state dict {what} {min(wrong)!r} ({len(wrong)} such tensors), unlike the model; adapt the model as before the training"
+            )
+
+
 def load_state_dict(
     model: nn.Module,  # adapted, merged or not
     state_dict: dict[str, Tensor],  # of an adapter's file, or of the whole model
@@ -60,11 +70,7 @@ def load_state_dict(
     if not any(key.startswith("base_model.model.") for key in state_dict):
         return type(model).load_state_dict(model, state_dict, strict, assign)
     own = {in_file: name for name, in_file in file_names(model).items()}
-    for wrong, what in ((own.keys() - state_dict.keys(), "lacks"), (state_dict.keys() - own.keys(), "holds")):
-        if wrong:
-            raise RuntimeError(
-                f"this adapter's state dict {what} {min(wrong)!r} ({len(wrong)} such tensors), unlike the model; adapt the model as before the training"
-            )
+    _check_complete(state_dict, own)
     found = type(model).load_state_dict(model, {own[key]: t for key, t in state_dict.items()}, False, assign)
     found.missing_keys.clear()  # the frozen weights of the base model
     return found

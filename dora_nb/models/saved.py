@@ -26,7 +26,7 @@ def is_classifier(
     "Return whether a model classifies sequences or tokens, so that its head is new."
     return type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification"))
 
-
+# %% ../../nbs/3_models/18b_saved.ipynb #f4fa189b
 def saved_entries(
     model: nn.Module,  # to adapt, or adapted
     config: AdapterConfig,  # with entries, or with None
@@ -45,7 +45,7 @@ def _check_saved(name: str, module: nn.Module):
     if any(t.is_meta for t in module.state_dict(keep_vars=True).values() if isinstance(t, Tensor)):
         raise ValueError(f"modules_to_save: {name!r} has no values yet (it is on the meta device); load the weights")
 
-
+# %% ../../nbs/3_models/18b_saved.ipynb #bdaa6e34
 def find_saved(
     model: nn.Module,  # not adapted
     entries: Iterable[str],  # ends of names
@@ -86,7 +86,7 @@ class Copied:
         setattr(self.owner, self.leaf, there)
         self.other = here
 
-
+# %% ../../nbs/3_models/18b_saved.ipynb #d963f994
 def swap_all(
     copies: dict[str, Copied],  # by name; a tensor with two names appears twice
 ):
@@ -108,7 +108,7 @@ def module_tensors(
     each = ((f"{n}.{k}", t) for n, m in modules.items() for k, t in m.state_dict(keep_vars=True).items())
     return {name: t for name, t in each if isinstance(t, Tensor)}
 
-
+# %% ../../nbs/3_models/18b_saved.ipynb #8789b6bf
 def copy_modules(
     modules: dict[str, nn.Module],  # name → module
 ) -> dict[str, Copied]:  # by the names of the tensors
@@ -138,7 +138,7 @@ def trained_biases(
             found[f"{path}.base_layer.bias" if path in targets else name] = name
     return found
 
-
+# %% ../../nbs/3_models/18b_saved.ipynb #c0733878
 def copy_biases(
     model: nn.Module,  # not adapted
     names: dict[str, str],  # from `trained_biases`

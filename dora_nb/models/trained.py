@@ -23,7 +23,7 @@ def _refusal(name: str, owner: str, model: nn.Module) -> str:
         return f"its module {owner!r} holds adapted layers"
     return "" if owner else "it belongs to the model itself, and to no module"
 
-
+# %% ../../nbs/3_models/20c_trained.ipynb #2cdf276b
 def _module_of(name: str, model: nn.Module) -> str:
     "Return the name of the module with which a parameter is saved; RuntimeError if PEFT's format cannot hold it."
     owner = name.rpartition(".")[0]
@@ -43,7 +43,7 @@ def hand_entries(
     found = dict.fromkeys(_module_of(name, model) for name in unfrozen(model))
     return tuple(n for n in found if not any(n.startswith(f"{other}.") for other in found))
 
-
+# %% ../../nbs/3_models/20c_trained.ipynb #66d44512
 def whole_modules(
     model: nn.Module,  # adapted
 ) -> dict[str, nn.Module]:  # name → module
@@ -71,7 +71,7 @@ def embedding_tensors(
         {f"{n}.base_layer" if n in layers else n: getattr(layers.get(n), "base_layer", m) for n, m in named.items()}
     )
 
-
+# %% ../../nbs/3_models/20c_trained.ipynb #fbd55dc1
 def is_resized(
     model: nn.Module,  # of transformers, or not
 ) -> bool:
