@@ -166,9 +166,7 @@ class AdapterConfig:
     plan: str = "auto"  # how the product is computed: auto (the cheapest), factored, dense, or plain (the formula)
     rank_pattern: dict[str, int] = field(default_factory=dict, hash=False)  # end of a name, or regular expression → r
     alpha_pattern: dict[str, float] = field(default_factory=dict, hash=False)  # the same → α
-    modules_to_save: Sequence[str] | None = (
-        None  # ends of names of modules trained whole; None: a classifier's new head
-    )
+    modules_to_save: Sequence[str] | None = None  # modules trained whole; None: a classifier's new head
     bias: str = "none"  # which biases are trained, one of `BIASES`
 
     def __post_init__(self):

@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 
 from .adapt import adapter_state
-from .adapter_files import file_names, save_adapter
+from .adapter_files import save_adapter
+from .file_tensors import file_names
 from .peft_format import WEIGHTS
 from torch import Tensor, nn
 
@@ -59,7 +60,7 @@ def _check_complete(state_dict: dict[str, Tensor], expected: dict[str, str]):
                 f"this adapter's state dict {what} {min(wrong)!r} ({len(wrong)} such tensors), unlike the model; adapt the model as before the training"
             )
 
-
+# %% ../../nbs/3_models/23b_pretrained.ipynb #32fc5c44
 def load_state_dict(
     model: nn.Module,  # adapted, merged or not
     state_dict: dict[str, Tensor],  # of an adapter's file, or of the whole model
