@@ -90,8 +90,10 @@ def save_adapter(
     if METHODS[config.method].layer is None:
         _save_model(model, path, write)
         return path
-    given = state_dict if write else None  # the other processes may have an empty one
-    peft, tensors = to_peft(config, model), whole_tensors(file_tensors(model, given), write)
+    gathered = state_dict is not None
+    peft, tensors = to_peft(config, model), {}
+    if write or not gathered:  # of a gathered one, the other processes may have nothing
+        tensors = whole_tensors(file_tensors(model, state_dict), write)
     if write:
         ours = {k: getattr(config, k) for k in OURS}
         ours |= {"compress": adapter_state(model).compressed, "weights": base_checksum(model)}
