@@ -17,6 +17,7 @@ _PUBLIC = {
     "models.methods": ("METHODS", "AdapterConfig", "Method"),
     "models.adapt": ("adapt", "count_parameters", "trainable_parameters"),
     "models.merge": ("merge", "remove_adapter", "unmerge"),
+    "models.disable": ("disable_adapter",),
     "models.adapter_files": ("load_adapter", "save_adapter"),
     "models.compress": ("compress",),
     "training.config": ("TrainConfig",),

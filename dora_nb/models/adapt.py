@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'AdapterState', 'adapter_state', 'change_state', 'unshare_inputs', 'adapter_layers', 'unmatched_patterns',
-           'adapt', 'trainable_parameters', 'count_parameters', 'whole', 'whole_tensors']
+           'open_targets', 'adapt', 'trainable_parameters', 'count_parameters', 'unfrozen', 'whole', 'whole_tensors']
 
 # %% ../../nbs/3_models/19_adapt.ipynb #9fdf95b8
 import math
@@ -16,7 +16,9 @@ from ..layers.stored import StoredLinear
 from .methods import METHODS, AdapterConfig, narrowing
 from .peft_config import as_config
 from .names import match_names, shorten
+from .saved import Copied, copy_biases, copy_modules, find_saved, saved_entries, swap_all, trained_biases
 from .targets import default_targets, find_targets, uncompiled, warn_of_unmatched, warn_of_unreached
+from .through import save_through
 from torch import Tensor, nn
 
 # %% ../../nbs/3_models/19_adapt.ipynb #13b00002
@@ -28,6 +30,9 @@ class AdapterState:
     merged: dict[str, nn.Module] = field(default_factory=dict)  # name → layer that `merge` replaced; empty if unmerged
     compressed: str = ""  # how `compress` compressed it; empty if it did not
     quantiser: object | None = None  # transformers' quantiser of the base model, while it is merged
+    saved: tuple[str, ...] = ()  # names of the modules that are trained whole
+    copies: dict[str, Copied] = field(default_factory=dict)  # name → tensor that a copy replaced
+    disabled: bool = False  # whether `disable_adapter` has put the base model in place
 
 
 def adapter_state(
@@ -109,41 +114,80 @@ def _check_targets(targets: dict[str, nn.Linear], config: AdapterConfig):
                 raise ValueError(f"{name!r} {e}") from e
 
 # %% ../../nbs/3_models/19_adapt.ipynb #13b00009
+def open_targets(
+    model: nn.Module,  # not adapted
+    config: AdapterConfig,  # with targets
+    saved: dict[str, nn.Module],  # the modules that are trained whole
+) -> dict[str, nn.Linear]:  # name → layer
+    "Return the targets that are not trained whole; ValueError if none is left, or one cannot be adapted."
+    targets = find_targets(model, config.target_modules, **narrowing(config))
+    inside = tuple(f"{name}." for name in saved)
+    left = {n: m for n, m in targets.items() if not f"{n}.".startswith(inside)}
+    if not left:
+        raise ValueError(f"target_modules: all targets are in modules_to_save, for instance {next(iter(targets))!r}")
+    return left
+
+
 def _new_layers(targets: dict[str, nn.Linear], config: AdapterConfig) -> dict[str, LoRALinear]:
     "Return the adapters of the targets, by name."
     method, sizes = METHODS[config.method], config.each(targets)
     options = {option: getattr(config, option) for option in method.options}
     return {n: method.layer(m, *sizes[n], **options).train(m.training) for n, m in targets.items()}
 
+# %% ../../nbs/3_models/19_adapt.ipynb #aec6efbb
+def _check_free(model: nn.Module):
+    "Refuse a model that has an adapter: RuntimeError."
+    if adapter_state(model).config or adapter_layers(model):
+        raise RuntimeError(
+            "this model is adapted already, and holds one adapter; remove_adapter(model) frees it. For several adapters on one model use PEFT, whose layers dora_nb.accelerate(peft_model) makes fast"
+        )
+
+
+def _resolved(config, model: nn.Module) -> AdapterConfig:
+    "Return the configuration, from PEFT's if need be, with the targets that it names or the model's default ones."
+    config = as_config(config, model)
+    if config.target_modules is None and METHODS[config.method].layer is not None:
+        return replace(config, target_modules=default_targets(model))
+    return config
+
+
+def _prepare(model: nn.Module, config: AdapterConfig) -> tuple[dict, dict]:
+    "Return the layers to adapt and the modules to train whole, with all checks made; both are empty for method full."
+    if METHODS[config.method].layer is None:
+        return {}, {}
+    saved = find_saved(model, saved_entries(model, config))
+    targets = open_targets(model, config, saved)
+    _check_targets(targets, config)
+    warn_of_unreached(model, config.target_modules)
+    warn_of_unmatched(model, targets, **narrowing(config))
+    return targets, saved
+
 # %% ../../nbs/3_models/19_adapt.ipynb #e76ecf0a
 def adapt(
     model: nn.Module,  # changed in place: frozen, and its target layers replaced
     config: AdapterConfig,  # method, rank, α and targets (None: by the model's type); PEFT's LoraConfig is taken too
 ) -> nn.Module:  # the same model
-    "Freeze `model` and put adapters around its target layers; with method full, make every weight trainable instead. Refuse a model that is adapted already: RuntimeError; targets that cannot be adapted: ValueError."
-    if adapter_state(model).config or adapter_layers(model):
-        raise RuntimeError("this model is adapted already; call remove_adapter(model) first")
-    config = as_config(config, model)
-    train_all = METHODS[config.method].layer is None
-    if config.target_modules is None and not train_all:
-        config = replace(config, target_modules=default_targets(model))
-    targets = {} if train_all else find_targets(model, config.target_modules, **narrowing(config))
-    if targets:
-        _check_targets(targets, config)
-        warn_of_unreached(model, config.target_modules)
-        warn_of_unmatched(model, targets, **narrowing(config))
+    "Freeze `model`, put adapters around its target layers, and train copies of `modules_to_save` and biases; with method full, make every weight trainable instead. Refuse a model that is adapted already: RuntimeError; targets that cannot be adapted: ValueError."
+    _check_free(model)
+    config = _resolved(config, model)
+    targets, saved = _prepare(model, config)
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        model.requires_grad_(train_all)
+        model.requires_grad_(METHODS[config.method].layer is None)
+        biases = trained_biases(uncompiled(model), config.bias if targets else "none", targets, saved)
+        copies = copy_modules(saved) | copy_biases(uncompiled(model), biases)
         layers = _new_layers(targets, config)
     except BaseException:
         for p, required in before:
             p.requires_grad_(required)
         raise
+    swap_all(copies)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     _share_inputs(model)
-    change_state(model, config=config)
+    if layers:
+        save_through(uncompiled(model))
+    change_state(model, config=config, saved=tuple(saved), copies=copies)
     return model
 
 # %% ../../nbs/3_models/19_adapt.ipynb #afedccaa
@@ -161,6 +205,17 @@ def count_parameters(
     stored = [m for m in model.modules() if isinstance(m, StoredLinear)]  # their weights are buffers
     trained = sum(p.numel() for p in trainable_parameters(model).values())
     return trained, sum(p.numel() for p in model.parameters()) + sum(math.prod(linear_shape(m)) for m in stored)
+
+# %% ../../nbs/3_models/19_adapt.ipynb #3123d5df
+def unfrozen(
+    model: nn.Module,  # adapted by a method with layers
+) -> dict[str, nn.Parameter]:  # name → parameter; one with two names appears twice
+    "Return the trainable parameters that `adapt` did not make trainable."
+    prefixes = tuple(f"{n}." for n in adapter_layers(model))
+    known = {id(copied.current) for copied in adapter_state(model).copies.values()}
+    every = uncompiled(model).named_parameters(remove_duplicate=False)
+    own = lambda name: name.startswith(prefixes) and ".base_layer." not in name
+    return {n: p for n, p in every if p.requires_grad and id(p) not in known and not own(n)}
 
 # %% ../../nbs/3_models/19_adapt.ipynb #74e6814e
 def whole(

@@ -8,6 +8,7 @@ __all__ = ['save_adapter', 'check_adapter', 'load_adapter']
 # %% ../../nbs/3_models/23_adapter_files.ipynb #68a512a6
 import contextlib
 import json
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,24 @@ from pathlib import Path
 import torch
 from ..files import write_json, write_whole
 from ..layers.base import linear_shape
-from .adapt import adapt, adapter_layers, adapter_state, unmatched_patterns, whole_tensors
+from dora_nb.models.adapt import (
+    adapt,
+    adapter_layers,
+    adapter_state,
+    change_state,
+    open_targets,
+    unmatched_patterns,
+    whole_tensors,
+)
 from .base_checksum import CHECKSUMS, base_checksum
-from .methods import METHODS, AdapterConfig, narrowing
+from .file_tensors import apart, file_tensors
+from .merge import check_enabled
+from .methods import HEADS, METHODS, AdapterConfig, narrowing
 from .names import match_ends, shorten
 from dora_nb.models.peft_format import (
     CONFIG,
     OURS,
     WEIGHTS,
-    adapter_tensors,
     naming_file,
     read_adapter,
     tensor_name,
@@ -32,7 +42,9 @@ from dora_nb.models.peft_format import (
     with_starts,
 )
 from .peft_config import WAY_OUT
+from .saved import Copied, find_saved, module_tensors, swap_all, trained_biases
 from .targets import find_targets, modules_by_name, uncompiled
+from .trained import embedding_tensors
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -62,30 +74,35 @@ def _check_saveable(model: nn.Module) -> AdapterConfig:
     config = adapter_state(model).config
     if config is None:
         raise RuntimeError("this model has no adapter to save; adapt(model, config) adds one")
+    check_enabled(model)
     if gated := next((n for n, layer in adapter_layers(model).items() if is_parametrized(layer)), None):
         raise RuntimeError(
             f"{gated!r} has gates, which PEFT's format cannot hold; apply them with dora_nb.curvature.rank_search.close_gates(model)"
         )
     return config
 
-
+# %% ../../nbs/3_models/23_adapter_files.ipynb #46312f26
 def save_adapter(
     model: nn.Module,  # adapted, merged or not
     path: str | Path,  # folder, created if needed
     write: bool = True,  # for a sharded model, True in one process only
+    state_dict: dict[str, Tensor] | None = None,  # the model's, if it was gathered from all processes already
 ) -> Path:  # the folder
-    "Save the adapter as PEFT does; with method full, save the model as transformers does. RuntimeError if there is no adapter, ValueError if PEFT has no such method, OSError if the folder cannot be written."
+    "Save the adapter and all that was trained beside it as PEFT does; with method full, save the model as transformers does. RuntimeError if there is no adapter or PEFT's format cannot hold it, ValueError if PEFT has no such method, OSError if the folder cannot be written."
     path, config = Path(path), _check_saveable(model)
     if METHODS[config.method].layer is None:
         _save_model(model, path, write)
         return path
-    peft, tensors = to_peft(config, model), with_starts(whole_tensors(adapter_tensors(model), write), model)
+    gathered = state_dict is not None
+    peft, tensors = to_peft(config, model), {}
+    if write or not gathered:  # of a gathered one, the other processes may have nothing
+        tensors = with_starts(whole_tensors(file_tensors(model, state_dict), write), model)
     if write:
         ours = {k: getattr(config, k) for k in OURS}
         ours |= {"compress": adapter_state(model).compressed, "weights": base_checksum(model)}
         metadata = {"format": "pt", "dora_nb": json.dumps(ours)}
         with _saving(path):
-            write_whole(path / WEIGHTS, lambda p: save_file(tensors, p, metadata=metadata))
+            write_whole(path / WEIGHTS, lambda p: save_file(apart(tensors), p, metadata=metadata))
             write_json(path / CONFIG, peft)
     return path
 
@@ -98,7 +115,7 @@ def check_adapter(
 
 # %% ../../nbs/3_models/23_adapter_files.ipynb #5efadbbc
 def _expected(targets: dict[str, nn.Linear], config: AdapterConfig) -> dict[str, tuple]:
-    "Return the names and shapes of the tensors that an adapter file must hold."
+    "Return the names and shapes of the adapters' tensors in a file."
     shapes, layer = {}, METHODS[config.method].layer
     for name, (rank, _) in config.each(targets).items():
         each = layer.parameter_shapes(*linear_shape(targets[name]), rank)
@@ -106,6 +123,26 @@ def _expected(targets: dict[str, nn.Linear], config: AdapterConfig) -> dict[str,
     return shapes
 
 
+def _expected_whole(model: nn.Module, targets: dict, saved: dict, config: AdapterConfig) -> dict[str, tuple]:
+    "Return the names and shapes of the tensors beside the adapters' in a file: of whole modules, and biases."
+    biases = trained_biases(uncompiled(model), config.bias, targets, saved)
+    found = {name: uncompiled(model).get_parameter(own) for name, own in biases.items()} | module_tensors(saved)
+    return {f"base_model.model.{name}": tuple(t.shape) for name, t in found.items()}
+
+# %% ../../nbs/3_models/23_adapter_files.ipynb #f3f4ad5f
+def _check_values(key: str, t: Tensor, shape: tuple, source: Path):
+    "Refuse a tensor with another shape than expected, or values that are not finite: ValueError."
+    if t.shape != shape:
+        raise ValueError(
+            f"{source}: {key!r} has shape {tuple(t.shape)} where this model needs {shape}; the adapter was made for another model"
+        )
+    counter = key.endswith(".num_batches_tracked")  # of a batch norm: the only integers of a module
+    if not counter and (not t.is_floating_point() or not t.float().isfinite().all()):
+        raise ValueError(
+            f"{source}: {key!r} holds values that are not finite numbers; the training that made it has diverged, or the file is damaged"
+        )
+
+# %% ../../nbs/3_models/23_adapter_files.ipynb #23ef57b4
 def _check(tensors: dict[str, Tensor], expected: dict[str, tuple], source: Path):
     "Refuse tensors with other names or shapes than expected, or values that are not finite: ValueError."
     lacking, strays = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
@@ -117,21 +154,44 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, tuple], source: Path)
             more = f" (and {len(wrong) - 1} more tensors)" if wrong[1:] else ""
             raise ValueError(f"{source} {what.format(repr(wrong[0]))}{more}")
     for key, shape in expected.items():
-        if tensors[key].shape != shape:
+        _check_values(key, tensors[key], shape, source)
+
+# %% ../../nbs/3_models/23_adapter_files.ipynb #b83d99d1
+_BASE = "base_model.model."
+# What PEFT inserts into the names of a whole module's biases, which it writes three times
+_AGAIN = [
+    re.compile(rf"\.{inserted}\.") for inserted in ("original_module", "modules_to_save", r"modules_to_save\.\w+")
+]
+
+
+def _in_base(key: str) -> str:
+    "Return the name in the model without an adapter of a tensor in PEFT's file."
+    return key.removeprefix(_BASE).replace(".base_layer.", ".")
+
+
+def _embeddings(tensors: dict[str, Tensor], expected: dict, model: nn.Module, ours: dict, source: Path) -> dict:
+    "Return the token embeddings in a file that belong to no module of `modules_to_save`; ValueError if the model was not resized."
+    own, found = embedding_tensors(model), {}
+    for key, t in tensors.items():
+        if (here := own.get(_in_base(key))) is None:
+            continue
+        if t.dim() and len(t) != len(here):
             raise ValueError(
-                f"{source}: {key!r} has shape {tuple(tensors[key].shape)} where this model needs {shape}; the adapter was made for another model"
+                f"{source} holds {key!r} for {len(t)} tokens, and this model has {len(here)}; call model.resize_token_embeddings({len(t)}) before loading, as before the training"
             )
-        if not tensors[key].is_floating_point() or not tensors[key].float().isfinite().all():
-            raise ValueError(
-                f"{source}: {key!r} holds values that are not finite numbers; the training that made it has diverged, or the file is damaged"
-            )
+        if key not in expected and (ours or not torch.equal(here.cpu().to(t.dtype), t)):  # PEFT writes equal ones too
+            found[key] = t
+    return found
 
 # %% ../../nbs/3_models/23_adapter_files.ipynb #aa075d06
 def _without_base(tensors: dict[str, Tensor], expected: dict[str, tuple], model: nn.Module, source: Path) -> dict:
     "Return the tensors without weights of the base model; ValueError if one differs from the model's own."
     base, kept = model.state_dict(), dict(tensors)
     for key in tensors.keys() - expected.keys():
-        own = base.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
+        if any(again.sub(".", key) in tensors.keys() - {key} for again in _AGAIN):
+            kept.pop(key)
+            continue
+        own = base.get(_in_base(key))
         if own is None:
             continue
         t = kept.pop(key)
@@ -143,12 +203,14 @@ def _without_base(tensors: dict[str, Tensor], expected: dict[str, tuple], model:
 
 # %% ../../nbs/3_models/23_adapter_files.ipynb #8dd10278
 def _idle_entries(config: AdapterConfig, model: nn.Module) -> dict[str, list[str]]:
-    "Return the entries of targets and patterns that match no layer of a model, by the option's name."
+    "Return the entries of targets, patterns and whole modules that match no layer of a model, by the option's name."
     idle = {"target_modules": [], "rank_pattern": [], "alpha_pattern": []}
+    names = modules_by_name(model)
+    idle["modules_to_save"] = [e for e in config.modules_to_save if not any(n.endswith(e) for n in names)]
     if not isinstance(config.target_modules, str):
-        hits = match_ends(config.target_modules, modules_by_name(model))
-        idle["target_modules"] = [entry for entry, names in hits.items() if not names]
-        config = replace(config, target_modules=tuple(e for e, names in hits.items() if names) or config.target_modules)
+        hits = match_ends(config.target_modules, names)
+        idle["target_modules"] = [entry for entry, found in hits.items() if not found]
+        config = replace(config, target_modules=tuple(e for e, found in hits.items() if found) or config.target_modules)
     for pattern, key in unmatched_patterns(find_targets(model, config.target_modules, **narrowing(config)), config):
         idle[pattern].append(key)
     return idle
@@ -167,6 +229,8 @@ def _fitted(config: AdapterConfig, model: nn.Module, source: Path) -> AdapterCon
             else tuple(e for e in own if e not in keys)
         )
         changes[option] = kept
+        if not (keys := [key for key in keys if option != "modules_to_save" or key not in HEADS]):
+            continue  # PEFT names both heads for every classifier
         more = f" (and {len(keys) - 1} more entries match none)" if keys[1:] else ""
         warnings.warn(f"{source}: {option}: {shorten(keys[0])} matches no layer{more}", stacklevel=3)
     return replace(config, **changes)
@@ -193,6 +257,41 @@ def _warn_of_another_base(model: nn.Module, ours: dict, path: Path):
         )
 
 # %% ../../nbs/3_models/23_adapter_files.ipynb #62a8772c
+def _put_embeddings(model: nn.Module, embeddings: dict[str, Tensor]):
+    "Put token embeddings of a file into an adapted model, frozen; tied ones stay tied if their values agree."
+    found, made = {}, []
+    for key, t in embeddings.items():
+        path, _, leaf = key.removeprefix(_BASE).rpartition(".")
+        owner = uncompiled(model).get_submodule(path)
+        here = getattr(owner, leaf)
+        new = next((p for of, p in made if of is here and torch.equal(p.cpu().to(t.dtype), t)), None)
+        if new is None:
+            new = nn.Parameter(t.to(here.device, here.dtype), requires_grad=False)
+            made.append((here, new))
+        found[f"{path}.{leaf}"] = Copied(owner, leaf, new)
+    swap_all(found)
+    change_state(model, copies=adapter_state(model).copies | found)
+
+# %% ../../nbs/3_models/23_adapter_files.ipynb #e8030d20
+def _matched(model: nn.Module, path: Path, changes: dict) -> tuple[AdapterConfig, dict, dict, dict]:
+    "Return the configuration, tensors, token embeddings and metadata of a file, with all checked against a model."
+    config, tensors, ours = read_adapter(path)
+    config, weights = replace(config, **changes), weights_file(path)
+    _warn_of_compression(model, ours, path)
+    if adapter_state(model).config:  # `adapt` raises the error
+        return config, {}, {}, {}
+    with naming_file(path / CONFIG):
+        config = _fitted(config, model, path / CONFIG)
+        saved = find_saved(model, config.modules_to_save)
+        targets = open_targets(model, config, saved)
+        expected = _expected(targets, config) | _expected_whole(model, targets, saved, config)
+    embeddings = _embeddings(tensors, expected, uncompiled(model), ours, weights)
+    expected |= {key: tuple(t.shape) for key, t in embeddings.items()}
+    tensors = _without_base(tensors, expected, uncompiled(model), weights)
+    _check(tensors, expected, weights)
+    return config, tensors, embeddings, ours
+
+# %% ../../nbs/3_models/23_adapter_files.ipynb #88d7691d
 _CHANGEABLE = {"dropout", "detach_norm", "dropout_form", "plan"}
 
 
@@ -201,24 +300,18 @@ def load_adapter(
     path: str | Path,  # folder that `save_adapter` or PEFT wrote
     **changes,  # options to change: dropout, detach_norm, dropout_form, plan
 ) -> nn.Module:  # the same model, adapted, its adapter trainable
-    "Add a saved adapter to a model; ValueError, and the model unchanged, if it does not fit."
+    "Add a saved adapter to a model, and the modules that were trained with it; ValueError, and the model unchanged, if it does not fit."
     path = Path(path)
     if wrong := changes.keys() - _CHANGEABLE:
         raise ValueError(
             f"{', '.join(sorted(wrong))} cannot be changed, as the adapter's values depend on it; only dropout, detach_norm, dropout_form and plan can"
         )
-    config, tensors, ours = read_adapter(path)
-    config, weights = replace(config, **changes), weights_file(path)
-    _warn_of_compression(model, ours, path)
-    if not adapter_state(model).config:  # otherwise `adapt` raises the error
-        with naming_file(path / CONFIG):
-            config = _fitted(config, model, path / CONFIG)
-            expected = _expected(find_targets(model, config.target_modules, **narrowing(config)), config)
-        tensors = _without_base(tensors, expected, uncompiled(model), weights)
-        _check(tensors, expected, weights)
+    config, tensors, embeddings, ours = _matched(model, path, changes)
     adapt(model, config)
     with torch.no_grad():
-        for key, p in adapter_tensors(model).items():
-            p.copy_(tensors[key])
+        for key, t in file_tensors(model).items():
+            if key not in embeddings and key in tensors:  # embeddings that are resized here, and not in the file
+                t.copy_(tensors[key])
+    _put_embeddings(model, embeddings)
     _warn_of_another_base(model, ours, path)
     return model

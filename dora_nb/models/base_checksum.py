@@ -11,6 +11,7 @@ import hashlib
 import torch
 from .adapt import adapter_layers, adapter_state
 from .targets import uncompiled
+from .trained import tensors_to_save
 from torch import Tensor, nn
 
 # %% ../../nbs/3_models/21_base_checksum.ipynb #13d00007
@@ -22,15 +23,16 @@ def _sampled(t: Tensor, n: int = 1024) -> bytes:
 
 
 def _base_weights(model: nn.Module) -> dict[str, Tensor]:
-    "Return the weights of the base model, without those whose values depend on the device or that a merge changed."
+    "Return the weights of the base model, without those that are trained, depend on the device, or were changed by a merge."
     layers, modules = adapter_layers(model), dict(uncompiled(model).named_modules())
     pruned = {n for n, m in modules.items() if getattr(m, "pruned", 0)}  # which entries are zero depends on the device
     changed = layers.keys() | adapter_state(model).merged.keys() | pruned
     owner = lambda name: name.rpartition(".")[0].removesuffix(".base_layer")
-    weights = {n: p for n, p in uncompiled(model).named_parameters() if owner(n) not in changed}
+    trained = tensors_to_save(model) if layers else {}
+    weights = {n: p for n, p in uncompiled(model).named_parameters() if owner(n) not in changed and n not in trained}
     for name, layer in layers.items():
         own = {} if getattr(layer.base_layer, "pruned", 0) else dict(layer.base_layer.named_parameters())
-        weights |= {f"{name}.{key}": p for key, p in own.items()}
+        weights |= {f"{name}.{key}": p for key, p in own.items() if f"{name}.base_layer.{key}" not in trained}
     return weights
 
 # %% ../../nbs/3_models/21_base_checksum.ipynb #13d00008

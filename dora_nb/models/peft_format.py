@@ -8,8 +8,10 @@ __all__ = ['WEIGHTS', 'CONFIG', 'LARGEST', 'BIN', 'OURS', 'tensor_name', 'adapte
 
 # %% ../../nbs/3_models/22_peft_format.ipynb #13e00004
 import contextlib
+import inspect
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +20,11 @@ from ..files import check_file, read_json
 from ..layers.base import is_conv1d
 from ..layers.starts import SUBTRACTED
 from .adapt import adapter_layers
-from .methods import METHODS, AdapterConfig, narrowing
-from .peft_config import from_peft
+from .methods import HEADS, METHODS, AdapterConfig, narrowing
+from .peft_config import CLASSIFIERS, from_peft
+from .saved import is_classifier, saved_entries
+from .targets import modules_by_name, uncompiled
+from .trained import hand_entries, whole_modules
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -53,11 +58,27 @@ def _canonical(key: str) -> str:
     return f"{_PREFIX}{key[: found.start()].removeprefix(_PREFIX)}.{suffix}"
 
 # %% ../../nbs/3_models/22_peft_format.ipynb #114f1b72
+def _takes(model: nn.Module, *names: str) -> bool:
+    "Return whether a model's forward pass has arguments of these names."
+    return set(names) <= inspect.signature(type(model).forward).parameters.keys()
+
+
 def _task_type(model: nn.Module) -> str | None:
     "Return the task type with which PEFT wraps this model, or None."
-    if not hasattr(model, "prepare_inputs_for_generation"):
+    model = uncompiled(model)
+    if is_classifier(model) and _takes(model, "input_ids"):
+        heads, whole = {n for n in modules_by_name(model) if n.endswith(HEADS)}, whole_modules(model)
+        sequence = "ForSequenceClassification" in type(model).__name__
+        return CLASSIFIERS[not sequence] if heads and heads <= whole.keys() else None
+    if not hasattr(model, "prepare_inputs_for_generation") or not _takes(model, "input_ids"):
         return None
     return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+
+
+def _saved_fields(config: AdapterConfig, model: nn.Module) -> dict:
+    "Return the fields of PEFT's configuration that tell what is trained beside the adapters."
+    entries = dict.fromkeys((*saved_entries(model, config), *hand_entries(model)))
+    return dict(task_type=_task_type(model), bias=config.bias, modules_to_save=list(entries) or None)
 
 # %% ../../nbs/3_models/22_peft_format.ipynb #97d0e155
 _WORDS = {"peft_gaussian": "gaussian"} | {start: start for start in ("orthogonal", "mica", *SUBTRACTED)}
@@ -103,9 +124,8 @@ def to_peft(
     targets = listed(config.target_modules)
     if targets == "all-linear":  # its meaning in PEFT depends on the version and the model
         targets = list(adapter_layers(model))
-    return dict(
+    fields = dict(
         peft_type="LORA",
-        task_type=_task_type(model),
         base_model_name_or_path=getattr(getattr(model, "config", None), "name_or_path", None) or None,
         r=config.rank,
         rank_pattern=config.rank_pattern,
@@ -116,10 +136,10 @@ def to_peft(
         **{key: None if value == () else listed(value) for key, value in narrowing(config).items()},
         use_rslora=config.rslora,
         init_lora_weights=_WORDS.get(config.init, True),
-        bias="none",
         fan_in_fan_out=any(is_conv1d(layer.base_layer) for layer in adapter_layers(model).values()),
         inference_mode=True,
-    ) | dict(METHODS[config.method].peft)
+    )
+    return fields | _saved_fields(config, model) | dict(METHODS[config.method].peft)
 
 # %% ../../nbs/3_models/22_peft_format.ipynb #7a270a90
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

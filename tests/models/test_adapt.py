@@ -235,7 +235,9 @@ def test_save_and_load(llama, shake, ids, tmp_path, method):
 
 def test_what_peft_has_no_field_for_comes_back_too(llama, tmp_path):
     config = AdapterConfig(
-        "dora", target_modules=["q_proj"], init="gaussian", detach_norm=False, dropout_form="lowrank", dropout=0.2
+        "dora",
+        target_modules=["q_proj"],
+        **dict(init="gaussian", detach_norm=False, dropout_form="lowrank", dropout=0.2, modules_to_save=()),
     )
     save_adapter(adapt(llama(), config), tmp_path)
     assert adapter_state(load_adapter(llama(), tmp_path)).config == config
@@ -315,10 +317,11 @@ SPOILT = {
     "lora, not dora": (lambda f: spoil_config(f, use_dora=False), "lora_magnitude_vector.*has no place"),
     "another method": (lambda f: spoil_config(f, peft_type="IA3"), "IA3"),
     "loftq": (lambda f: spoil_config(f, init_lora_weights="loftq"), "loftq.*base weights"),
-    "trained biases": (lambda f: spoil_config(f, bias="all"), "bias='all'"),
+    "unknown biases": (lambda f: spoil_config(f, bias="some"), "bias='some' does not exist"),
     "another rank pattern": (lambda f: spoil_config(f, rank_pattern={"q_proj": 2}), r"q_proj.*needs \(2, 64\)"),
     "a pattern that is none": (lambda f: spoil_config(f, rank_pattern={"q_(": 2}), "no regular expression"),
-    "saved modules": (lambda f: spoil_config(f, modules_to_save=["lm_head"]), "modules_to_save"),
+    "more saved modules": (lambda f: spoil_config(f, modules_to_save=["lm_head"]), "lacks .*lm_head.weight"),
+    "no list of modules": (lambda f: spoil_config(f, modules_to_save="lm_head"), "modules_to_save='lm_head' must be"),
     "no targets": (lambda f: spoil_config(f, target_modules=None), "lacks target_modules"),
     "half a file": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-8]), f"{WEIGHTS} is damaged"),
     "a config cut short": (lambda f: (f / CONFIG).write_text('{"r":'), f"{CONFIG} is damaged"),
@@ -599,7 +602,7 @@ def test_names_of_other_versions(llama, saved, ids, new, old):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(modules_to_save=["lm_head"]), dict(bias="all"), dict(init_lora_weights="loftq"), dict(peft_type="IA3")]
+    [dict(trainable_token_indices=[3, 5]), dict(init_lora_weights="loftq"), dict(peft_type="IA3")]
     + [dict(target_parameters=["mlp.experts.gate_up_proj"])],
     ids=str,
 )

@@ -1,5 +1,6 @@
 "What the loop promises: sizes of micro-batches do not matter, seeds fix everything, numbers that are none stop it."
 
+import contextlib
 import functools
 import json
 import math
@@ -805,6 +806,26 @@ def test_a_model_that_was_stopped_goes_on_where_it_is(tiny, tmp_path):
     next(iter(trainable_parameters(model).values())).data.add_(1)
     with pytest.raises(ValueError, match="is of another training"):
         go()
+
+
+@pytest.mark.attack("data loss")
+@pytest.mark.long
+def test_modules_that_are_trained_whole_are_in_the_checkpoints(tiny, tmp_path):
+    "Stopped twice and begun anew with a fresh model each time, the training ends at the same values."
+
+    def attempt(folder, after_step):
+        model, tokenizer = tiny(dropout=0.1, modules_to_save=["norm", "embed_tokens"], bias="all")
+        start = {n: p.detach().clone() for n, p in trainable_parameters(model).items()}
+        with contextlib.suppress(Stopped):
+            train(model, tokenizer, items(), SHORT, progress=False, checkpoints=folder, after_step=after_step)
+        return start, {n: p.detach() for n, p in trainable_parameters(model).items()}
+
+    start, whole = attempt(None, None)
+    assert all(not torch.equal(start[n], whole[n]) for n in whole) and any("embed_tokens" in n for n in whole)
+    for number in (2, 4, 0):
+        stop = lambda record, n=number: os.kill(os.getpid(), signal.SIGTERM) if record["step"] == n else None
+        _, parts = attempt(tmp_path, stop)
+    assert all(torch.equal(parts[n], whole[n]) for n in whole)
 
 
 def test_sums_of_bits_of_parts_add_up_and_know_their_places():
