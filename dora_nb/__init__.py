@@ -1,4 +1,4 @@
-"""DoRA and LoRA for transformers' models: adapt, train, evaluate, probe, merge.
+"""DoRA and LoRA for transformers' models: adapt, train, evaluate, probe, merge, and fast layers for PEFT's models.
 
 The names below are imported when they are first used, so `import dora_nb` is quick. Everything else is in the parts
 of the package: layers, data, models, training, curvature, runs and results.
@@ -20,6 +20,7 @@ _PUBLIC = {
     "models.disable": ("disable_adapter",),
     "models.adapter_files": ("load_adapter", "save_adapter"),
     "models.compress": ("compress",),
+    "models.peft": ("accelerate", "restore"),
     "training.config": ("TrainConfig",),
     "training.train": ("train",),
     "training.evaluate": ("evaluate",),

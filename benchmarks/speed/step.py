@@ -1,4 +1,4 @@
-"Forward and backward of a Llama-shaped model: frozen, PEFT's LoRA and DoRA, ours."
+"Forward and backward of a Llama-shaped model: frozen, PEFT's LoRA and DoRA, the same with our product, ours."
 
 import itertools
 import statistics
@@ -22,11 +22,15 @@ from benchmarks.common import (
 
 def candidates(shape, layers, dtype, rank, dropout, checkpointing, tokens, length):
     "What is compared, each a call that does one forward and backward pass."
+    from dora_nb import accelerate
+
     new = lambda: blocks(shape, layers, dtype)
     models = {
         "frozen": new(),
         "PEFT LoRA": peft(new(), "lora", rank, dropout),
         "PEFT DoRA": peft(new(), "dora", rank, dropout),
+        "PEFT LoRA, accelerated": accelerate(peft(new(), "lora", rank, dropout)),
+        "PEFT DoRA, accelerated": accelerate(peft(new(), "dora", rank, dropout)),
         "our LoRA": ours(new(), "lora", rank, dropout=dropout),
         "our DoRA": ours(new(), "dora", rank, dropout=dropout),
     }
@@ -64,6 +68,8 @@ def main():
             row[f"{name} / frozen"] = "{:.2f} [{:.2f}, {:.2f}]".format(*ratio(times, name, "frozen"))
         row["our DoRA / PEFT LoRA"] = f"{ratio(times, 'our DoRA', 'PEFT LoRA')[0]:.2f}"
         row["PEFT DoRA / ours"] = f"{ratio(times, 'PEFT DoRA', 'our DoRA')[0]:.2f}"
+        row["PEFT DoRA / accelerated"] = f"{ratio(times, 'PEFT DoRA', 'PEFT DoRA, accelerated')[0]:.2f}"
+        row["accelerated / our DoRA"] = f"{ratio(times, 'PEFT DoRA, accelerated', 'our DoRA')[0]:.2f}"
         if DEVICE.type == "cuda":  # on a CPU this takes a process for each: memory.py
             row["our DoRA's peak / PEFT LoRA's"] = "{:.3f}".format(
                 peak_bytes(steps["our DoRA"]) / peak_bytes(steps["PEFT LoRA"])

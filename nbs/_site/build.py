@@ -20,7 +20,7 @@ from pages import ROOT
 from sphinx.cmd.build import main as sphinx
 
 SOFTWARE = ("reports/speed/report", "reports/reliability/report")  # reports on the package, not on the methods
-HOW_TO = ("model", "trainer", "data", "gpus", "slurm", "ray", "offline")  # in the order of the navigation
+HOW_TO = ("model", "peft", "trainer", "data", "gpus", "slurm", "ray", "offline")  # in the order of the navigation
 
 
 def toctree(entries: list[str], caption: str = "") -> str:
