@@ -76,7 +76,6 @@ def seen_through(
             if weight is not None
             else not isinstance(base, StoredLinear) and base.weight.requires_grad
         )
-        or (base.bias is not None and base.bias.requires_grad)
         or base._forward_pre_hooks
         or base._forward_hooks
         or "forward" in vars(base)  # as weight offloading replaces it
