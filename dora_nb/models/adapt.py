@@ -151,14 +151,14 @@ def _resolved(config, model: nn.Module) -> AdapterConfig:
     return config
 
 
-def _prepare(model: nn.Module, config: AdapterConfig) -> tuple[dict, dict]:
+def _prepare(model: nn.Module, config: AdapterConfig, named: bool = True) -> tuple[dict, dict]:
     "Return the layers to adapt and the modules to train whole, with all checks made; both are empty for method full."
     if METHODS[config.method].layer is None:
         return {}, {}
     saved = find_saved(model, saved_entries(model, config))
     targets = open_targets(model, config, saved)
     _check_targets(targets, config)
-    warn_of_unreached(model, config.target_modules)
+    warn_of_unreached(model, config.target_modules if named else "all-linear")
     warn_of_unmatched(model, targets, **narrowing(config))
     return targets, saved
 
@@ -169,8 +169,9 @@ def adapt(
 ) -> nn.Module:  # the same model
     "Freeze `model`, put adapters around its target layers, and train copies of `modules_to_save` and biases; with method full, make every weight trainable instead. Refuse a model that is adapted already: RuntimeError; targets that cannot be adapted: ValueError."
     _check_free(model)
+    named = getattr(config, "target_modules", None) is not None  # else a warning tells what the default leaves out
     config = _resolved(config, model)
-    targets, saved = _prepare(model, config)
+    targets, saved = _prepare(model, config, named)
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
         model.requires_grad_(METHODS[config.method].layer is None)

@@ -11,7 +11,6 @@ import contextlib
 import inspect
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 

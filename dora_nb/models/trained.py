@@ -62,9 +62,10 @@ def embedding_tensors(
 ) -> dict[str, Tensor]:  # the parameters themselves
     "Return the token embeddings and the vocabulary projection of the base model, by their names in the model."
     inner = uncompiled(model)
-    if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "get_input_embeddings"):
+    try:
+        ends = [m for m in (inner.get_input_embeddings(), inner.get_output_embeddings()) if hasattr(m, "weight")]
+    except (AttributeError, NotImplementedError):  # no model of text, or one of several such as CLIP
         return {}
-    ends = [m for m in (inner.get_input_embeddings(), inner.get_output_embeddings()) if hasattr(m, "weight")]
     named = {n: m for n, m in modules_by_name(model).items() if any(m is end for end in ends)}
     layers = adapter_layers(model)
     return module_tensors(
