@@ -3,6 +3,8 @@
 import torch
 import transformers as hf
 
+from dora_nb.models.adapt import adapter_layers
+
 IDS = torch.arange(3, 23)[None].repeat(2, 1) % 60
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
 GROUPED = SIZES | dict(num_key_value_heads=2)
@@ -104,3 +106,14 @@ def output(model, inputs):
     "Return a model's main output, a tensor."
     out = model(**inputs)
     return out.logits if "logits" in out else out.logits_per_image
+
+
+def shake(model):
+    "Move every adapter away from its start."
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            layer.lora_B.normal_(std=0.2)
+            if hasattr(layer, "magnitude"):
+                layer.magnitude *= 0.7 + 0.6 * torch.rand_like(layer.magnitude)
+    return model

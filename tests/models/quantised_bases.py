@@ -15,7 +15,7 @@ from torch import nn
 warnings.simplefilter("ignore")
 sys.path.insert(0, __file__.rpartition("/")[0])
 
-from architectures import build, output  # noqa: E402
+from architectures import build, output, shake  # noqa: E402
 
 from dora_nb.layers.base import frozen_weight  # noqa: E402
 from dora_nb.models.adapt import adapt, adapter_layers, trainable_parameters  # noqa: E402
@@ -86,17 +86,6 @@ def dense_twin(model):
     return twin
 
 
-def move(model):
-    "Move every adapter away from its start, the same in each model."
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for layer in adapter_layers(model).values():
-            layer.lora_B.normal_(std=0.2)
-            if hasattr(layer, "magnitude"):
-                layer.magnitude *= 0.7 + 0.6 * torch.rand_like(layer.magnitude)
-    return model
-
-
 def gradients(model, inputs):
     "Return the gradients of a step after an evaluation."
     with torch.no_grad():
@@ -121,7 +110,7 @@ def examine(base, method):
         torch.manual_seed(0)
         adapt(each, config)
     result["start"] = relative(output(model, inputs), before)
-    move(model), move(twin)
+    shake(model), shake(twin)
     after, want = output(model, inputs).detach(), output(twin, inputs).detach()
     result["output"] = relative(after, want)
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +145,7 @@ def through_transformers(name):
     with tempfile.TemporaryDirectory() as base, tempfile.TemporaryDirectory() as merged:
         plain.save_pretrained(base)
         load, forms = loaded_quantised(base)
-        model = move(adapt(load(forms[name]), AdapterConfig(rank=4)))
+        model = shake(adapt(load(forms[name]), AdapterConfig(rank=4)))
         after = output(model, inputs)
         merge(model).save_pretrained(merged)
         checkpoint = loaded_quantised(merged)[0]()

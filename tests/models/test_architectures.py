@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from architectures import ARCHITECTURES, build, output
+from architectures import ARCHITECTURES, build, output, shake
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -29,17 +29,6 @@ DEFAULTS = {
     "deberta": ("query_proj", "value_proj"),
 }
 NAMES = [(name, method) for name in ARCHITECTURES for method in ("lora", "dora")]
-
-
-def shake(model):
-    "Move every adapter away from its start."
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for layer in adapter_layers(model).values():
-            layer.lora_B.normal_(std=0.2)
-            if hasattr(layer, "magnitude"):
-                layer.magnitude *= 0.7 + 0.6 * torch.rand_like(layer.magnitude)
-    return model
 
 
 def adapted(name, method="dora", **options):
