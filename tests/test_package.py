@@ -1,5 +1,6 @@
 "The front of the package: its public names, and what importing it costs."
 
+import dataclasses
 import subprocess
 import sys
 
@@ -29,3 +30,10 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_the_command_as_a_module():
     done = subprocess.run([sys.executable, "-m", "dora_nb", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == dora_nb.__version__
+
+
+@pytest.mark.parametrize("name", ("AdapterConfig", "TrainConfig"))
+def test_help_has_a_line_for_each_field(name):
+    cls = getattr(dora_nb, name)
+    lines = {line.strip().partition(": ")[0] for line in cls.__doc__.partition("Fields:")[2].splitlines()}
+    assert {f.name for f in dataclasses.fields(cls)} <= lines

@@ -16,7 +16,7 @@ from ..layers.plans import PLANS
 from ..layers.linear import DoRALinear, LoRALinear
 from ..layers.starts import STARTS, SUBTRACTED
 from .names import LONGEST, MOST, shorten, expressions, match_names
-from ..messages import advice
+from ..messages import advice, describe
 from ..registry import Registry
 
 # %% ../../nbs/3_models/17_methods.ipynb #12c00002
@@ -259,6 +259,9 @@ class AdapterConfig:
     def at(self, name: str) -> tuple[int, float]:
         "Return the rank and α of one layer."
         return self.each([name])[name]
+
+# %% ../../nbs/3_models/17_methods.ipynb #10a37ead
+describe(AdapterConfig)
 
 # %% ../../nbs/3_models/17_methods.ipynb #c49c6565
 def narrowing(

@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass, fields
 
 import torch
-from ..messages import advice
+from ..messages import advice, describe
 
 # %% ../../nbs/4_training/25_config.ipynb #9003bef3
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
@@ -131,3 +131,6 @@ class TrainConfig:
             raise ValueError(f"precision={self.precision!r} does not exist; {advice(self.precision, PRECISIONS)}")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio={self.warmup_ratio!r} must be at least 0 and below 1")
+
+# %% ../../nbs/4_training/25_config.ipynb #f8e0e7c8
+describe(TrainConfig)

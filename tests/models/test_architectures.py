@@ -122,3 +122,16 @@ def test_modules_that_read_weights_are_refused_before_any_change():
     assert list(adapter_layers(adapt(copy.deepcopy(model), AdapterConfig(target_modules="all-linear")))) == ["out"]
     with pytest.raises(ValueError, match="is an adapter already .peft's Linear"):
         adapt(peft.get_peft_model(build("llama")[0], peft.LoraConfig(target_modules=["q_proj"])), AdapterConfig())
+
+
+@pytest.mark.parametrize("method", ("lora", "dora"))
+def test_a_weight_that_a_model_reads_is_the_adapted_one(method):
+    "Mamba's fast path multiplies by the weights of dt_proj and out_proj without calling these layers."
+    model, inputs = adapted("mamba", method, target_modules=["dt_proj", "out_proj"])
+    for layer in adapter_layers(model).values():
+        want = layer(torch.eye(layer.in_features)) - (0 if layer.bias is None else layer.bias)
+        torch.testing.assert_close(layer.weight.T, want)
+        grads = torch.autograd.grad(layer.weight.square().sum(), [p for p in layer.parameters() if p.requires_grad])
+        assert all(g.any() for g in grads)
+    after = output(model, inputs)
+    torch.testing.assert_close(output(merge(model), inputs), after, atol=2e-5, rtol=1e-4)
