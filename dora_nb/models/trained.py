@@ -81,7 +81,7 @@ def is_resized(
     if not getattr(config, "name_or_path", ""):
         return False
     try:
-        base = type(config).from_pretrained(config.name_or_path, local_files_only=True)
+        base = type(config).from_pretrained(config.name_or_path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):  # no such folder, and not in the Hub's cache
         return False
     return len({getattr(c.get_text_config(), "vocab_size", None) for c in (base, config)}) > 1
