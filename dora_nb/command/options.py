@@ -12,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
 
-from ..data.own import is_own
+from ..data.own import SUFFIXES, is_own
 from ..messages import advice, comments, nearest
 from ..registry import announced
 
@@ -34,7 +34,13 @@ def a_task(
     names: Collection[str],  # the benchmarks
 ) -> Callable[[str], str]:
     "Return an option's type that allows benchmarks, and the names of files, folders and datasets of the Hub."
-    return lambda text: text if is_own(text) else one_of(names)(text)
+
+    def check(text: str) -> str:
+        if "." in text and not is_own(text):
+            raise argparse.ArgumentTypeError(f"a file of your own must end in {', '.join(SUFFIXES)}, not {text!r}")
+        return text if is_own(text) else one_of(names)(text)
+
+    return check
 
 
 def a_template(
@@ -137,7 +143,7 @@ def task_names() -> tuple[str, ...]:
 
 _TASK_HELP = "the benchmark: {choices}; or a file (.jsonl, .json, .csv, .parquet), a folder with train and validation or test files, or a Hub dataset"
 _TEMPLATE_HELP = (
-    "prompt of a file's items with columns in braces, as in '{{question}}\\nAnswer:' (default: its column prompt)"
+    "prompt of a file's items with columns in braces, as in '{question}\\nAnswer:' (default: its column prompt)"
 )
 _COLUMNS_HELP = "columns of a file that play a role, as in answer=label,choices=option1+option2 (default: prompt, choices, answer, completion)"
 _MODEL_HELP = "a model of this package, a local folder, or a Hub id (default: smollm2-135m-instruct)"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'GAIN', 'TOLERANCE', 'is_conv1d', 'is_wrapped', 'reads_weight', 'read_weight', 'linear_shape', 'device_of',
-           'input_dtype', 'base_output', 'apply_weight', 'start_training', 'frozen_weight', 'frozen_squares',
+           'input_dtype', 'base_output', 'apply_weight', 'keep_unpacked', 'frozen_weight', 'frozen_squares',
            'adapted_norm', 'check_linear']
 
 # %% ../../nbs/1_layers/03b_base.ipynb #58b35cfb
@@ -84,7 +84,7 @@ def base_output(
     y = base(x)
     if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
         raise RuntimeError(
-            f"a layer of type {type(base).__name__} passes no gradient to its input: it is made for inference only, or model.train() was not called"
+            f"a layer of type {type(base).__name__} passes no gradient to its input: it is made for inference only"
         )
     return y
 
@@ -100,22 +100,28 @@ def apply_weight(
     return y if base.bias is None else y - base.bias.to(y.dtype)
 
 # %% ../../nbs/1_layers/03b_base.ipynb #02cdf953
-def start_training(
-    base: nn.Module,  # a linear layer whose weight cannot be read
-) -> nn.Module:  # the same layer
-    "Put a layer into training mode, and undo what bitsandbytes did to its weight for inference on a CPU."
-    base.state_dict()  # which puts the weight back into the form that is saved, and passes gradients
-    return base.train()
-
-
 @contextlib.contextmanager
 def _as_in_training(base: nn.Module):
-    "Put a layer into training mode: in eval mode, bitsandbytes' layers round their inputs or pass no gradient."
+    "Put a layer into training mode: in eval mode, bitsandbytes' layers round their inputs."
     before = base.training
     try:
-        yield start_training(base)
+        yield base.train()
     finally:
         base.train(before)
+
+
+def keep_unpacked(
+    model: nn.Module,  # with any layers
+):
+    "Let bitsandbytes pack no weight for inference on a CPU, where it passes no gradient; ValueError if one is packed."
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "support_avx512bf16_for_cpu")}
+    for name, m in layers.items():
+        if getattr(getattr(m.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name!r} was packed by bitsandbytes for inference on a CPU, when the model was evaluated: its values were rounded, and it passes no gradient. Load the model again, and adapt it before it is evaluated"
+            )
+    for m in layers.values():
+        m.support_avx512bf16_for_cpu = False
 
 # %% ../../nbs/1_layers/03b_base.ipynb #663e8d19
 CHUNK = 1024  # columns of W₀ that are computed at a time

@@ -22,7 +22,6 @@ from dora_nb.layers.base import (
     input_dtype,
     linear_shape,
     reads_weight,
-    start_training,
 )
 from .decompose import row_norm
 from .dora import DROPOUT_FORMS
@@ -48,13 +47,6 @@ class _Holder(nn.Module):
             return W0
         with torch.autocast(W0.device.type, enabled=False):
             return self.adapted_weight().to(W0.dtype)
-
-    def train(self, mode: bool = True):
-        "Set training or eval mode."
-        super().train(mode)
-        if mode and not reads_weight(self.base_layer):
-            start_training(self.base_layer)
-        return self
 
     def merged_weight(self) -> Tensor:
         "Return `weight` without a graph."

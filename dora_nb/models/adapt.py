@@ -10,7 +10,7 @@ __all__ = ['FAMILIES', 'AdapterState', 'adapter_state', 'change_state', 'unshare
 import math
 from dataclasses import dataclass, field, replace
 
-from ..layers.base import check_linear, device_of, linear_shape, reads_weight
+from ..layers.base import check_linear, device_of, keep_unpacked, linear_shape, reads_weight
 from ..layers.linear import LoRALinear, SharedInput
 from ..layers.stored import StoredLinear
 from .methods import METHODS, AdapterConfig, narrowing
@@ -157,6 +157,7 @@ def _prepare(model: nn.Module, config: AdapterConfig, named: bool = True) -> tup
         return {}, {}
     saved = find_saved(model, saved_entries(model, config))
     targets = open_targets(model, config, saved)
+    keep_unpacked(model)
     _check_targets(targets, config)
     warn_of_unreached(model, config.target_modules if named else "all-linear")
     warn_of_unmatched(model, targets, **narrowing(config))

@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -302,10 +302,10 @@ def load_adapter(
 ) -> nn.Module:  # the same model, adapted, its adapter trainable
     "Add a saved adapter to a model, and the modules that were trained with it; ValueError, and the model unchanged, if it does not fit."
     path = Path(path)
-    if wrong := changes.keys() - _CHANGEABLE:
-        raise ValueError(
-            f"{', '.join(sorted(wrong))} cannot be changed, as the adapter's values depend on it; only dropout, detach_norm, dropout_form and plan can"
-        )
+    if wrong := sorted(changes.keys() - _CHANGEABLE):
+        known = wrong[0] in {f.name for f in fields(AdapterConfig)}
+        why = "cannot be changed, as the adapter's values depend on it" if known else "is no option of load_adapter"
+        raise ValueError(f"{wrong[0]} {why}; only dropout, detach_norm, dropout_form and plan can be given")
     config, tensors, embeddings, ours = _matched(model, path, changes)
     adapt(model, config)
     with torch.no_grad():

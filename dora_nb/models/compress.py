@@ -18,7 +18,7 @@ from ..data.rows import collate, encode_item
 from ..layers.stored import StoredLinear
 from .adapt import adapter_state, change_state
 from .scoring import context_length, token_logits
-from .targets import NEGLIGIBLE, find_targets, unreached
+from .targets import NEGLIGIBLE, find_targets, is_quantised, unreached
 from torch import Tensor, nn
 
 # %% ../../nbs/3_models/24_compress.ipynb #8d18c5b1
@@ -264,8 +264,11 @@ def compress(
     method, level = parse_scheme(scheme)
     layers = find_targets(model, "all-linear")
     state = adapter_state(model)
-    if state.config or state.compressed or any(type(layer) is not nn.Linear for layer in layers.values()):
+    if state.config or state.compressed:
         raise RuntimeError("this model is adapted or compressed already; compress it first, and once")
+    if other := next((n for n, m in layers.items() if type(m) is not nn.Linear or is_quantised(m)), None):
+        kind = f"{type(layers[other]).__name__}, with a weight of type {type(layers[other].weight).__name__}"
+        raise ValueError(f"{other!r} is a {kind}; only ordinary torch.nn.Linear layers can be compressed")
     if method == "wanda" and (tokenizer is None or not items):
         raise ValueError("wanda needs inputs; give compress a tokenizer and some items of the train split")
     _check_reach(model)

@@ -13,7 +13,7 @@ from ..layers.linear import LoRALinear
 from .adapt import adapter_layers, adapter_state, change_state, unfrozen, unshare_inputs
 from .saved import Copied, swap_all
 from .targets import is_quantised, uncompiled
-from .through import save_as_before
+from .through import PEFT_FLAG, save_as_before, save_through
 from torch import Tensor, nn
 
 # %% ../../nbs/3_models/20_merge.ipynb #88967b3f
@@ -49,7 +49,7 @@ def _plain(layer: nn.Module, weight: Tensor) -> nn.Linear:
         plain.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
     return plain
 
-
+# %% ../../nbs/3_models/20_merge.ipynb #3cc0859c
 def _merged_layers(model: nn.Module, layers: dict[str, LoRALinear]) -> tuple[dict, dict]:
     "Return the plain layers by name, and the quantised layers without an adapter that are among those replaced."
     plain = {name: _plain(layer.base_layer, layer.merged_weight()) for name, layer in layers.items()}
@@ -101,6 +101,7 @@ def merge(
     change_state(model, merged=layers or _merge_all(model))
     if (quantiser := getattr(model, "hf_quantizer", None)) is not None:  # else a checkpoint would say it is quantised
         quantiser.remove_quantization_config(model)
+        vars(model).pop(PEFT_FLAG, None)
         change_state(model, quantiser=quantiser)
     if not keep_base:
         _release(model)
@@ -113,6 +114,7 @@ def _set_quantiser(model: nn.Module, quantiser):
     method = quantiser.quantization_config.quant_method
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantiser, True, method
     model.config.quantization_config = quantiser.quantization_config
+    save_through(model)
 
 # %% ../../nbs/3_models/20_merge.ipynb #352b1045
 def unmerge(

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 def is_classifier(
     model: nn.Module,  # of transformers, or not
 ) -> bool:
-    "Return whether a model classifies sequences or tokens, so that its head is new."
-    return type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification"))
+    "Return whether a model classifies texts, tokens, images, sounds or films, so that its head is new."
+    kinds = ("Sequence", "Token", "Image", "Audio", "Video")
+    return type(model).__name__.endswith(tuple(f"For{kind}Classification" for kind in kinds))
 
 # %% ../../nbs/3_models/18b_saved.ipynb #f4fa189b
 def saved_entries(

@@ -69,7 +69,12 @@ def linear_layers(
     found = {n for n in found if not _is_bypassed(n, modules)}
     if not found:
         kinds = ", ".join(sorted({type(m).__name__ for m in modules.values()}))
-        raise ValueError(f"target_modules='all-linear' finds no linear layer; this model is made of {kinds}")
+        inside = (
+            " outside torch.nn's TransformerEncoderLayer and MultiheadAttention, which read weights without calling their layers"
+            if any(map(_is_linear, modules.values()))
+            else ""
+        )
+        raise ValueError(f"target_modules='all-linear' finds no linear layer{inside}; this model is made of {kinds}")
     return found
 
 # %% ../../nbs/3_models/18_targets.ipynb #12a00012
@@ -176,7 +181,7 @@ def _check_unadapted(modules: dict[str, nn.Module]):
                 f"{name!r} is an adapter already ({kind}); merge it or remove it first, or stay with it: dora_nb.accelerate makes PEFT's LoRA and DoRA layers faster"
             )
 
-
+# %% ../../nbs/3_models/18_targets.ipynb #2902b9d7
 def find_targets(
     model: nn.Module,  # the model to search
     target_modules: str | Sequence[str] | None,  # as in `AdapterConfig`
@@ -185,7 +190,11 @@ def find_targets(
     "Return the linear layers that `target_modules` matches; ValueError for an entry that matches none, or a module that cannot be adapted."
     modules, target_modules = modules_by_name(model), target_modules or default_targets(model)
     _check_unadapted(modules)
-    found = linear_layers(model, modules) if target_modules == "all-linear" else named_targets(modules, target_modules)
+    try:
+        every = target_modules == "all-linear"
+        found = linear_layers(model, modules) if every else named_targets(modules, target_modules)
+    except ValueError as e:
+        raise ValueError(str(e) if every else f"{e}. This model's default is {default_targets(model)}") from None
     found = narrowed(found, target_modules, **narrowing)
     targets = {n: m for n, m in modules.items() if n in found}
     for name in targets:
@@ -205,7 +214,8 @@ def warn_of_unmatched(
     modules, single = modules_by_name(model), isinstance(exclude_modules, str)
     out = match_names([exclude_modules], modules, whole=True) if single else match_ends(exclude_modules, modules)
     for entry in (entry for entry, names in out.items() if not names):
-        warnings.warn(f"exclude_modules: {shorten(entry)} matches no module", stacklevel=3)
+        list_it = ": a string is one regular expression for whole names; to match the ends of names, give a list"
+        warnings.warn(f"exclude_modules: {shorten(entry)} matches no module{list_it * single}", stacklevel=3)
     if layers_to_transform is not None:
         wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else {*layers_to_transform}
         for i in sorted(wanted.difference(layer_indices(targets, layers_pattern).values())):

@@ -34,6 +34,8 @@ def _sum_of_bits(
     first: int = 0,  # the index of the part's first value in the whole
 ) -> int:
     "Return a position-dependent sum of the bits of a tensor; the sums of its parts add up, modulo 2**64."
+    if hasattr(t, "__tensor_flatten__"):  # of another library: the tensors that it is made of
+        return sum(_sum_of_bits(getattr(t, name), first) for name in t.__tensor_flatten__()[0]) % 2**64
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits, total = t.detach().contiguous().view(-1).view(kinds.get(t.element_size(), torch.uint8)), 0
     for start, part in enumerate(bits.split(2**22)):  # in pieces, because 64-bit integers need memory

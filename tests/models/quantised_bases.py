@@ -23,6 +23,7 @@ from dora_nb.models.adapter_files import load_adapter, save_adapter  # noqa: E40
 from dora_nb.models.compress import compress  # noqa: E402
 from dora_nb.models.merge import merge, remove_adapter, unmerge  # noqa: E402
 from dora_nb.models.methods import AdapterConfig  # noqa: E402
+from dora_nb.training.checkpoints import _sum_of_bits  # noqa: E402
 
 
 def replace_layers(model, make):
@@ -116,7 +117,9 @@ def examine(base, method):
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
         result["loaded"] = relative(output(load_adapter(quantised(), folder), inputs), after)
-    result["copied"] = torch.equal(output(copy.deepcopy(model), inputs), after)
+    twice = copy.deepcopy(model)
+    sums = [[_sum_of_bits(p) for p in each.parameters()] for each in (model, twice)]
+    result["copied"] = torch.equal(output(twice, inputs), after) and sums[0] == sums[1]  # by which checkpoints know it
     result["merged"] = relative(output(merge(model), inputs), want)
     result["plain"] = all(type(model.get_submodule(n)) is nn.Linear for n in adapter_layers(twin))
     result["unmerged"] = torch.equal(output(unmerge(model), inputs), after)
@@ -139,20 +142,50 @@ def loaded_quantised(folder):
     return load, forms
 
 
+def trained(model, folder, **options):
+    "Train a model for two steps with Trainer, with an evaluation after each; return the losses."
+    from transformers import Trainer, TrainingArguments
+
+    row = dict(input_ids=torch.arange(3, 23), labels=torch.arange(3, 23))
+    arguments = TrainingArguments(folder, max_steps=2, eval_strategy="steps", eval_steps=1, report_to=[], **options)
+    trainer = Trainer(model, arguments, train_dataset=[row] * 4, eval_dataset=[row])
+    trainer.train()
+    return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+
+
 def through_transformers(name):
-    "Load a quantised model as users do, merge an adapter into it, and load the merged checkpoint."
+    "Load a quantised model as users do, train it, merge its adapter, and load the checkpoints."
     plain, inputs = build("wide_llama")
-    with tempfile.TemporaryDirectory() as base, tempfile.TemporaryDirectory() as merged:
+    with (
+        tempfile.TemporaryDirectory() as base,
+        tempfile.TemporaryDirectory() as merged,
+        tempfile.TemporaryDirectory() as adapted,
+    ):
         plain.save_pretrained(base)
         load, forms = loaded_quantised(base)
         model = shake(adapt(load(forms[name]), AdapterConfig(rank=4)))
+        losses = trained(model, adapted, save_steps=2, learning_rate=1e-2)
+        model.train()
         after = output(model, inputs)
+        resumed = relative(output(load_adapter(load(forms[name]), f"{adapted}/checkpoint-2"), inputs), after)
         merge(model).save_pretrained(merged)
         checkpoint = loaded_quantised(merged)[0]()
         again = relative(output(checkpoint, inputs), after)
         clean = getattr(checkpoint.config, "quantization_config", None) is None
         restored = torch.equal(output(unmerge(model), inputs), after) and model.is_quantized
-    return dict(checkpoint=again, clean=clean, restored=restored)
+    return dict(losses=losses, resumed=resumed, checkpoint=again, clean=clean, restored=restored)
+
+
+def packed():
+    "Return the error of adapting a 4-bit model after its evaluation, or None on processors where nothing is packed."
+    model, inputs = build("wide_llama")
+    bitsandbytes_4(model).eval().requires_grad_(False)
+    with torch.no_grad():
+        output(model, inputs)
+    try:
+        adapt(model, AdapterConfig(rank=4))
+    except ValueError as e:
+        return str(e)
 
 
 if __name__ == "__main__":
@@ -164,4 +197,5 @@ if __name__ == "__main__":
                 found[f"{base}: {method}"] = examine(base, method)
             except Exception as e:
                 found[f"{base}: {method}"] = dict(error=f"{type(e).__name__}: {e}")
+    found["packed"] = packed()
     print(json.dumps(found))

@@ -22,7 +22,7 @@ def found():
     script = [sys.executable, Path(__file__).with_name("quantised_bases.py")]
     run = subprocess.run(script, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("method", ("lora", "dora"))
@@ -30,11 +30,10 @@ def found():
 def test_an_adapter_over_quantised_layers(base, method, found):
     result = found[f"{base}: {method}"]
     assert "error" not in result, result["error"]
-    rounding = 0.01 if base == "bitsandbytes, 4 bits" else 1e-5  # it rounds its scales when it is evaluated
     assert 0.005 < result["quantised"] < 0.5  # the weights are quantised indeed
     assert result["start"] == result["loaded"] == 0 and result["copied"] and result["unmerged"]
     assert result["output"] < 1e-5 and result["merged"] < 1e-5 and result["plain"]
-    assert result["gradient"] < rounding and result["removed"] < rounding
+    assert result["gradient"] < 1e-5 and result["removed"] == 0
 
 
 @pytest.mark.parametrize("method", ("lora", "dora"))
@@ -44,6 +43,13 @@ def test_layers_for_inference_only_are_refused(method, found):
 
 
 @pytest.mark.parametrize("form", ("4 bits", "8 bits", "torchao"))
-def test_a_merged_model_is_an_ordinary_checkpoint(form, found):
+def test_trainer_trains_it_and_a_merged_model_is_an_ordinary_checkpoint(form, found):
     result = found[f"transformers, {form}"]
+    assert result["losses"][1] < result["losses"][0] and result["resumed"] == 0
     assert result["checkpoint"] < 1e-5 and result["clean"] and result["restored"]
+
+
+def test_weights_packed_for_inference_are_refused(found):
+    "Where the processor makes bitsandbytes pack them."
+    error = found["packed"]
+    assert error is None or "was packed by bitsandbytes" in error
