@@ -42,7 +42,7 @@ def _is_linear(m: nn.Module) -> bool:
     named = "Linear" in type(m).__name__ and hasattr(m, "in_features") and hasattr(m, "out_features")
     return not hasattr(m, "base_layer") and (named or isinstance(m, (nn.Linear, StoredLinear)) or is_conv1d(m))
 
-
+# %% ../../nbs/3_models/18_targets.ipynb #d1a4f0cb
 def is_quantised(
     m: nn.Module,  # any module
 ) -> bool:
