@@ -82,7 +82,7 @@ def test_pages(site):
 
 def test_commands(site):
     "The page of a command has all its options, with their help."
-    same = lambda text: re.sub(r"[`'\"’“”]", "", text)  # the site has other quotes
+    same = lambda text: re.sub(r"[`'\"‘’“”]", "", text)  # the site has other quotes
     for name, command in parser(*COMMANDS).commands.items():
         shown = same(text_of(site / "commands" / f"{name}.html"))
         for action in command.actions:

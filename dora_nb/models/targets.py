@@ -25,7 +25,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
     "Return the model inside a torch.compile wrapper, or the model itself, so that names are those of a checkpoint."
     return getattr(model, "_orig_mod", model)
 
-
+# %% ../../nbs/3_models/18_targets.ipynb #8deb7c8d
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     "Return all modules by name; a module with two names appears under both."
     return dict(uncompiled(model).named_modules(remove_duplicate=False))
@@ -59,7 +59,7 @@ def _is_bypassed(name: str, modules: dict[str, nn.Module]) -> bool:
     parents = ["", *(name[:i] for i, c in enumerate(name) if c == ".")]
     return any(isinstance(modules[p], _READERS) for p in parents)
 
-
+# %% ../../nbs/3_models/18_targets.ipynb #59cc981b
 def linear_layers(
     model: nn.Module,  # to search
     modules: dict[str, nn.Module],  # as `modules_by_name` gives them
