@@ -16,31 +16,15 @@ from pathlib import Path
 import torch
 from ..files import write_json, write_whole
 from ..layers.base import linear_shape
-from dora_nb.models.adapt import (
-    adapt,
-    adapter_layers,
-    adapter_state,
-    change_state,
-    open_targets,
-    unmatched_patterns,
-    whole_tensors,
-)
+from .adapt import adapt, adapter_layers, adapter_state, change_state
+from .adapt import open_targets, unmatched_patterns, whole_tensors
 from .base_checksum import CHECKSUMS, base_checksum
 from .file_tensors import apart, file_tensors
 from .merge import check_enabled
 from .methods import HEADS, METHODS, AdapterConfig, narrowing
 from .names import match_ends, shorten
-from dora_nb.models.peft_format import (
-    CONFIG,
-    OURS,
-    WEIGHTS,
-    naming_file,
-    read_adapter,
-    tensor_name,
-    to_peft,
-    weights_file,
-    with_starts,
-)
+from .peft_format import CONFIG, OURS, WEIGHTS, naming_file, read_adapter, weights_file
+from .peft_format import tensor_name, to_peft, with_starts
 from .peft_config import WAY_OUT
 from .saved import Copied, find_saved, module_tensors, swap_all, trained_biases
 from .targets import find_targets, modules_by_name, uncompiled

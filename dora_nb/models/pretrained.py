@@ -15,6 +15,7 @@ from .adapt import adapter_state
 from .adapter_files import save_adapter
 from .file_tensors import file_names
 from .peft_format import WEIGHTS
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 # %% ../../nbs/3_models/23b_pretrained.ipynb #9b563aa0
@@ -22,13 +23,28 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")  # a folder of Trainer
 _MODEL = "model.safetensors"
 
 
+def _check_second(path: Path):
+    "Refuse a folder whose model.safetensors is not an adapter's file under its second name: ValueError."
+    try:
+        with safe_open(path, "pt") as f:
+            ours = all(key.startswith("base_model.model.") for key in f.keys())
+    except FileNotFoundError:
+        return
+    except (SafetensorError, OSError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{path} holds the weights of a model, which an adapter would replace; choose another folder")
+
+# %% ../../nbs/3_models/23b_pretrained.ipynb #3de35865
 def _name_twice(path: Path, name: str):
     "Give a file a second name in its folder; a copy, where the file system has no links."
-    (second := path.with_name(name)).unlink(missing_ok=True)
+    part = path.with_name(f"{name}.part")
+    part.unlink(missing_ok=True)
     try:
-        os.link(path, second)
+        os.link(path, part)
     except OSError:
-        shutil.copyfile(path, second)
+        shutil.copyfile(path, part)
+    os.replace(part, path.with_name(name))
 
 # %% ../../nbs/3_models/23b_pretrained.ipynb #98d5476f
 def save_pretrained(
@@ -46,8 +62,12 @@ def save_pretrained(
         return type(model).save_pretrained(model, save_directory, **options)
     if push_to_hub:
         raise ValueError("push_to_hub=True is not supported for an adapter; call model.push_to_hub(name) instead")
-    folder = save_adapter(model, save_directory, is_main_process, state_dict)
-    if is_main_process and _CHECKPOINT.fullmatch(folder.name):
+    folder = Path(save_directory)
+    twice = is_main_process and _CHECKPOINT.fullmatch(folder.name)
+    if twice:
+        _check_second(folder / _MODEL)
+    save_adapter(model, folder, is_main_process, state_dict)
+    if twice:
         _name_twice(folder / WEIGHTS, _MODEL)
 
 # %% ../../nbs/3_models/23b_pretrained.ipynb #b2342219

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dora_nb.layers.base import check_linear
 from dora_nb.layers.decompose import row_norm
 from dora_nb.layers.linear import DoRALinear, LoRALinear
 
@@ -195,3 +196,24 @@ def test_unknown_names_are_refused():
         LoRALinear(nn.Linear(4, 4), init="zeros")
     with pytest.raises(ValueError, match="dropout_form='both'.*delta"):
         DoRALinear(nn.Linear(4, 4), dropout_form="both")
+
+
+class Detached(torch.nn.Linear):
+    "A layer for inference: part of its output has no gradient."
+
+    kept = 0.0
+
+    def forward(self, x):
+        return self.kept * super().forward(x) + (1 - self.kept) * super().forward(x.detach())
+
+
+@pytest.mark.parametrize("sizes", ((8, 4), (64, 2048), (2048, 64)))
+@pytest.mark.parametrize("kept", (0.0, 0.5, 1.0))
+def test_a_gradient_that_is_missing_is_found_at_any_size(sizes, kept):
+    layer = Detached(*sizes)
+    layer.kept = kept
+    if kept == 1:
+        check_linear(layer)
+    else:
+        with pytest.raises(ValueError, match="passes no right gradient to its input"):
+            check_linear(layer)

@@ -420,6 +420,28 @@ def test_methods_work_on_a_model_that_nothing_else_holds(tmp_path):
     assert (tmp_path / "merged" / "config.json").exists()
 
 
+@pytest.mark.attack("data loss")
+@pytest.mark.parametrize("content", ("a model", "no tensors"))
+def test_a_checkpoint_of_a_model_is_not_replaced_by_an_adapter(tmp_path, content):
+    "As when a model was loaded from a folder of Trainer, and its adapter is saved there."
+    folder = tmp_path / "checkpoint-10"
+    make("bert").save_pretrained(folder)
+    if content == "no tensors":
+        (folder / "model.safetensors").write_text("precious")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model = adapt(make("bert"), AdapterConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match="model.safetensors holds the weights of a model.*choose another folder"):
+        model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    for _ in range(2):  # its own file is replaced
+        model.save_pretrained(tmp_path / "checkpoint-20")
+    assert sorted(p.name for p in (tmp_path / "checkpoint-20").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "model.safetensors",
+    ]
+
+
 def test_inside_disable_adapter_nothing_is_saved_or_changed(tmp_path):
     model = adapt(make("bert"), AdapterConfig(target_modules=["query"]))
     with disable_adapter(model):
