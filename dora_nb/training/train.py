@@ -196,7 +196,8 @@ def warn_of_idle(
     if idle := [n for n, params in layers.items() if params and not any([moved(p) for p in params])]:
         more = f", nor did {len(idle) - 1} more adapted layers" if idle[1:] else ""
         why = "it was sent no token" if experts else "the model does not use it. Leave it out of target_modules"
-        warnings.warn(f"{idle[0]!r} got no gradient{more}: {why}", IdleAdapter, stacklevel=4)
+        kind = UserWarning if experts else IdleAdapter  # what is finished must not fail for an expert
+        warnings.warn(f"{idle[0]!r} got no gradient{more}: {why}", kind, stacklevel=4)
 
 # %% ../../nbs/4_training/32_train.ipynb #fcf48dc9
 @contextlib.contextmanager

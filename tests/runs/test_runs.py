@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from dora_nb.files import MARKER, claim, owned, sha256
+from dora_nb.layers.linear import DoRALinear
 from dora_nb.messages import say
+from dora_nb.models.adapt import adapt
 from dora_nb.runs.cluster import start_patiently
 from dora_nb.runs.config import RunConfig, config_from
 from dora_nb.runs.folder import (
@@ -166,6 +168,27 @@ def test_a_probe_that_fails_does_not_cost_the_training(tiny_model_dir, tmp_path,
     assert run(config, tmp_path, progress=False)["training"]["steps"] == 2
     points = json.loads((tmp_path / CURVATURE).read_text())["points"]
     assert points and all(str(error) in p["error"] for p in points)
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize("name", ["spare", "experts"])
+@pytest.mark.long
+def test_an_adapter_without_effect_ends_a_run_and_an_idle_expert_does_not(tiny_model_dir, tmp_path, monkeypatch, name):
+    "A layer that the model never calls is named after the first step; an expert after the last one, as it may be called late."
+
+    def with_idle_layer(model, config):
+        adapt(model, config)
+        model.add_module(name, DoRALinear(torch.nn.Linear(4, 4), rank=2))
+
+    monkeypatch.setattr("dora_nb.runs.fit.adapt", with_idle_layer)
+    config = RunConfig(model=str(tiny_model_dir), rank=2, train_items=8, batch_size=4, eval_items=4)
+    if name == "spare":
+        with pytest.raises(ValueError, match="target_modules: 'spare' got no gradient.*Leave it out of target_modules"):
+            run(config, tmp_path, progress=False)
+        return
+    with pytest.warns(UserWarning, match="'experts' got no gradient: it was sent no token"):
+        assert run(config, tmp_path, progress=False)["training"]["steps"] == 2
+    assert (tmp_path / "adapter").exists()
 
 
 def test_ranks_from_a_file(tmp_path):
