@@ -25,6 +25,8 @@ from dora_nb.models.peft_format import CONFIG, WEIGHTS
 
 _SIZES = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
 _TEXT = dict(input_ids=torch.arange(2, 22).view(2, 10))
+_BLOCKS = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+_BLOCKS |= dict(encoder_ffn_dim=48, decoder_ffn_dim=48)
 _BOTH = _TEXT | dict(decoder_input_ids=torch.arange(3, 15).view(2, 6))
 _SOUND = dict(input_features=torch.randn(2, 8, 60, generator=torch.Generator().manual_seed(0)))
 
@@ -66,14 +68,8 @@ MODELS = {
     "bart": (
         tf.BartForConditionalGeneration,
         tf.BartConfig(
+            **_BLOCKS,
             vocab_size=64,
-            d_model=32,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
             max_position_embeddings=64,
         ),
         _BOTH,
@@ -99,13 +95,7 @@ MODELS = {
         tf.WhisperConfig(
             vocab_size=64,
             num_mel_bins=8,
-            d_model=32,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
+            **_BLOCKS,
             max_source_positions=30,
             max_target_positions=20,
             pad_token_id=0,
