@@ -99,30 +99,30 @@ def _random_step(delta_d: pd.Series, inputs: pd.Series) -> pd.Series:
     return 2 * np.sqrt(delta_d / inputs / np.pi)
 
 
-def _random_walks(history: pd.DataFrame) -> pd.DataFrame:
-    "Return how far AdamW's steps lead from the start by chance: run, step, walk."
-    squares = history.assign(squared=history.learning_rate**2).groupby("run").squared.cumsum()
-    return history[["run", "step"]].assign(walk=np.sqrt(2 / np.pi * squares))
+def _ways(history: pd.DataFrame) -> pd.DataFrame:
+    "Return how far AdamW's steps lead from the start by chance, and at most: run, step, walk, reach."
+    sums = history.assign(squared=history.learning_rate**2).groupby("run")[["squared", "learning_rate"]].cumsum()
+    return history[["run", "step"]].assign(walk=np.sqrt(2 / np.pi * sums.squared), reach=sums.learning_rate)
 
 # %% ../../nbs/7_results/70_geometry.ipynb #ae0594ea
 def geometry_rows(
     results: list[dict],  # from `read_report`
     geometry: pd.DataFrame,  # of the same report
     history: pd.DataFrame,  # of the same report
-) -> pd.DataFrame:  # geometry with task, method, seed, label, part (of the training), relative, of_step, of_walk
-    "Return ΔM and ΔD with the parameters and labels of their runs, and ΔM relative to the row length, a random step and a random walk."
+) -> pd.DataFrame:  # geometry with task, method, seed, label, part (of the training), relative, of_step, of_walk, reach
+    "Return ΔM and ΔD with the parameters and labels of their runs, and ΔM relative to the row length, a random step and a random walk; `reach` is the most that m could move."
     keys, names, own = ("task", "method", "seed"), factors(results), own_trainings(results)
     labels = run_labels([parameters(r) for r in own], names, (*ALWAYS[:3], "eval_format", *hidden_rank(names)))
-    runs = [{"run": r["run"], "label": x} | {k: r["params"][k] for k in keys} for r, x in zip(own, labels)]
+    given = lambda r: {k: parameters(r)[k] for k in (*keys, "magnitude_lr")}
+    runs = [{"run": r["run"], "label": x} | given(r) for r, x in zip(own, labels)]
     rows = geometry.merge(pd.DataFrame(runs), on="run")
     order = {r["run"]: i for i, r in enumerate(sorted(results, key=lambda r: place(parameters(r), names)))}
     rows = rows.sort_values(["run", "step"], key=lambda c: c.map(order) if c.name == "run" else c, kind="stable")
-    rows = rows.merge(_random_walks(history), on=["run", "step"], how="left")
+    rows = rows.merge(_ways(history), on=["run", "step"], how="left")
     relative = rows.delta_m / rows.m0
     of_step = relative / _random_step(rows.delta_d, rows.inputs)
-    return rows.assign(
-        part=rows.step / rows.steps, relative=relative, of_step=of_step, of_walk=rows.delta_m / rows.walk
-    )
+    own = dict(of_walk=rows.delta_m / rows.magnitude_lr / rows.walk, reach=rows.reach * rows.magnitude_lr / rows.m0)
+    return rows.assign(part=rows.step / rows.steps, relative=relative, of_step=of_step, **own)
 
 # %% ../../nbs/7_results/70_geometry.ipynb #7bcdf338
 def correlations(
@@ -130,6 +130,18 @@ def correlations(
 ) -> dict[tuple, dict[str, np.ndarray]]:  # (task, method, label) → name of a correlation → its bootstrap
     "Return the four correlations of ΔM and ΔD of every kind of run."
     return {key: _four_correlations(group) for key, group in rows.groupby(["task", "method", "label"], sort=False)}
+
+# %% ../../nbs/7_results/70_geometry.ipynb #e5f9db7f
+def _of_magnitude(end: pd.DataFrame, method: str) -> dict[str, str]:
+    "Return how far magnitudes moved, in percent of the row lengths, as text; dashes for methods without any."
+    walk, moved = "ΔM ÷ a random walk's", "m moved (at most)"
+    if not has_magnitude(method):
+        return {walk: "–", moved: "–"}
+    fixed = (end.magnitude_lr == 0).all()
+    return {
+        walk: "–" if fixed else f"{end.of_walk.median():.2f}",
+        moved: f"{end.relative.mean():.2%} ({end.reach.mean():.2%})",
+    }
 
 # %% ../../nbs/7_results/70_geometry.ipynb #6238144e
 def geometry_table(
@@ -143,8 +155,7 @@ def geometry_table(
         paper = f"{PAPER_CORRELATIONS[method]:+.2f}" if method in PAPER_CORRELATIONS else "–"
         moved = {"ΔM / row length and ΔD": f"{end.relative.mean():.1e}, {end.delta_d.mean():.1e}"}
         seen = {"paper's correlation": paper} | {name: _signed(interval(x)) for name, x in looked[key].items()}
-        walk = f"{end.of_walk.median():.2f}" if has_magnitude(method) else "–"
-        chance = {"ΔM ÷ a random step's": f"{end.of_step.median():.2f}", "ΔM ÷ a random walk's": walk}
+        chance = {"ΔM ÷ a random step's": f"{end.of_step.median():.2f}"} | _of_magnitude(end, method)
         table.append({"task": task_label(task), "method": label} | moved | seen | chance)
     return pd.DataFrame(table)
 

@@ -198,6 +198,8 @@ def _short(name: str, value) -> str:
         return {"loglikelihood": "ranked", "generate": "generated"}.get(value, str(value))
     if name == "dev_cut":
         return {"items": "dev cut by item (first edition)", "twins": "dev cut by twins"}.get(value, f"dev cut {value}")
+    if name == "magnitude_lr":
+        return f"m at {value:g} × the rate" if value else "m fixed"
     if value in ("", None):
         words = {
             "compress": "as it comes",

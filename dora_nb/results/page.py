@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 from ..files import read_text, write_whole
 from ..messages import say
-from .about import experiment
+from .about import PLAN, experiment
 from .labels import CONTENT, LOOKS, parameters, value_label
 from dora_nb.results.measured import (
     curvature_section,
@@ -90,6 +90,13 @@ def _measured(page: Page) -> list[str]:
     return ["## How it was measured\n", *lines, ""]
 
 
+def _plan(page: Page) -> list[str]:
+    "Return the section on what was decided before the first run; none if the grid file has no plan."
+    plan = page.spec.get("plan", {})
+    lines = [f"- {words}: {markdown_prose(plan[key])}" for key, words in PLAN.items() if key in plan]
+    return ["## The plan, written before the first run\n", *lines, ""] if plan else []
+
+
 def _doubts(page: Page) -> list[str]:
     "Return the section on other explanations of the results; none if the grid file has none."
     inside = lambda text: markdown_prose(text).replace("\n", "\n  ")  # lines that belong to the entry of the list
@@ -161,6 +168,7 @@ SECTIONS: list[Callable[[Page], list[str]]] = [
     _head,
     findings_section,
     _measured,
+    _plan,
     _doubts,
     _words,
     accuracy_section,

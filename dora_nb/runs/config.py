@@ -206,6 +206,7 @@ class _Training:
     format: str = "cloze"  # prompt format of the training items: cloze or instruction
     objective: str = "choices"  # training loss: answer, prompt, choices or choices_mean
     learning_rate: float = 1e-3  # peak learning rate, at the end of the warm-up
+    magnitude_lr: float = 1.0  # DoRA: multiplier of the learning rate for the magnitudes; 0 keeps them fixed
     epochs: int = 1  # passes over the training items
     batch_size: int = 16  # items per optimiser step
     batch_tokens: int | None = None  # maximum tokens per forward pass; 1,024 on a CPU and 8,192 on a GPU if None

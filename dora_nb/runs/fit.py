@@ -22,6 +22,7 @@ from ..data.tokens import check_tokens
 from ..files import check_replaceable, owned, read_json, set_aside, write_json
 from ..messages import say
 from ..models.adapt import adapt, count_parameters
+from ..models.groups import fixed_magnitudes
 from ..models.merge import can_merge, merge
 from ..models.adapter_files import save_adapter
 from ..models.methods import AdapterConfig
@@ -149,7 +150,8 @@ def fit(
     items = _training_items(config)
     check_texts(config, trained_tasks(config), model, tokenizer, items)
     adapt(model, _adapter_config(config, model, tokenizer, items, run_dir))
-    trainable, total = count_parameters(model)
+    with fixed_magnitudes(model, config.magnitude_lr == 0):
+        trainable, total = count_parameters(model)
     if config.fsdp:
         shard(model, team)
     observe = _observer(config, model, tokenizer, run_dir, team)

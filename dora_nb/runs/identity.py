@@ -35,8 +35,9 @@ def ignored_parameters(
     "Return the parameters of a run that have no effect with a method."
     if not METHODS[method].trains:
         return (_ADAPTER | _TRAIN | _PROBE | _UNTRAINED) - {"method", "max_tokens", "batch_tokens"}
-    without_adapter = _PROBE | {"ranks", "allocate"}
-    return ignored_options(method) | (without_adapter if METHODS[method].layer is None else set())
+    without_adapter = _PROBE | {"ranks", "allocate"} if METHODS[method].layer is None else set()
+    without_magnitude = set() if METHODS[method].has_magnitude else {"magnitude_lr"}
+    return ignored_options(method) | without_adapter | without_magnitude
 
 # %% ../../nbs/6_runs/44_identity.ipynb #de5a5a33
 def effective(
@@ -92,12 +93,14 @@ PLACES = ("model", "source", "ranks", "template", "columns")  # where its inputs
 LATER = (  # parameters that the first stored results lack
     *("compress", "allocate", "mixture", "eval_format", "geometry"),
     *("template", "columns"),
+    "magnitude_lr",
 )
+_NEW = {"magnitude_lr": 1.0}  # parameters added within version 0.2: with these values a run keeps its earlier name
 
 
 def _counted(config: RunConfig, aside: Collection[str]) -> dict:
     "Return the effective parameters without some, and with the names of files in the place of their paths."
-    params = {k: v for k, v in vars(effective(config)).items() if k not in aside}
+    params = {k: v for k, v in vars(effective(config)).items() if k not in aside and _NEW.get(k) != v}
     names = {"task": task_name(config.task), "mixture": ",".join(map(task_name, trained_tasks(config)))}
     own = any(map(is_own, (config.task, *trained_tasks(config))))
     return params | {k: v for k, v in names.items() if own and params.get(k)}

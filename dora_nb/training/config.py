@@ -101,6 +101,7 @@ class TrainConfig:
 
     objective: str = "choices"  # answer, prompt, choices or choices_mean
     learning_rate: float = 1e-3  # at the end of the warm-up
+    magnitude_lr: float = 1.0  # DoRA: the magnitudes' learning rate is this times `learning_rate`; 0 keeps them fixed
     epochs: int = 1  # passes over the items
     batch_size: int = 16  # items per optimiser step
     batch_tokens: int | None = None  # most inputs per micro-batch; None: 1,024 on a CPU and 8,192 on a GPU
@@ -125,6 +126,10 @@ class TrainConfig:
         if not 0 <= self.weight_decay * max(1.0, self.learning_rate) < LARGEST:
             raise ValueError(
                 f"weight_decay={self.weight_decay!r} must be at least 0, and its product with learning_rate below {LARGEST:g}"
+            )
+        if not 0 <= self.magnitude_lr * max(1.0, self.learning_rate) < LARGEST:
+            raise ValueError(
+                f"magnitude_lr={self.magnitude_lr!r} must be at least 0, and its product with learning_rate below {LARGEST:g}"
             )
         check_seed(self.seed)
         if self.precision not in PRECISIONS:

@@ -26,6 +26,7 @@ from ..files import check_replaceable
 from ..layers.linear import cached_scales
 from ..messages import progress_bar, say
 from ..models.adapt import adapter_layers, adapter_state, trainable_parameters, whole
+from ..models.groups import fixed_magnitudes, parameter_groups
 from ..models.scoring import context_length, shares_prompts
 from dora_nb.training.batches import (
     check_differentiable,
@@ -105,9 +106,9 @@ class Training:
         if not team.sharded:
             team.agree(list(self.params.values()))
         self.rate = warmup_and_decay(len(self.batches), config.warmup_ratio)
-        self.optimizer = torch.optim.AdamW(
-            self.params.values(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        groups = parameter_groups(model, config.learning_rate, config.magnitude_lr)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.zero_grad()  # drop what a stopped training of the same model left
         self.what = _identity(self)
 
@@ -149,10 +150,10 @@ def _gradient(
     return record | counts | dict(batch_tokens=training.config.batch_tokens)
 
 
-def _update(training: Training, rate: float):
-    "Update the parameters with AdamW at a learning rate, and clear the gradient."
-    for group in training.optimizer.param_groups:
-        group["lr"] = rate
+def _update(training: Training, step: int):
+    "Update the parameters with AdamW at the learning rates of a step, and clear the gradient."
+    for group, peak in zip(training.optimizer.param_groups, training.peaks):
+        group["lr"] = peak * training.rate(step - 1)
     training.optimizer.step()
     training.optimizer.zero_grad()
 
@@ -171,7 +172,7 @@ def _make_steps(training: Training, steps: History, kept: Checkpoints, signals: 
             start = time.perf_counter()
             record = _gradient(training, step)
             with signals.together():
-                _update(training, record["learning_rate"])
+                _update(training, step)
                 steps.add(record, time.perf_counter() - start)
             steps.finish()
             if step == 1:
@@ -200,6 +201,15 @@ def warn_of_idle(
         warnings.warn(f"{idle[0]!r} got no gradient{more}: {why}", kind, stacklevel=4)
 
 # %% ../../nbs/4_training/32_train.ipynb #fcf48dc9
+def _begin(training: Training, folder: str | Path | None, seconds: float, after_step) -> tuple[Checkpoints, History]:
+    "Restore a checkpoint if there is one; return the checkpoints and the history of a training."
+    kept = Checkpoints(folder, training.what, training.params, training.optimizer, seconds, team=training.team)
+    kept.by["precision"] = resolve_precision(training.config.precision, kept.device)
+    steps = History(kept, training.config.batch_tokens, after_step if training.team.rank == 0 else None)
+    training.config = replace(training.config, batch_tokens=steps.batch_tokens)
+    return kept, steps
+
+
 @contextlib.contextmanager
 def _last_checkpoint(kept: Checkpoints, signals: stoppable):
     "Write a checkpoint at the end of a training, also if a signal stops it."
@@ -231,20 +241,18 @@ def train(
     first, several = team.rank == 0, team.size > 1
     if history and first:
         check_replaceable(history, is_history)
-    training = Training(model, tokenizer, items, config, team)
-    kept = Checkpoints(checkpoints, training.what, training.params, training.optimizer, checkpoint_seconds, team=team)
-    kept.by["precision"] = resolve_precision(config.precision, kept.device)
-    steps = History(kept, training.config.batch_tokens, after_step if first else None)
-    training.config = replace(training.config, batch_tokens=steps.batch_tokens)
-    with (
-        training_mode(model, config.gradient_checkpointing or team.sharded),  # else autocast would keep all casts
-        open(history if history and first else os.devnull, "w", encoding="utf-8") as log,
-        stoppable(wait=several) as signals,
-        _last_checkpoint(kept, signals),
-    ):
-        steps.begin(log)
-        if progress and first and not team.sharded:
-            say(describe(memory_plan(model, training.rows, training.gold, training.config)))
-        _make_steps(training, steps, kept, signals, progress)
-        warn_of_idle(model, training.optimizer, experts=True)
+    with fixed_magnitudes(model, config.magnitude_lr == 0):
+        training = Training(model, tokenizer, items, config, team)
+        kept, steps = _begin(training, checkpoints, checkpoint_seconds, after_step)
+        with (
+            training_mode(model, config.gradient_checkpointing or team.sharded),  # else autocast would keep all casts
+            open(history if history and first else os.devnull, "w", encoding="utf-8") as log,
+            stoppable(wait=several) as signals,
+            _last_checkpoint(kept, signals),
+        ):
+            steps.begin(log)
+            if progress and first and not team.sharded:
+                say(describe(memory_plan(model, training.rows, training.gold, training.config)))
+            _make_steps(training, steps, kept, signals, progress)
+            warn_of_idle(model, training.optimizer, experts=True)
     return steps.records

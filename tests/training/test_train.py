@@ -241,6 +241,11 @@ def test_schedule():
         dict(learning_rate=0),
         dict(learning_rate=math.inf),
         dict(weight_decay=-1),
+        dict(magnitude_lr=-1),
+        dict(magnitude_lr=math.nan),
+        dict(magnitude_lr=1e300),
+        dict(magnitude_lr=1e20, learning_rate=1e20),
+        dict(magnitude_lr=True),
         dict(seed=-1),
         dict(batch_size=0),
         dict(warmup_ratio=1),
@@ -485,6 +490,69 @@ def test_the_same_model_goes_on_after_it_was_stopped(tiny, wholes, tmp_path, mon
         train(model, tokenizer, items(), SHORT, progress=False, checkpoints=tmp_path)
     records = train(model, tokenizer, items(), SHORT, progress=False, checkpoints=tmp_path)
     same(([{k: v for k, v in r.items() if k != "seconds"} for r in records], params(model)), whole)
+
+
+def by_hand(model, tokenizer, magnitude_lr):
+    "Train with PyTorch's optimiser and scheduler alone; the magnitudes in a group of their own, or frozen."
+    magnitude = {n: p for n, p in trainable_parameters(model).items() if n.endswith("magnitude")}
+    for p in magnitude.values():
+        p.requires_grad_(magnitude_lr > 0)
+    others = [p for n, p in trainable_parameters(model).items() if n not in magnitude]
+    groups = [dict(params=others), dict(params=list(magnitude.values()), lr=SHORT.learning_rate * magnitude_lr)]
+    optimizer = torch.optim.AdamW(groups[: 2 if magnitude_lr else 1], lr=SHORT.learning_rate, weight_decay=0)
+    rows = [encode_for("choices", tokenizer, item)[0] for item in items()]
+    batches = epoch_batches([max(len(r.ids) for r in item) for item in rows], SHORT.batch_size, random.Random(0))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_decay(len(batches), SHORT.warmup_ratio))
+    for batch in batches:
+        gold = torch.tensor([items()[i]["gold"] for i in batch])
+        (summed_loss(model, collate([rows[i] for i in batch]), gold, "choices") / len(batch)).backward()
+        torch.nn.utils.clip_grad_norm_(list(trainable_parameters(model).values()), SHORT.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    for p in magnitude.values():
+        p.requires_grad_(True)
+
+
+@pytest.mark.parametrize("magnitude_lr", [0, 0.5, 1, 30])
+def test_the_magnitude_at_its_own_rate(tiny, magnitude_lr):
+    model, tokenizer = tiny()
+    start = params(model)
+    train(model, tokenizer, items(), replace(SHORT, magnitude_lr=magnitude_lr), progress=False)
+    other, _ = tiny()
+    by_hand(other, tokenizer, magnitude_lr)
+    assert params(model).keys() == params(other).keys() == start.keys()
+    for name, p in params(other).items():
+        moved = (p - start[name]).abs().max()
+        assert name.endswith("lora_A") or bool(moved > 0) == (magnitude_lr > 0 or not name.endswith("magnitude"))
+        # Adam divides by the gradient's size, so that rounding can turn a step where the gradient is nearly zero
+        assert (params(model)[name] - p).abs().max() <= 0.05 * moved + 1e-7, name
+
+
+def test_one_rate_for_all_gives_what_one_group_gave(tiny, monkeypatch):
+    "The group of the magnitudes changes no bit at the common rate; and LoRA has no such group."
+    for method in ("lora", "dora"):
+        own = attempts(tiny, None, method=method)
+        one = lambda model, rate, _: [dict(params=list(trainable_parameters(model).values()), lr=rate)]
+        with monkeypatch.context() as m:
+            m.setattr(dora_nb.training.train, "parameter_groups", one)
+            same(attempts(tiny, None, method=method), own)
+
+
+@pytest.mark.parametrize("magnitude_lr", [0, 30])
+def test_a_stopped_training_with_an_own_rate_goes_on(tiny, tmp_path, monkeypatch, magnitude_lr):
+    config, ended = replace(SHORT, magnitude_lr=magnitude_lr), []
+    for folder in (None, tmp_path):
+        model, tokenizer = tiny(dropout=0.1)
+        stop = lambda record: os.kill(os.getpid(), signal.SIGTERM) if record["step"] == 3 else None
+        if folder:
+            with pytest.raises(Stopped):
+                train(model, tokenizer, items(), config, progress=False, checkpoints=folder, after_step=stop)
+            assert all(p.requires_grad for n, p in model.named_parameters() if n.endswith("magnitude"))
+            model, tokenizer = tiny(dropout=0.1)
+        train(model, tokenizer, items(), config, progress=False, checkpoints=folder)
+        ended.append(params(model))
+    assert all(torch.equal(p, ended[1][n]) for n, p in ended[0].items())
 
 
 FALCON = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
