@@ -89,7 +89,7 @@ def _measured(page: Page) -> list[str]:
         ]
     return ["## How it was measured\n", *lines, ""]
 
-
+# %% ../../nbs/7_results/73_page.ipynb #9702f9ff
 def _plan(page: Page) -> list[str]:
     "Return the section on what was decided before the first run; none if the grid file has no plan."
     plan = page.spec.get("plan", {})

@@ -123,14 +123,10 @@ class TrainConfig:
         for name in ("learning_rate", "epochs", "batch_size", "max_grad_norm", "max_tokens"):
             if not 0 < getattr(self, name) < LARGEST:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be above 0, and below {LARGEST:g}")
-        if not 0 <= self.weight_decay * max(1.0, self.learning_rate) < LARGEST:
-            raise ValueError(
-                f"weight_decay={self.weight_decay!r} must be at least 0, and its product with learning_rate below {LARGEST:g}"
-            )
-        if not 0 <= self.magnitude_lr * max(1.0, self.learning_rate) < LARGEST:
-            raise ValueError(
-                f"magnitude_lr={self.magnitude_lr!r} must be at least 0, and its product with learning_rate below {LARGEST:g}"
-            )
+        for name in ("weight_decay", "magnitude_lr"):
+            if not 0 <= getattr(self, name) * max(1.0, self.learning_rate) < LARGEST:
+                value = getattr(self, name)
+                raise ValueError(f"{name}={value!r} must be at least 0, and times learning_rate below {LARGEST:g}")
         check_seed(self.seed)
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r} does not exist; {advice(self.precision, PRECISIONS)}")
