@@ -55,7 +55,7 @@ def _accuracy_panel(ax: plt.Axes, rows: list, constant: list[float]) -> plt.Line
 
 def _measured(rows: pd.DataFrame) -> str:
     "Return the label of the axis on which accuracies stand, and AUCs if there are any."
-    return f"{'accuracy or AUC' if 'auc' in set(rows.metric) else 'accuracy'} (%), 95 % interval"
+    return "accuracy or AUC (%),\n95 % interval" if "auc" in set(rows.metric) else "accuracy (%), 95 % interval"
 
 # %% ../../nbs/7_results/68_figures.ipynb #fe652e6b
 def plot_accuracy(
