@@ -69,7 +69,7 @@ def source_diffs(
     result: dict,  # of a run
 ) -> set[str]:  # SHA-256 of each
     "Return the changes of the source that a run was made from: its own, and those of a training that it reuses."
-    return {r["source_diff"] for r in (result, result["training"] or {}) if r.get("source_diff")}
+    return {r["source_diff"] for r in (result, result.get("training") or {}) if r.get("source_diff")}
 
 
 def select_runs(

@@ -1026,7 +1026,7 @@ def test_a_cell_of_seeds_that_were_not_made_alike_is_marked(six, tmp_path, chang
     collect(runs, out, grid)
     lines = render(out).read_text(encoding="utf-8").splitlines()
     lora, dora = (next(x for x in lines if x.startswith(f"| {m}, rank 16")) for m in ("LoRA", "DoRA"))
-    assert lora.count("†") == 1 and "†" not in dora
+    assert lora.count("†") == 2 and "†" not in dora  # accuracy and AUC
     assert f"† The seeds of such a cell were not made alike: {said}." in lines
     found = read_report(out)
     assert not mixed_note(accuracies(found.results[:1], found.predictions))
