@@ -50,7 +50,7 @@ def _check_items(table: pd.DataFrame):
             f"{odd.idxmax()} was not evaluated on the same items as {odd.idxmin()}; one table cannot hold both"
         )
 
-
+# %% ../../nbs/7_results/62_accuracy.ipynb #d3124cc2
 def rights(
     runs: list[str],  # with equal factors and different seeds
     predictions: pd.DataFrame,  # run, doc_index, gold, pred, …
@@ -76,7 +76,7 @@ def has_auc(
     whole = own.gold.nunique() == 2 and own.loglikelihood.map(len).eq(2).all()
     return whole and (task.same_choices or params.get("eval_format") == "instruction")
 
-
+# %% ../../nbs/7_results/62_accuracy.ipynb #bf8a7d87
 def margins(
     runs: list[str],  # with `has_auc`, on the same items
     predictions: pd.DataFrame,  # run, doc_index, loglikelihood, gold, …
@@ -201,7 +201,7 @@ def majority(
         found.setdefault(columns[run], set()).add(math.nan if run in without else share)
     return {column: sorted(shares) for column, shares in found.items()}
 
-
+# %% ../../nbs/7_results/62_accuracy.ipynb #79a3411a
 BASELINE = "always the most frequent answer"  # its name in tables and figures
 
 
@@ -230,7 +230,7 @@ def cell(
     dagger = " †" if getattr(r, "mixed", "") else ""
     return f"{100 * r.share:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]{spread}{fewer}{dagger}"
 
-
+# %% ../../nbs/7_results/62_accuracy.ipynb #42ae16f2
 def mixed_note(
     table: pd.DataFrame,  # with columns task, label and mixed, as `accuracies` makes it
     which: str = "The seeds of such a cell",

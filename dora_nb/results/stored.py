@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_GEOMETRY', 'ALL_CURVATURE', 'FILES', 'NO_RESULTS', 'PATIENCE', 'MADE',
-           'Results', 'source_diffs', 'select_runs', 'join_results', 'check_result_identity', 'contradictions',
-           'strangers', 'diff_name', 'hold_report', 'store_results', 'load_stored', 'check_report', 'read_all',
+           'Results', 'diff_name', 'source_diffs', 'select_runs', 'join_results', 'check_result_identity',
+           'contradictions', 'strangers', 'hold_report', 'store_results', 'load_stored', 'check_report', 'read_all',
            'read_report', 'page_results', 'is_page', 'check_out']
 
 # %% ../../nbs/7_results/65_stored.ipynb #2702153f
@@ -64,14 +64,24 @@ NO_RESULTS = Results(
     {},
 )
 
-# %% ../../nbs/7_results/65_stored.ipynb #e470fa73
+# %% ../../nbs/7_results/65_stored.ipynb #35278b78
+_DIFF = re.compile(r"source-[0-9a-f]{12}\.diff")
+
+
+def diff_name(
+    digest: str,  # SHA-256 of changes of the source
+) -> str:
+    "Return the name of the file that keeps these changes in a report's folder."
+    return f"source-{digest[:12]}.diff"
+
+
 def source_diffs(
     result: dict,  # of a run
 ) -> set[str]:  # SHA-256 of each
     "Return the changes of the source that a run was made from: its own, and those of a training that it reuses."
     return {r["source_diff"] for r in (result, result.get("training") or {}) if r.get("source_diff")}
 
-
+# %% ../../nbs/7_results/65_stored.ipynb #e470fa73
 def select_runs(
     found: Results,  # all of a report
     names: set[str],  # of runs
@@ -182,14 +192,6 @@ def strangers(
 
 # %% ../../nbs/7_results/65_stored.ipynb #d0eefe11
 _NEXT = ".dora-nb-next"  # a folder in which a new set of files is put together
-_DIFF = re.compile(r"source-[0-9a-f]{12}\.diff")
-
-
-def diff_name(
-    digest: str,  # SHA-256 of changes of the source
-) -> str:
-    "Return the name of the file that keeps these changes in a report's folder."
-    return f"source-{digest[:12]}.diff"
 
 
 def _diffs_in(folder: Path) -> list[str]:
@@ -221,7 +223,7 @@ def hold_report(out: Path):
     finally:
         lock.release()
 
-
+# %% ../../nbs/7_results/65_stored.ipynb #2c921ab1
 def store_results(out: Path, found: Results):
     "Write all files of a report, or none."
     new = out / _NEXT

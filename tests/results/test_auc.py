@@ -138,7 +138,7 @@ def test_areas_of_the_stored_experiment():
 
 
 def test_seeds_on_other_items_have_no_common_area():
-    (one, frame), (two, other) = ranked("one", "boolq", 1.0), ranked("two", "boolq", 1.0, seed=1)
+    frame, other = (ranked(run, "boolq", 1.0)[1] for run in ("one", "two"))
     with pytest.raises(ValueError, match="not evaluated on the same items"):
         margins(["one", "two"], pd.concat([frame, other.assign(doc_index=other.doc_index + 1)]))
 
