@@ -39,6 +39,7 @@ class Task:
     one_word: bool = False  # the choices differ by one word, so a score per character says nothing new
     rows: Callable[[str], Iterable[dict]] | None = None  # official split → its items; None for this package's data
     metric: Callable[[list[dict], list[dict]], dict[str, float]] | None = None  # items, records → numbers beside acc
+    same_choices: bool = False  # every item has the same cloze choices, such as no and yes
 
 # %% ../../nbs/2_data/12_tasks.ipynb #627cb7e0
 def _boolq(row):
@@ -93,6 +94,7 @@ TASKS.add(
             f"Please answer the following question with true or false, question: {r['question']}?\n\nAnswer format: true/false"
         ),
         one_word=True,
+        same_choices=True,
     )
 )
 TASKS.add(

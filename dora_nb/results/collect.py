@@ -32,7 +32,7 @@ from dora_nb.results.stored import (
     strangers,
 )
 from ..runs.config import RunConfig
-from ..runs.folder import CURVATURE, ERROR, GEOMETRY, HISTORY, PREDICTIONS, RESULT, check_result, load
+from ..runs.folder import CURVATURE, DIFF, ERROR, GEOMETRY, HISTORY, PREDICTIONS, RESULT, check_result, load
 from ..runs.grid import RESULTS, load_grid
 from ..runs.identity import names_of
 
@@ -107,6 +107,7 @@ def _beside(folder: Path, result: dict) -> list[str]:
     "Return the optional files that belong to a run: those listed in its result or, in schema 1, those that its parameters imply. Files that are left out are reported."
     files, params = result.get("files"), result["params"]
     wanted = {HISTORY: result["training"], GEOMETRY: params.get("geometry"), CURVATURE: params.get("probe")}
+    wanted[DIFF] = result.get("source_diff")
     own = [name for name in wanted if (name in files if files else wanted[name] and (folder / name).exists())]
     for name in own:
         _check_listed(folder, result, name)
@@ -130,7 +131,8 @@ def read_run_files(
         history = _history(folder / HISTORY).assign(run=run) if HISTORY in here else NO_RESULTS.history
         geometry = _geometry(folder / GEOMETRY).assign(run=run) if GEOMETRY in here else NO_RESULTS.geometry
         probes = {run: _points(folder / CURVATURE, PROBED)} if CURVATURE in here else {}
-    return Results([result], [], answers, history, geometry, probes)
+        diffs = {sha256(folder / DIFF): (folder / DIFF).read_bytes()} if DIFF in here else {}
+    return Results([result], [], answers, history, geometry, probes, diffs=diffs)
 
 # %% ../../nbs/7_results/66_collect.ipynb #28f0b569
 def _finished(runs: Path, configs: Sequence[RunConfig] | None) -> tuple[list[Results], list[str]]:

@@ -13,7 +13,7 @@ import matplotlib.ticker
 import numpy as np
 import pandas as pd
 from ..models.methods import METHODS
-from .accuracy import cell, column_labels
+from .accuracy import BASELINE, baseline, cell, column_labels, percent
 from .collect import own_trainings
 from dora_nb.results.labels import (
     ALWAYS,
@@ -52,6 +52,11 @@ def _accuracy_panel(ax: plt.Axes, rows: list, constant: list[float]) -> plt.Line
     ax.margins(y=0.12)
     return line
 
+
+def _measured(rows: pd.DataFrame) -> str:
+    "Return the label of the axis on which accuracies stand, and AUCs if there are any."
+    return "accuracy or AUC (%),\n95 % interval" if "auc" in set(rows.metric) else "accuracy (%), 95 % interval"
+
 # %% ../../nbs/7_results/68_figures.ipynb #fe652e6b
 def plot_accuracy(
     table: pd.DataFrame,  # from `accuracies`, of one protocol and split
@@ -65,11 +70,10 @@ def plot_accuracy(
     size = (wide * len(panels) + 1, 2.6 + 0.15 * max(0, *(_ticks(x).count("\n") - 1 for x in table.label)))
     fig, axes = plt.subplots(1, len(panels), figsize=size, dpi=110, sharey=True, squeeze=False)
     for ax, (panel, rows) in zip(axes[0], panels.items()):
-        line = _accuracy_panel(ax, rows, constant[rows[0].task, rows[0].eval_split, rows[0].n])
+        line = _accuracy_panel(ax, rows, baseline(rows[0], constant))
         ax.set(title=figure_text(panel))
-    axes[0, 0].set_ylabel("accuracy (%), 95 % interval")
-    words = ["always the most frequent answer"]
-    fig.legend([line], words, loc="lower center", frameon=False, fontsize=7, labelcolor="0.4")
+    axes[0, 0].set_ylabel(_measured(table))
+    fig.legend([line], [BASELINE], loc="lower center", frameon=False, fontsize=7, labelcolor="0.4")
     fig.tight_layout(rect=(0, 0.06, 1, 1))
     return fig
 
@@ -107,7 +111,7 @@ def _with_names(rows: list[dict], has: dict[str, list]) -> list[dict]:
         rest = {k: r[k] for k in has if k not in aside and r[k] not in ("", None)}
         line = [method_label(r["method"]), *(value_label(k, v, has[k]) for k, v in rest.items())]
         words = [value_label("task", r["task"], has["task"])] if several or "family" not in r else []
-        panel = [*words, *([r["family"]] if "family" in r else [])]
+        panel = [*words, *([r["family"]] if "family" in r else []), *(["AUC"] if r["metric"] == "auc" else [])]
         named.append(r | {"line": ", ".join(line), "panel": ", ".join(panel)})
     return named
 
@@ -153,14 +157,16 @@ def _sweep_line(ax: plt.Axes, group: pd.DataFrame, label: str, style: tuple[str,
     ax.errorbar(group.x + shift, 100 * group.share, ends, color=color, label=label, **bars)
 
 
-def _sweep_panel(ax: plt.Axes, here: pd.DataFrame):
-    "Draw the lines of a panel and the words under its ticks."
+def _sweep_panel(ax: plt.Axes, here: pd.DataFrame, constant: dict[tuple, list[float]]):
+    "Draw the lines of a panel, its baseline and the words under its ticks."
     given = {}  # method → number of its lines so far
     for line, group in here.groupby("line", sort=False):
         before = given.setdefault(group.method.iloc[0], 0)
         given[group.method.iloc[0]] += 1
         shift = 0.06 * (len(given) - 2 + 0.5 * before)  # side by side where they agree
         _sweep_line(ax, group.sort_values("x"), figure_text(line), _STYLES[before % len(_STYLES)], shift)
+    for share in sorted({share for r in here.itertuples() for share in baseline(r, constant)}):
+        ax.axhline(100 * share, ls=":", color="0.6", lw=1, label=BASELINE)
     ticks = here.dropna(subset="x").drop_duplicates("x").sort_values("x")
     ax.set_xticks(ticks.x, [figure_text(t.replace(" ", "\n", 1)) for t in ticks["at"]], fontsize=8)
 
@@ -182,22 +188,24 @@ def _legend_below(fig: matplotlib.figure.Figure, axes):
 # %% ../../nbs/7_results/68_figures.ipynb #a31187c8
 def plot_sweep(
     rows: pd.DataFrame,  # from `sweep`
+    constant: dict[tuple, list[float]],  # from `majority`, drawn as a dotted line
 ) -> matplotlib.figure.Figure:
-    "Draw accuracy along a factor: a panel per task or family, a line per method, 95 % intervals as bars."
+    "Draw accuracy along a factor: a panel per task or family, and for AUC, a line per method, 95 % intervals as bars."
     panels = list(dict.fromkeys(rows.panel))
     wide = max(3.0, 0.5 * rows.dropna(subset="x").x.nunique())  # room for the words under the ticks
     size = (wide * len(panels) + 1.2, 3.0)
     fig, axes = plt.subplots(1, len(panels), figsize=size, dpi=110, squeeze=False, sharey=rows.task.nunique() == 1)
     for ax, panel in zip(axes[0], panels):
-        _sweep_panel(ax, rows[rows.panel == panel])
+        _sweep_panel(ax, rows[rows.panel == panel], constant)
         ax.set(title=figure_text(panel))
-    axes[0, 0].set_ylabel("accuracy (%), 95 % interval")
+    axes[0, 0].set_ylabel(_measured(rows))
     _legend_below(fig, axes)
     return fig
 
 # %% ../../nbs/7_results/68_figures.ipynb #e928e273
 def sweep_table(
     rows: pd.DataFrame,  # from `sweep`
+    constant: dict[tuple, list[float]] | None = None,  # from `majority`, for a last column
 ) -> pd.DataFrame:  # text, panel and value × line
     "Return accuracies along a factor as text; ValueError if two rows belong to one cell."
     if (twice := rows[rows.duplicated(["panel", "at", "line"])]).size:
@@ -210,8 +218,11 @@ def sweep_table(
     found = {(r.panel, r.at, r.line): cell(r, most) for r in moving.itertuples()}
     index = list(dict.fromkeys((r.panel, r.at) for r in moving.itertuples()))
     text = [[found.get((p, at, line), still.get((p, line), "–")) for line in lines] for p, at in index]
-    sizes = ", ".join(map(str, sorted(set(rows.n))))
-    return pd.DataFrame(text, [f"{p}, {at}" for p, at in index], lines).rename_axis(index=f"n = {sizes}")
+    wide = pd.DataFrame(text, [f"{p}, {at}" for p, at in index], lines)
+    if constant:
+        each = {(r.panel, r.at): percent(baseline(r, constant)) for r in moving.itertuples()}
+        wide[BASELINE] = [each[spot] for spot in index]
+    return wide.rename_axis(index=f"n = {', '.join(map(str, sorted(set(rows.n))))}")
 
 # %% ../../nbs/7_results/68_figures.ipynb #f5477580
 def hidden_rank(

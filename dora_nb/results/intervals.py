@@ -41,10 +41,12 @@ def freedom(
 
 
 def mean_interval(
-    values: np.ndarray,  # (seeds, items), two of each or more
+    values: np.ndarray,  # (seeds, items), two items or more
 ) -> tuple[float, float, float]:  # low, high, p
-    "Return the 95 % interval of a mean over random seeds and items, and the p of a t test against zero."
-    mean, error, df = values.mean(), standard_error(values), freedom(values)
+    "Return the 95 % interval of a mean over random seeds and items, and the p of a t test against zero. With one seed, only items count as random."
+    mean, one = values.mean(), len(values) == 1
+    error = float(stats.sem(values[0])) if one else standard_error(values)
+    df = values.shape[1] - 1 if one else freedom(values)
     half = stats.t.ppf(0.975, df) * error
     return mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, df)) if error else float(mean == 0)
 

@@ -10,7 +10,7 @@ __all__ = ['GEOMETRY_NOTE', 'MOST_PANELS', 'CURVATURE_NOTE', 'CERTAIN_NOTE', 'cu
 import dataclasses
 
 import pandas as pd
-from .accuracy import accuracies
+from .accuracy import accuracies, majority
 from .figures import plot_learning_curves
 from dora_nb.results.geometry import (
     correlations,
@@ -141,5 +141,6 @@ def sharpness_section(
     rows = curvature_rows(page.found.results, page.found.probes)
     if not len(rows) or "learning_rate" not in factors(page.found.results):
         return []
-    table = sharpness_table(rows, accuracies(page.found.results, page.found.predictions))
+    answered = page.found.results, page.found.predictions
+    table = sharpness_table(rows, accuracies(*answered), majority(*answered))
     return ["## Sharpness and the learning rate\n", *table_lines(table, **PLAIN)]

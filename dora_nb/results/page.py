@@ -28,7 +28,7 @@ from dora_nb.results.measured import (
 from .findings import counted_answer, findings_section
 from .sections import PLAIN, Page, accuracy_section, comparison_section, table_lines
 from .stored import MADE, check_out, check_report, hold_report, load_stored, page_results, read_all
-from .tables import FOOTNOTES, PUBLISHED, cost_table, describe_settings
+from .tables import FOOTNOTES, PUBLISHED, cost_table, describe_settings, describe_source
 from .text import markdown_code, markdown_prose, markdown_text
 from ..runs.identity import MANNER
 
@@ -121,7 +121,8 @@ def _published(page: Page) -> list[str]:
 
 def _settings(page: Page) -> list[str]:
     "Return the section on the settings of the runs."
-    return ["## What was run\n", describe_settings(page.found.results), ""]
+    results = page.found.results
+    return ["## What was run\n", describe_settings(results), describe_source(results, page.found.diffs), ""]
 
 
 COST_NOTE = "Seconds and tokens/s are of runs that may have shared a machine, not a benchmark; peak memory is the process's on a CPU, the allocator's on a GPU, and includes probes where there were some.\n"

@@ -16,7 +16,7 @@ import matplotlib.ticker
 import numpy as np
 import pandas as pd
 from ..data.tasks import TASKS
-from .accuracy import cell, choice_losses
+from .accuracy import BASELINE, baseline, cell, choice_losses, percent
 from .collect import own_trainings
 from .figures import line_style
 from dora_nb.results.labels import (
@@ -263,15 +263,17 @@ def stability_table(
 def sharpness_table(
     rows: pd.DataFrame,  # as `curvature_rows` makes them
     table: pd.DataFrame,  # from `accuracies`
+    constant: dict[tuple, list[float]],  # from `majority`
 ) -> pd.DataFrame:  # text, a row per task, method and rate
-    "Return the largest eigenvalues of the Gauss-Newton matrix by kind of run, rates included, beside the accuracy."
-    share = {(r.task, r.label, r.eval_split): cell(r) for r in table.itertuples()}
+    "Return the largest eigenvalues of the Gauss-Newton matrix by kind of run, rates included, beside accuracy and baseline."
+    of = lambda r: {"accuracy": cell(r), BASELINE: percent(baseline(r, constant))}
+    share = {(r.task, r.label, r.eval_split): of(r) for r in table.itertuples()}
     found = []
     for key, group in rows.groupby(["task", "label", "eval_split"], sort=False):
         top = lambda at: np.mean([p["blocks"]["all"]["ggn"]["eigenvalues"][0] for p in group.probe[group["at"] == at]])
         found.append(
             {"task": task_label(key[0]), "kind": key[1]}
             | {f"λmax, {at}": f"{top(at):.3g}" for at in ("warm-up", "middle", "end")}
-            | {"accuracy": share.get(key, "–")}
+            | share.get(key, {"accuracy": "–", BASELINE: "–"})
         )
     return pd.DataFrame(found)

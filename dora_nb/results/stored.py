@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_GEOMETRY', 'ALL_CURVATURE', 'FILES', 'NO_RESULTS', 'PATIENCE', 'MADE',
-           'Results', 'select_runs', 'join_results', 'check_result_identity', 'contradictions', 'strangers',
-           'hold_report', 'store_results', 'load_stored', 'check_report', 'read_all', 'read_report', 'page_results',
-           'is_page', 'check_out']
+           'Results', 'diff_name', 'source_diffs', 'select_runs', 'join_results', 'check_result_identity',
+           'contradictions', 'strangers', 'hold_report', 'store_results', 'load_stored', 'check_report', 'read_all',
+           'read_report', 'page_results', 'is_page', 'check_out']
 
 # %% ../../nbs/7_results/65_stored.ipynb #2702153f
 import contextlib
@@ -52,6 +52,7 @@ class Results(NamedTuple):
     geometry: pd.DataFrame  # run, step, weight, delta_m, delta_d, m0
     probes: dict[str, list[dict]]  # run → its probes
     others: Sequence[dict] = ()  # stored results of runs outside the grid
+    diffs: dict[str, bytes] = {}  # SHA-256 → changes of the source that runs were made from
 
 
 NO_RESULTS = Results(
@@ -63,6 +64,23 @@ NO_RESULTS = Results(
     {},
 )
 
+# %% ../../nbs/7_results/65_stored.ipynb #35278b78
+_DIFF = re.compile(r"source-[0-9a-f]{12}\.diff")
+
+
+def diff_name(
+    digest: str,  # SHA-256 of changes of the source
+) -> str:
+    "Return the name of the file that keeps these changes in a report's folder."
+    return f"source-{digest[:12]}.diff"
+
+
+def source_diffs(
+    result: dict,  # of a run
+) -> set[str]:  # SHA-256 of each
+    "Return the changes of the source that a run was made from: its own, and those of a training that it reuses."
+    return {r["source_diff"] for r in (result, result.get("training") or {}) if r.get("source_diff")}
+
 # %% ../../nbs/7_results/65_stored.ipynb #e470fa73
 def select_runs(
     found: Results,  # all of a report
@@ -71,7 +89,9 @@ def select_runs(
     "Return the part of a report that belongs to these runs, of the grid or not."
     frames = [f[f.run.isin(names)] for f in found[2:5]]
     results = [r for r in (*found.results, *found.others) if r["run"] in names]
-    return Results(results, [], *frames, {run: p for run, p in found.probes.items() if run in names})
+    probes = {run: p for run, p in found.probes.items() if run in names}
+    used = {digest for r in results for digest in source_diffs(r)}
+    return Results(results, [], *frames, probes, diffs={k: v for k, v in found.diffs.items() if k in used})
 
 
 def join_results(
@@ -81,7 +101,8 @@ def join_results(
     frames = [[f for f in each if len(f)] or [each[0]] for each in zip(*(p[2:5] for p in (NO_RESULTS, *parts)))]
     probes = {run: points for p in parts for run, points in p.probes.items()}
     tables = [pd.concat(each, ignore_index=True) for each in frames]
-    return Results([r for p in parts for r in p.results], [], *tables, probes)
+    diffs = {digest: patch for p in parts for digest, patch in p.diffs.items()}
+    return Results([r for p in parts for r in p.results], [], *tables, probes, diffs=diffs)
 
 # %% ../../nbs/7_results/65_stored.ipynb #76664578
 def check_result_identity(result: dict):
@@ -173,10 +194,15 @@ def strangers(
 _NEXT = ".dora-nb-next"  # a folder in which a new set of files is put together
 
 
+def _diffs_in(folder: Path) -> list[str]:
+    "Return the names of the files in a folder that keep changes of the source."
+    return sorted(p.name for p in folder.glob("source-*.diff") if _DIFF.fullmatch(p.name))
+
+
 def _finish(out: Path):
     "Move a complete new set of files into place, results last; remove an incomplete one."
     new = out / _NEXT
-    for name in (*FILES, RESULTS):
+    for name in (*FILES, *_diffs_in(new), RESULTS):
         if (new / RESULTS).exists() and (new / name).exists():
             os.replace(new / name, out / name)
         (new / name).unlink(missing_ok=True)
@@ -197,7 +223,7 @@ def hold_report(out: Path):
     finally:
         lock.release()
 
-
+# %% ../../nbs/7_results/65_stored.ipynb #2c921ab1
 def store_results(out: Path, found: Results):
     "Write all files of a report, or none."
     new = out / _NEXT
@@ -206,14 +232,21 @@ def store_results(out: Path, found: Results):
         write_whole(new / name, lambda p, table=table: table.to_parquet(p, index=False))
     write_whole(new / ALL_CURVATURE, lambda p: p.write_text(json.dumps(found.probes), encoding="utf-8"))
     about = {"results": found.results, "problems": found.problems} | ({"others": found.others} if found.others else {})
-    write_json(new / RESULTS, about | {"files": {name: sha256(new / name) for name in FILES}})
+    diffs = {diff_name(digest): patch for digest, patch in found.diffs.items()}
+    for name, patch in diffs.items():
+        write_whole(new / name, lambda p, patch=patch: p.write_bytes(patch))
+    write_json(new / RESULTS, about | {"files": {name: sha256(new / name) for name in (*FILES, *diffs)}})
     _finish(out)
+    for name in _diffs_in(out):
+        if name not in diffs and diff_name(sha256(out / name)) == name:  # of runs that the report no longer holds
+            (out / name).unlink()
 
 # %% ../../nbs/7_results/65_stored.ipynb #0847064e
 def _read_files(out: Path, files: dict[str, str]) -> dict[str, bytes]:
     "Read the files beside `results.json` that are listed in it or there. Refuse one with another checksum: ValueError."
     data = {}
-    for name in (n for n in FILES if n in files or (out / n).exists() or n in FILES[:2]):
+    wanted = [n for n in FILES if n in files or (out / n).exists() or n in FILES[:2]]
+    for name in (*wanted, *filter(_DIFF.fullmatch, files)):
         data[name] = check_file(out / name).read_bytes()
         if name in files and hashlib.sha256(data[name]).hexdigest() != files[name]:
             raise ValueError(
@@ -247,13 +280,15 @@ def load_stored(out: Path) -> Results:
     "Read a report's files, including runs outside the grid. ValueError names a file that is damaged or does not belong to the others."
     about = read_results(out / RESULTS)
     results, others, files = about["results"], about["others"], about.get("files", {})
-    tables, probes = _parse(out, _read_files(out, files))
+    data = _read_files(out, files)
+    tables, probes = _parse(out, data)
+    diffs = {files[name]: data[name] for name in data if _DIFF.fullmatch(name)}
     everything = [*results, *others]
     wrong = contradictions(everything, tables[0])
     if wrong := wrong or ({} if files else strangers(everything, tables[0])):
         run, words = next(iter(wrong.items()))
         raise ValueError(f"{out / ALL_PREDICTIONS} does not belong to the {RESULTS} beside it: {run}: {words}")
-    return Results(results, about.get("problems", []), *tables, probes, others)
+    return Results(results, about.get("problems", []), *tables, probes, others, diffs)
 
 # %% ../../nbs/7_results/65_stored.ipynb #c4403844
 PATIENCE = 2.0  # seconds in which a reader waits for a writer to finish
@@ -316,6 +351,7 @@ def check_out(
         read_json(out / RESULTS, ("results",))
     elif not (out / _NEXT / RESULTS).exists():
         names = [*FILES, "learning-curves.png", "geometry.png", "differences.png", "accuracy-*.png", "curvature-*.png"]
+        names.append("source-*.diff")
         if found := [p.name for name in names for p in out.glob(name)]:
             raise ValueError(
                 f"{out} holds {found[0]}, and no {RESULTS} of a report; nothing was changed. Choose another place with --out"

@@ -36,8 +36,9 @@ from .folder import CHECKPOINTS, CURVATURE, GEOMETRY, HISTORY, PREDICTIONS, RANK
 from .folder import adapter_file_names, check_files, file_checksums, finished_result, hold_folder
 from .folder import describe_machine, library_versions, read_result
 from .identity import checksums, effective, run_id, run_name, training_id
-from .observers import peak_memory, read_points, source_revision
+from .observers import peak_memory, read_points
 from .processes import run_in_processes
+from .source import keep_source, source_state
 from ..training.checkpoints import forget_checkpoints
 from ..training.config import resolve_precision
 from ..training.distributed import Distributed, shard
@@ -53,7 +54,6 @@ def _identity(config: RunConfig, device: torch.device) -> dict:
         id=run_id(config),
         params=asdict(config),
         checksums=checksums(config),
-        revision=source_revision(),
         versions=library_versions(),
         machine=describe_machine(device),
         precision=precision,
@@ -97,6 +97,7 @@ def _take_over(config: RunConfig, model, run_dir: Path, twin: Path, team: Distri
         merge_for_evaluation(config, model)
     taken = read_result(twin)
     first = dict(trained_by=taken["run"], precision=taken["precision"]["precision"], machine=taken["machine"])
+    first |= {k: taken[k] for k in ("revision", "source_diff") if k in taken}
     return first | taken["training"] | dict(seconds_of_earlier_tries=0.0)
 
 # %% ../../nbs/6_runs/50_run.ipynb #54d468a9
@@ -107,6 +108,8 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
         torch.cuda.reset_peak_memory_stats(device)
     check_model(config)
     result, progress = _identity(config, device), progress and team.rank == 0
+    result["revision"], patch = source_state()
+    result["source_diff"] = keep_source(run_dir, patch) if team.rank == 0 else None
     format = config.eval_format or format_of(config.protocol)
     items = load_task(config.task, config.eval_split, format, config.eval_items, **data_options(config, config.task))
     first_task, place = trained_tasks(config)[0], "cpu" if config.fsdp else device

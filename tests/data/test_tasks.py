@@ -179,6 +179,13 @@ def test_formats(name, format):
         assert len(set(item["contexts"])) == (2 if (name, format) == ("winogrande", "cloze") else 1)
 
 
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_a_task_says_whether_its_items_have_the_same_choices(name):
+    rows = load_items(name, "validation").select(range(40))
+    ends = {tuple(format_item(TASKS[name], row, "cloze")["continuations"]) for row in rows}
+    assert TASKS[name].same_choices == (len(ends) == 1)
+
+
 def test_boolq_yes_is_one():
     row = load_items("boolq", "validation")[0]  # "does ethanol take more energy make that produces": no
     item = format_item(TASKS["boolq"], row, "cloze")

@@ -1,5 +1,6 @@
 "Tables against values counted by hand; the committed report against the code that makes it."
 
+import hashlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from dora_nb.layers.decompose import delta_direction, delta_magnitude
 from dora_nb.results import stored
 from dora_nb.results.about import check_page, experiment
 from dora_nb.results.accuracy import accuracies, accuracy_table, loss_table, majority, mixed_note
-from dora_nb.results.collect import collect
+from dora_nb.results.collect import collect, read_run_files
 from dora_nb.results.compare import agreement, change_verdict, changes, compare, holm, verdict
 from dora_nb.results.figures import plot_accuracy, plot_learning_curves, plot_sweep, sweep, sweep_table
 from dora_nb.results.geometry import (
@@ -48,13 +49,15 @@ from dora_nb.results.stored import (
     MADE,
     NO_RESULTS,
     Results,
+    diff_name,
+    read_all,
     read_report,
 )
-from dora_nb.results.tables import cost_table
+from dora_nb.results.tables import cost_table, describe_source
 from dora_nb.results.text import figure_text, markdown_code, markdown_text
 from dora_nb.runs import identity
 from dora_nb.runs.config import RunConfig
-from dora_nb.runs.folder import CURVATURE, GEOMETRY, HISTORY, PREDICTIONS, RESULT
+from dora_nb.runs.folder import CURVATURE, DIFF, GEOMETRY, HISTORY, PREDICTIONS, RESULT
 from dora_nb.runs.grid import RESULTS, load_grid
 from dora_nb.runs.identity import run_name
 
@@ -296,7 +299,7 @@ def test_sharpness_of_kinds_that_differ_in_more_than_the_rate():
     probe = lambda at, top: dict(at=at, step=1, blocks={"all": {"ggn": {"eigenvalues": [top]}}})
     probes = {f"rank-{r}": [probe(at, top) for at in ("warm-up", "middle", "end")] for r, top in ((4, 12.0), (8, 1e3))}
     rows = curvature_rows(runs, probes)
-    table = sharpness_table(rows, accuracies(runs, predictions)).set_index("kind")
+    table = sharpness_table(rows, accuracies(runs, predictions), majority(runs, predictions)).set_index("kind")
     assert table["λmax, end"].to_dict() == {"LoRA, rank 4": "12", "LoRA, rank 8": "1e+03"}
     assert table.accuracy["LoRA, rank 4"].startswith("20.0 ") and table.accuracy["LoRA, rank 8"].startswith("90.0 ")
 
@@ -376,7 +379,7 @@ def test_a_sweep():
     assert list(rows.x)[1:] == [0, 1, 0, 1] and np.isnan(rows.x[0])
     text = sweep_table(rows)
     assert list(text.index) == ["BoolQ, rank 2", "BoolQ, rank 8"] and text["base model"].nunique() == 1
-    assert len(plot_sweep(rows).axes) == 1
+    assert len(plot_sweep(rows, majority(results, predictions)).axes) == 1
     differences = compare(results, predictions)
     assert list(differences["rank"]) == [2, 8] and set(differences.seeds) == {2}
     by_hand = predictions.assign(right=predictions.pred).groupby("run").right.mean()
@@ -1023,7 +1026,7 @@ def test_a_cell_of_seeds_that_were_not_made_alike_is_marked(six, tmp_path, chang
     collect(runs, out, grid)
     lines = render(out).read_text(encoding="utf-8").splitlines()
     lora, dora = (next(x for x in lines if x.startswith(f"| {m}, rank 16")) for m in ("LoRA", "DoRA"))
-    assert lora.count("†") == 1 and "†" not in dora
+    assert lora.count("†") == 2 and "†" not in dora  # accuracy and AUC
     assert f"† The seeds of such a cell were not made alike: {said}." in lines
     found = read_report(out)
     assert not mixed_note(accuracies(found.results[:1], found.predictions))
@@ -1726,3 +1729,106 @@ def test_the_most_frequent_answer_of_two_sets_of_items_is_a_range():
     assert found == {("boolq", "validation", 4): [0.5, 0.75]}
     table = accuracies(runs, pd.concat(asked))
     assert accuracy_table(table, found).iloc[-1, 0] == "50.0 to 75.0"
+
+
+# --- changes of the source in a report
+
+
+PATCHES = {hashlib.sha256(p).hexdigest(): p for p in (b"one patch\n", b"another \xff\0 patch\n")}
+
+
+def changed(folder, config, right, patch, kept=True):
+    "A finished run that was made from a changed source."
+    digest = hashlib.sha256(patch).hexdigest()
+    made = run_dir(folder, config, right, revision="abc-dirty", source_diff=digest)
+    named = json.loads((made / RESULT).read_text())
+    named["files"] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in made.iterdir() if p.name != RESULT}
+    if kept:
+        (made / DIFF).write_bytes(patch)
+        named["files"][DIFF] = digest
+    (made / RESULT).write_text(json.dumps(named))
+    return made
+
+
+@pytest.fixture
+def runs(tmp_path):
+    "Two runs with one patch, one with another, one whose patch was too large, an old one without, and one without changes."
+    right = [1, 0, 1, 1] * 5
+    one, two = PATCHES.values()
+    for seed, patch in enumerate((one, one, two)):
+        changed(tmp_path / "runs", RunConfig("boolq", "lora", seed=seed), right, patch)
+    changed(tmp_path / "runs", RunConfig("boolq", "lora", seed=3), right, b"large", kept=False)
+    run_dir(tmp_path / "runs", RunConfig("boolq", "lora", seed=4), right, revision="abc-dirty")
+    run_dir(tmp_path / "runs", RunConfig("boolq", "lora", seed=5), right)
+    return tmp_path / "runs"
+
+
+def test_a_report_keeps_each_patch_once_and_the_page_names_it(runs, tmp_path):
+    out = tmp_path / "out"
+    collect(runs, out)
+    assert {p.name: p.read_bytes() for p in out.glob("*.diff")} == {diff_name(d): p for d, p in PATCHES.items()}
+    assert read_all(out).diffs == PATCHES
+    line = next(x for x in render(out).read_text().splitlines() if x.startswith("- Source:"))
+    assert line.startswith("- Source: revision abc, abc-dirty. 5 of 6 runs were made from a source with uncommitted")
+    one, two = (diff_name(d) for d in PATCHES)
+    assert f"2 of them: [{one}]({one}); 1 of them: [{two}]({two})" in line
+    large = hashlib.sha256(b"large").hexdigest()[:12]
+    assert (
+        f"1 of them: only the checksum {large} of the diff was kept" in line and "1 of them: no diff was kept" in line
+    )
+
+
+def test_patches_go_where_their_runs_go(runs, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    collect(runs, out)
+    grid = tmp_path / "grid.toml"
+    grid.write_text('name = "x"\n[fixed]\ntask = "boolq"\nmethod = "lora"\n[axes]\nseed = [2, 4]\n')
+    collect(tmp_path / "nowhere", other, grid, known=[out])
+    kept = list(PATCHES)[1]
+    assert read_all(other).diffs == {kept: PATCHES[kept]} and [p.name for p in other.glob("*.diff")] == [
+        diff_name(kept)
+    ]
+
+
+def test_a_patch_that_no_run_has_any_more_is_removed(runs, tmp_path):
+    out = tmp_path / "out"
+    collect(runs, out)
+    (out / "source-0123456789ab.diff").write_text("of somebody else")
+    folder = next(p for p in runs.iterdir() if "-s2-" in p.name)
+    shutil.rmtree(folder)
+    run_dir(runs, RunConfig("boolq", "lora", seed=2), [1, 0, 1, 1] * 5)
+    collect(runs, out)
+    first = next(iter(PATCHES))
+    assert sorted(p.name for p in out.glob("*.diff")) == sorted(["source-0123456789ab.diff", diff_name(first)])
+
+
+@pytest.mark.attack("silent error")
+def test_another_patch_is_refused(runs, tmp_path):
+    out = tmp_path / "out"
+    collect(runs, out)
+    name = diff_name(next(iter(PATCHES)))
+    (out / name).write_bytes(b"another patch")
+    with pytest.raises(ValueError, match=f"{name} does not belong to the {RESULTS} beside it"):
+        read_all(out)
+    folder = next(p for p in runs.iterdir() if "-s0-" in p.name)
+    (folder / DIFF).write_bytes(b"another patch")
+    with pytest.raises(ValueError, match=f"{DIFF} is not the file that this run wrote"):
+        read_run_files(folder, json.loads((folder / RESULT).read_text()))
+
+
+@pytest.mark.attack("hostile input")
+def test_a_checksum_that_is_a_path(runs, tmp_path):
+    folder = next(p for p in runs.iterdir() if "-s0-" in p.name)
+    named = json.loads((folder / RESULT).read_text()) | {"source_diff": "../../../x](http://y) <b>"}
+    (folder / RESULT).write_text(json.dumps(named))
+    collect(runs, tmp_path / "out")
+    assert set(tmp_path.rglob("*.diff")) - set(runs.rglob("*.diff")) == set((tmp_path / "out").glob("*.diff"))
+    text = render(tmp_path / "out").read_text()
+    assert "](http" not in text and "<b>" not in text
+
+
+def test_old_results_say_that_nothing_was_kept():
+    results = json.loads((QUICK.parent / "main" / "large" / RESULTS).read_text())["results"]
+    line = describe_source(results)
+    changed = sum(r["revision"].endswith("-dirty") for r in results)
+    assert f"{changed} of {len(results)} runs" in line and "no diff was kept" in line
