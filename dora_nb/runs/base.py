@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from ..data.assets import is_cached, load_model, model_path, outline
-from ..data.weights import HUB_MODELS
+from ..data.parts import MODELS
 from ..layers.base import linear_shape
 from ..data.tasks import find_task, load_task
 from ..models.targets import find_targets
@@ -54,7 +54,7 @@ def check_model(
     fetch: bool = True,  # fetch the package's model if it is not cached; if False, skip the check instead
 ):
     "Refuse a run whose adapter does not fit its model: ValueError, or FetchError if the model cannot be found."
-    if config.model in HUB_MODELS and not fetch and not is_cached(config.model, config.source):
+    if config.model in MODELS and not fetch and not is_cached(config.model, config.source):
         return
     folder, adapter = model_path(config.model, config.source), config.adapter()
     if adapter is None or adapter.method == "full":

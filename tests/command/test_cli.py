@@ -245,7 +245,7 @@ def test_generate(tiny_model_dir, tmp_path, capsys):
         ),
         (["evaluate", "--task", "boolq", "--limit", "2", "--adapter", "nowhere"], 2, "holds no adapter_config.json"),
         (["evaluate", "--task", "boolq", "--limit", "2", "--model", "no/model"], 1, "none of ours"),
-        (["fetch", "everything"], 2, "smollm2-135m-instruct, tasks"),
+        (["fetch", "everything"], 2, "qwen2.5-coder-1.5b-instruct, tasks"),
     ],
 )
 def test_mistakes_are_answered_in_a_line(argv, status, said, capsys):

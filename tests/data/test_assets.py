@@ -25,6 +25,7 @@ from dora_nb.data import cache as caching
 from dora_nb.data import weights as converting
 from dora_nb.data.assets import data_digest, fetch, load_items, load_model, model_digest, model_path, outline
 from dora_nb.data.cache import FetchError, Wheel, build, download, manifest
+from dora_nb.data.parts import MODELS
 from dora_nb.models.adapt import adapt
 from dora_nb.models.adapter_files import save_adapter
 from dora_nb.models.merge import merge
@@ -99,7 +100,7 @@ def test_no_network(name, cache, monkeypatch):
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(FetchError, match="check the network.*run the same command again") as e:
         fetch(name)
-    assert "Nothing was written" in str(e.value) and empty(cache)
+    assert "Nothing of it was written" in str(e.value) and empty(cache)
 
 
 def test_no_pip(index, tmp_path, monkeypatch):
@@ -298,7 +299,7 @@ def test_every_load_refuses_code_that_comes_with_a_model():
 
 
 def test_unknown_assets():
-    with pytest.raises(ValueError, match="smollm2-135m-instruct, tasks"):
+    with pytest.raises(ValueError, match="smollm2-135m-instruct, qwen.*, tasks"):
         fetch("gpt5")
 
 
@@ -597,7 +598,7 @@ def test_an_adapter_is_no_model(save, tmp_path):
 def ours(cache, save, monkeypatch):
     "Our own packaged model, as if it had been fetched into an empty cache."
     folder = cache / "package" / "smollm2-135m-instruct"
-    build(folder, assets.origin_of(converting.MODEL_WHEEL), lambda f: shutil.copytree(save(), f, dirs_exist_ok=True))
+    build(folder, assets.origin_of("smollm2-135m-instruct"), lambda f: shutil.copytree(save(), f, dirs_exist_ok=True))
     return folder
 
 
@@ -687,10 +688,10 @@ def test_the_digest_of_data(cache, monkeypatch):
         fetch("tasks", "hub", force=True)
         digests.append(data_digest("boolq", "hub"))
     assert digests[0] == digests[1] != digests[2] and data_digest("winogrande", "hub") != digests[2]
-    monkeypatch.setattr(caching, "manifest", lambda folder: {"origin": assets.origin_of(sources.DATA_WHEEL)})
+    monkeypatch.setattr(caching, "manifest", lambda folder: {"origin": assets.origin_of("tasks")})
     folder = cache / "package" / "tasks"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"origin": assets.origin_of(sources.DATA_WHEEL), "files": {}}))
+    (folder / "manifest.json").write_text(json.dumps({"origin": assets.origin_of("tasks"), "files": {}}))
     assert len({data_digest(task) for task in assets.DATA["tasks"]}) == 3
 
 
@@ -726,7 +727,7 @@ def test_a_model_of_the_hub_is_loaded_and_hashed_from_its_snapshot(hub, save):
     assert model_path("somebody/model") == str(snapshot) and model_digest("somebody/model") == model_digest(str(folder))
     ids = torch.arange(9)[None]
     assert torch.equal(load_model("somebody/model")[0](ids).logits, load_model(str(folder))[0](ids).logits)
-    hub(converting.HUB_MODELS["smollm2-135m-instruct"], folder)
+    hub(MODELS["smollm2-135m-instruct"].hub, folder)
     assert model_digest("smollm2-135m-instruct", "hub") == model_digest(str(folder))
 
 

@@ -13,7 +13,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from dora_nb.command.main import main
-from dora_nb.data.assets import load_items
+from dora_nb.data.assets import is_cached, load_items, load_model
+from dora_nb.data.parts import MODELS
 from dora_nb.data.sources import splits_of
 
 FOLDER = Path(lm_eval.__file__).parent / "tasks"
@@ -79,16 +80,17 @@ def margin(scores):
     return first - second
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_log_likelihoods_are_the_harness_s(name, tmp_path, smollm, monkeypatch):
+def compare(name, model, loaded, n, tmp_path, monkeypatch):
+    "Score some items by our command, which loads the model by its name, and by the harness, which gets it loaded."
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    assert main(["evaluate", "--task", name, "--limit", str(N), "--out", str(tmp_path / "ours.jsonl")]) == 0
-    ours = [json.loads(line) for line in (tmp_path / "ours.jsonl").read_text().splitlines()]
-    assert len(ours) == N
+    out = tmp_path / "ours.jsonl"
+    assert main(["evaluate", "--model", model, "--task", name, "--limit", str(n), "--out", str(out)]) == 0
+    ours = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(ours) == n
 
     task, harness = (
         harness_task(name, [r["doc_index"] for r in ours], tmp_path),
-        HFLM(pretrained=smollm[0], tokenizer=smollm[1], device="cpu", batch_size=4),
+        HFLM(pretrained=loaded[0], tokenizer=loaded[1], device="cpu", batch_size=4),
     )
     docs = list(task.eval_docs)
     requests = [
@@ -110,3 +112,24 @@ def test_log_likelihoods_are_the_harness_s(name, tmp_path, smollm, monkeypatch):
             and margin([s / len(c) for s, c in zip(by_item[record["doc_index"]], doc["choices"])]) >= MARGIN
         ):
             assert metrics["acc_norm"] == (record["pred_norm"] == record["gold"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_log_likelihoods_are_the_harness_s(name, tmp_path, smollm, monkeypatch):
+    compare(name, "smollm2-135m-instruct", smollm, N, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module", params=[name for name in MODELS if name.startswith("qwen")])
+def larger(request):
+    "A larger model of this package, if it is in the cache: tests download none."
+    if not is_cached(request.param):
+        pytest.skip(f"{request.param} is not in the cache; `dora-nb fetch {request.param}` brings it")
+    return request.param, load_model(request.param)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_log_likelihoods_of_larger_models(name, larger, tmp_path, monkeypatch):
+    "The model is loaded once, as a second copy takes up to 7 GB."
+    monkeypatch.setattr("dora_nb.runs.base.load_model", lambda *a, **k: larger[1])
+    compare(name, *larger, 12, tmp_path, monkeypatch)
