@@ -20,6 +20,7 @@ from markdown_it import MarkdownIt
 from scipy import stats
 
 from dora_nb import __version__
+from dora_nb.data.tasks import TASKS
 from dora_nb.files import claim, sha256
 from dora_nb.layers.decompose import delta_direction, delta_magnitude
 from dora_nb.results import stored
@@ -50,7 +51,7 @@ from dora_nb.results.stored import (
     Results,
     read_report,
 )
-from dora_nb.results.tables import cost_table
+from dora_nb.results.tables import _dev_cuts, cost_table
 from dora_nb.results.text import figure_text, markdown_code, markdown_text
 from dora_nb.runs import identity
 from dora_nb.runs.config import RunConfig
@@ -1037,15 +1038,35 @@ def test_a_cell_of_seeds_that_were_not_made_alike_is_marked(six, tmp_path, chang
         (dict(task="boolq", mixture="boolq, winogrande"), "items"),
         (dict(task="winogrande", method="base", eval_split="dev"), "items"),
         (dict(task="winogrande", method="base"), "twins"),
-        (dict(task="winogrande", mixture="boolq,piqa"), "twins"),
-        (dict(task="boolq"), "twins"),
+        (dict(task="winogrande", mixture="arc_easy,openbookqa"), "twins"),
+        (dict(task="winogrande", mixture="boolq,piqa"), "items"),
+        (dict(task="boolq"), "items"),
+        (dict(task="social_iqa", method="base", eval_split="dev"), "items"),
+        (dict(task="arc_easy", eval_split="dev"), "twins"),
     ],
 )
 def test_how_dev_was_cut_in_results_that_do_not_say(changes, cut):
     params = {k: v for k, v in asdict(RunConfig(**dict(method="lora") | changes)).items() if k != "dev_cut"}
     assert parameters({"params": params})["dev_cut"] == cut
-    assert parameters({"params": params | {"dev_cut": "twins"}})["dev_cut"] == "twins"
-    assert "first edition" in value_label("dev_cut", "items")
+    assert parameters({"params": params | {"dev_cut": "items"}})["dev_cut"] == cut
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize(
+    "task,given,cut",
+    [
+        ("winogrande", "twins", "twins"),
+        ("winogrande", "groups", "twins"),  # the same items
+        ("social_iqa", "twins", "items"),  # which other tasks' runs were cut by
+        ("social_iqa", "groups", "groups"),
+    ],
+)
+def test_runs_say_how_dev_was_cut_and_not_what_they_were_given(task, given, cut):
+    r = result("lora", 0, task=task)
+    r = r | {"params": r["params"] | {"dev_cut": given, "eval_split": "dev"}}
+    assert parameters(r)["dev_cut"] == cut
+    words = "items" if cut == "items" else "groups"
+    assert _dev_cuts([parameters(r)]) == f"; {TASKS[task].label}: dev cut by {words}"
 
 
 def test_runs_with_dev_cut_in_two_ways_are_not_averaged():
@@ -1053,7 +1074,7 @@ def test_runs_with_dev_cut_in_two_ways_are_not_averaged():
     params = {k: v for k, v in old["params"].items() if k != "dev_cut"}
     runs = [old | {"params": params}, new | {"params": new["params"] | {"dev_cut": "twins"}}]
     table = accuracies(runs, pd.concat([answers(r["run"], [1, 0]) for r in runs]))
-    assert list(table.seeds) == [1, 1] and table.label.str.contains("dev cut by item").sum() == 1
+    assert list(table.seeds) == [1, 1] and table.label.str.contains("dev cut by items").sum() == 1
 
 
 # --- strings of somebody else's
