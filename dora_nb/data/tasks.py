@@ -69,9 +69,7 @@ def _numbered(word: str, choices: list[str]) -> str:
     return " ".join(f"{word}{i}: {c}" for i, c in enumerate(choices, 1))
 
 
-def _multiple_choice(
-    name: str, label: str, counts: dict, prompt: str, most: int, word: str = "answer", groups: Callable | None = None
-) -> Task:
+def _multiple_choice(name: str, label: str, counts: dict, prompt: str, most: int, word: str = "answer", **more) -> Task:
     "Return the task of a benchmark whose items are a question and a list of choices."
     answers = tuple(f"{word}{i + 1}" for i in range(most))
 
@@ -79,7 +77,7 @@ def _multiple_choice(
         listed, format = _numbered(word.capitalize(), row["choices"]), "/".join(answers[: len(row["choices"])])
         return f"Please choose the correct {word} to the question: {row['question']}\n\n{listed}\n\nAnswer format: {format}"
 
-    return Task(name, label, counts, ("question", "choices"), answers, _question(prompt), question, groups)
+    return Task(name, label, counts, ("question", "choices"), answers, _question(prompt), question, **more)
 
 # %% ../../nbs/2_data/12_tasks.ipynb #7171d33c
 TASKS = Registry("task", Task, "dora_nb.tasks")
@@ -110,6 +108,7 @@ TASKS.add(
             f"Please choose the correct ending to complete the given sentence: {r['query']}\n\n{_numbered('Ending', r['choices'])}\n\nAnswer format: ending1/ending2/ending3/ending4"
         ),
         hellaswag_sources,
+        primary="acc_norm",
     )
 )
 
@@ -129,14 +128,23 @@ TASKS.add(
         one_word=True,
     )
 )
-for task in (
-    ("piqa", "PIQA", {"train": 16_113, "validation": 1_838}, "Question: {}\nAnswer:", 2, "solution", piqa_goals),
-    ("social_iqa", "SIQA", {"train": 33_410, "validation": 1_954}, "Q: {}\nA:", 3, "answer", siqa_contexts),
-    ("arc_easy", "ARC-e", {"train": 2_251, "validation": 570, "test": 2_376}, "Question: {}\nAnswer:", 5),
-    ("arc_challenge", "ARC-c", {"train": 1_119, "validation": 299, "test": 1_172}, "Question: {}\nAnswer:", 5),
-    ("openbookqa", "OpenBookQA", {"train": 4_957, "validation": 500, "test": 500}, "{}", 4),
+for task, more in (
+    (
+        ("piqa", "PIQA", {"train": 16_113, "validation": 1_838}, "Question: {}\nAnswer:", 2, "solution"),
+        {"groups": piqa_goals, "primary": "acc_norm"},
+    ),
+    (("social_iqa", "SIQA", {"train": 33_410, "validation": 1_954}, "Q: {}\nA:", 3), {"groups": siqa_contexts}),
+    (("arc_easy", "ARC-e", {"train": 2_251, "validation": 570, "test": 2_376}, "Question: {}\nAnswer:", 5), {}),
+    (
+        ("arc_challenge", "ARC-c", {"train": 1_119, "validation": 299, "test": 1_172}, "Question: {}\nAnswer:", 5),
+        {"primary": "acc_norm"},
+    ),
+    (
+        ("openbookqa", "OpenBookQA", {"train": 4_957, "validation": 500, "test": 500}, "{}", 4),
+        {"primary": "acc_norm"},
+    ),
 ):
-    TASKS.add(_multiple_choice(*task))
+    TASKS.add(_multiple_choice(*task, **more))
 ANSWER = "the correct answer is "
 PROMPT = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n{}\n\n### Response:\n"
 

@@ -99,9 +99,10 @@ def test_twins_are_kept_together_in_winogrande_alone(name):
 
 
 def sentences(row):
-    "The sentences of a HellaSwag item, completed by its right answer, with its activity."
+    "The title of a WikiHow article, or a video's sentences, completed by the right answer; with the activity."
     activity, text = row["query"].split(": ", 1)
-    text = f"{text} {row['choices'][row['label']]}".lower()
+    title = text.startswith("How to ")
+    text = (text.split(". ")[0] if title else f"{text} {row['choices'][row['label']]}").lower()
     return {(activity, " ".join(re.findall("[a-z0-9]+", part))) for part in re.split("[.!?]", text)} - {(activity, "")}
 
 
@@ -117,9 +118,9 @@ def situation(row):
     "name,parts,by_items,by_groups",
     [
         ("boolq", lambda row: {row["passage"]}, 245, 0),
-        ("boolq", lambda row: {row["passage"].split(" -- ")[0]}, 443, 237),  # other passages of an article tell nothing
-        ("piqa", lambda row: {row["question"]}, 105, 0),
-        ("social_iqa", situation, 0, 0),
+        ("boolq", lambda row: {row["passage"].split(" -- ")[0]}, 440, 277),  # other passages of an article tell nothing
+        ("piqa", lambda row: {row["question"]}, 99, 0),
+        ("social_iqa", situation, 18, 0),
         ("hellaswag", sentences, 259, 3),
     ],
 )
@@ -147,7 +148,7 @@ def test_a_video_is_a_run_of_items_with_one_activity():
 
 def test_a_situation_is_all_but_the_last_sentence():
     questions = ["Jo ran. She fell. Why did Jo run?", "Jo ran. She fell! How does Jo feel?", "Jo ran. Why did Jo run?"]
-    assert siqa_contexts([{"question": q} for q in questions]) == [[0], [1], [2]]
+    assert siqa_contexts([{"question": q} for q in questions]) == [[0, 1], [2]]
     assert siqa_contexts([{"question": q} for q in ("Jo ran. Why?", "JO RAN! Where to?")]) == [[0, 1]]
 
 
