@@ -131,7 +131,7 @@ TASKS.add(
 for task, more in (
     (
         ("piqa", "PIQA", {"train": 16_113, "validation": 1_838}, "Question: {}\nAnswer:", 2, "solution"),
-        {"groups": piqa_goals, "primary": "acc_norm"},
+        {"groups": piqa_goals},
     ),
     (("social_iqa", "SIQA", {"train": 33_410, "validation": 1_954}, "Q: {}\nA:", 3), {"groups": siqa_contexts}),
     (("arc_easy", "ARC-e", {"train": 2_251, "validation": 570, "test": 2_376}, "Question: {}\nAnswer:", 5), {}),
@@ -216,7 +216,7 @@ def cut_name(
     same = lambda cut: all(keeps_groups(task, cut) == keeps_groups(task, dev_cut) for task in tasks)
     return next(filter(same, ("items", "twins", "groups"))) if tasks else "twins"
 
-# %% ../../nbs/2_data/12_tasks.ipynb #da5ef56c
+
 @functools.lru_cache
 def _dev_groups(name: str, columns: tuple[str, ...], values: tuple[tuple, ...]) -> frozenset[int]:
     "Draw groups until they have a fifth of the items, and at most `DEV_ITEMS`; return their items."
@@ -226,7 +226,7 @@ def _dev_groups(name: str, columns: tuple[str, ...], values: tuple[tuple, ...]) 
         chosen += group if len(chosen) + len(group) <= min(DEV_ITEMS, len(values) // 5) else []
     return frozenset(chosen)
 
-
+# %% ../../nbs/2_data/12_tasks.ipynb #da5ef56c
 def _drawn(places: Sequence[int], least: int = 0) -> frozenset[int]:
     "Draw a fifth of some places, and at most `DEV_ITEMS`."
     return frozenset(random.Random(DEV_SEED).sample(places, min(DEV_ITEMS, max(least, len(places) // 5))))
@@ -239,7 +239,7 @@ def _dev(task: Task, rows: datasets.Dataset, places: Sequence[int], cut: str) ->
     texts = tuple(c for c in task.columns if isinstance(rows.features[c], datasets.Value))
     return _dev_groups(task.name, texts, tuple(zip(*(rows[c][:] for c in texts))))
 
-# %% ../../nbs/2_data/12_tasks.ipynb #89356f4c
+
 def _places(task: Task, rows: datasets.Dataset, official: str, split: str, cut: str) -> Sequence[int]:
     "Return the places of a split's items in the official split that holds them."
     every = range(len(rows))

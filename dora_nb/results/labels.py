@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALWAYS', 'LOOKS', 'CONTENT', 'CALIBRATION', 'FROM_FILE', 'task_label', 'method_label', 'method_color', 'method_line',
-           'has_adapter', 'has_magnitude', 'completes', 'one_word', 'headline', 'ignored', 'parameters', 'factors',
+           'has_adapter', 'has_magnitude', 'completes', 'one_word', 'ignored', 'parameters', 'factors',
            'without_repeats', 'one_line', 'value_label', 'in_order', 'among', 'place', 'kind', 'run_label',
            'run_labels']
 
@@ -92,13 +92,6 @@ def one_word(
 ) -> bool:
     "Return whether a task's choices differ by one word, so that a score per character says nothing new; False for an unknown task."
     return task in TASKS and TASKS[task].one_word
-
-
-def headline(
-    task: str,  # as results name it
-) -> str:
-    "Return the metric that a task is judged by, acc or acc_norm; acc for an unknown task."
-    return TASKS[task].primary if task in TASKS else "acc"
 
 # %% ../../nbs/7_results/59_labels.ipynb #b0990993
 def ignored(

@@ -25,7 +25,6 @@ from dora_nb.results.labels import (
     among,
     completes,
     factors,
-    headline,
     one_word,
     parameters,
     run_labels,
@@ -38,8 +37,9 @@ from .text import markdown_table, markdown_text
 # %% ../../nbs/7_results/71_sections.ipynb #74986349
 def _normed(found: Results, metric: str) -> set[str]:
     "Return the runs that are judged by length-normalised log-likelihood."
-    by = lambda r: (metric or headline(r["params"]["task"])) == "acc_norm" and "acc_norm" in r["metrics"]
-    return {r["run"] for r in found.results if by(r)}
+    of = lambda task: metric or (TASKS[task].primary if task in TASKS else "acc")
+    each = [r for r in found.results if "acc_norm" in r["metrics"]]
+    return {r["run"] for r in each if of(r["params"]["task"]) == "acc_norm"}
 
 
 def judged(
@@ -82,8 +82,9 @@ class Page:
         rows, moved = _compared(self.judged, self.spec)
         runs = _normed(self.found, self.spec.get("metric", ""))
         normed = {(p["protocol"], p["task"]) for p in (r["params"] for r in self.found.results if r["run"] in runs)}
-        for r in (r for r in rows + moved if (r["protocol"], r["task"]) in normed):
-            r["place"] += " by acc_norm"
+        for r in rows + moved:
+            if (r.get("protocol", "loglikelihood"), r.get("task")) in normed:
+                r["place"] += " by acc_norm"
         return rows, moved
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"How the choices of a task differ in length, what length alone tells of the answer, and what the base model makes of it on dev (ARC-e: on validation)."
+"How the choices of a task differ in length, what length alone tells of the answer, and what the base model makes of it on dev."
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from dora_nb.results.stored import read_report
 from dora_nb.training.evaluate import rank_choices, wilson
 
 TASKS = ("hellaswag", "piqa", "social_iqa", "arc_easy", "arc_challenge", "openbookqa")  # whose choices are texts
-STORED = {"hellaswag": "main/objective", "social_iqa": "geometry/medium", "arc_easy": "quantisation/large"}
+STORED = {"hellaswag": "main/objective", "social_iqa": "geometry/medium"}
 
 
 def guesses(items):
