@@ -1113,6 +1113,8 @@ def test_comparisons_and_tables_are_of_the_headline_metric(tmp_path):
     rows = {r["task"]: r for r in Page(tmp_path, found).compared[0]}
     assert (rows["hellaswag"]["acc_a"], rows["hellaswag"]["acc_b"]) == (0.4, 0.8) and rows["boolq"]["acc_a"] == 0.3
     assert rows["hellaswag"]["place"] == "HellaSwag by acc_norm" and rows["boolq"]["place"] == "BoolQ"
+    protocols = {"contrasts": [{"a": {"protocol": "loglikelihood"}, "b": {"protocol": "generate"}}]}
+    assert Page(tmp_path, found, protocols).compared == ([], [])
     plain = {r["task"]: r for r in Page(tmp_path, found, {"metric": "acc"}).compared[0]}
     assert (plain["hellaswag"]["acc_a"], plain["hellaswag"]["acc_b"]) == (0.5, 0.3)
     assert plain["hellaswag"]["place"] == "HellaSwag"
@@ -1240,6 +1242,7 @@ def test_methods_and_tasks_of_another_version_have_plain_labels(six, tmp_path):
         ('contrasts = [{ a = { rank = "4" }, b = { rank = 8 } }]', "rank='4' is of type str"),
         ('contrasts = [{ a = { method = "lorra" }, b = { method = "dora" } }]', "method='lorra' does not exist"),
         ('against = "learning_rat"', "report.against is 'learning_rat'"),
+        ('metric = "accuracy"', "report.metric is 'accuracy'"),
         ("changes_from = { rank = 4 }", "changes_from is a table"),
         ("changes_from = { ranc = 4 }", "changes_from is a table"),
         ("verdict = { medium = 3 }", "report.verdict is a text"),
