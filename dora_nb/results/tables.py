@@ -14,6 +14,7 @@ from collections.abc import Collection
 import pandas as pd
 from ..data.parts import MODELS
 from ..data.sources import TESTED
+from ..data.tasks import TASKS, keeps_groups
 from .accuracy import mixed_note, mixed_words, telling
 from .collect import own_trainings
 from dora_nb.results.labels import (
@@ -84,10 +85,15 @@ def _training_items(params: list[dict]) -> str:
 
 
 def _dev_cuts(params: list[dict]) -> str:
-    "Return how WinoGrande's dev items were set apart, where the runs use it."
-    cuts = {p["dev_cut"] for p in params if p["task"] == "winogrande" and p["eval_split"] == "dev"}
-    cuts |= {p["dev_cut"] for p in params if p["method"] != "base" and "winogrande" in map(str.strip, _tasks_of(p))}
-    return f"; WinoGrande: {', '.join(value_label('dev_cut', c) for c in sorted(cuts))}" if cuts else ""
+    "Return how dev was cut from train where the runs use either, for tasks with groups."
+    cuts = {}  # words → tasks
+    for p in params:
+        used = [p["task"]] if p["eval_split"] == "dev" else []
+        used = used + ([t.strip() for t in _tasks_of(p)] if p["method"] != "base" else [])
+        for task in (TASKS[t] for t in used if t in TASKS and TASKS[t].groups):
+            cut = "groups" if keeps_groups(task, p["dev_cut"]) else "items"
+            cuts.setdefault(value_label("dev_cut", cut), set()).add(task.label)
+    return "".join(f"; {', '.join(sorted(tasks))}: {words}" for words, tasks in sorted(cuts.items()))
 
 # %% ../../nbs/7_results/67_tables.ipynb #cc29aa1d
 def _training_extras(params: list[dict], trained: list[dict]) -> str:

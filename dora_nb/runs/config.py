@@ -219,7 +219,7 @@ class _Training:
     mixture: str = ""  # tasks to train on together, separated by commas; the run's own task if empty
     train_items: int | None = None  # number of training items per task, drawn by seed; all if None
     compress: str = ""  # compression of the base model: rtn-4, hqq-3, magnitude-0.5, wanda-0.5, …; none if empty
-    dev_cut: str = "twins"  # how WinoGrande's dev is cut from train: twins (twin sentences stay together) or items
+    dev_cut: str = "groups"  # how dev is cut from train: groups (what shares a source stays together), twins or items
 
 # %% ../../nbs/6_runs/43_config.ipynb #0d0a0339
 @dataclass(frozen=True)

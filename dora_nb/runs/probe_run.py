@@ -36,7 +36,7 @@ class ProbeConfig:
     compress: str = ""  # compression of the adapter's base model: rtn-4, hqq-3, …; none if empty
     calibrate: str = ""  # the task whose training items wanda reads; `task` if empty
     split: str = "dev"  # split of the items: train, dev or validation; all items of a file
-    dev_cut: str = "twins"  # how the adapter's training cut WinoGrande's dev from train: twins, or items
+    dev_cut: str = "groups"  # how the adapter's training cut dev from train: groups, twins or items
     items: int = 16  # number of items, drawn by a fixed seed
     format: str = "cloze"  # prompt format of the items: cloze or instruction
     objective: str = "choices"  # loss: choices or choices_mean

@@ -1,5 +1,7 @@
 "Prompts against lm-evaluation-harness' own functions; rows and masks against scoring each choice alone."
 
+import dataclasses
+import itertools
 import random
 import re
 from collections import defaultdict
@@ -9,10 +11,11 @@ import torch
 from datasets import Dataset
 
 from dora_nb.data.assets import TASK_NAMES, load_items
+from dora_nb.data.groups import hellaswag_sources, siqa_contexts
 from dora_nb.data.items import check_items
 from dora_nb.data.rows import collate, encode_item, encode_pair, encode_text, pack
 from dora_nb.data.sources import _hellaswag, clean_hellaswag
-from dora_nb.data.tasks import DEV_ITEMS, TASKS, format_item, load_task
+from dora_nb.data.tasks import DEV_CUTS, DEV_ITEMS, TASKS, Task, cut_name, format_item, keeps_groups, load_task
 from dora_nb.data.twins import winogrande_twins
 from dora_nb.models.scoring import choice_logprobs, shares_prompts
 
@@ -70,16 +73,103 @@ def test_splits(name):
     assert few[7] == validation[few["doc_index"][7]]
 
 
+GROUPED = {
+    "boolq": [10, 14, 21, 36, 50],
+    "hellaswag": [52, 53, 73, 74, 75],
+    "piqa": [12, 33, 80, 118, 155],
+    "social_iqa": [29, 72, 76, 89, 194],
+}  # task → dev's first items
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("cut,first", [("items", [66, 137, 155, 181, 264]), ("twins", DEV_TWINS)])
+@pytest.mark.parametrize(
+    "cut,first", [("items", [66, 137, 155, 181, 264]), ("twins", DEV_TWINS), ("groups", DEV_TWINS)]
+)
 def test_dev_is_cut_the_same_for_ever(cut, first):
     assert load_task("winogrande", "dev", dev_cut=cut)["doc_index"][:5] == first
 
 
-@pytest.mark.parametrize("name", [n for n in TASK_NAMES if n != "winogrande"])
 @pytest.mark.long
-def test_only_winogrande_s_cut_is_of_twins(name):
-    assert load_task(name, "dev", limit=50)[:] == load_task(name, "dev", limit=50, dev_cut="items")[:]
+@pytest.mark.parametrize("name", [n for n in TASK_NAMES if n != "winogrande"])
+def test_twins_are_kept_together_in_winogrande_alone(name):
+    cuts = {cut: load_task(name, "dev", dev_cut=cut)["doc_index"][:] for cut in DEV_CUTS}
+    assert cuts["twins"] == cuts["items"] and (cuts["groups"] != cuts["items"]) == (name in GROUPED)
+    assert cuts["groups"][:5] == GROUPED.get(name, cuts["items"][:5])
+    assert load_task(name, "dev")["doc_index"][:] == cuts["groups"] and len(cuts["groups"]) == len(cuts["items"])
+
+
+def sentences(row):
+    "The title of a WikiHow article, or a video's sentences, completed by the right answer; with the activity."
+    activity, text = row["query"].split(": ", 1)
+    title = text.startswith("How to ")
+    text = (text.split(". ")[0] if title else f"{text} {row['choices'][row['label']]}").lower()
+    return {(activity, " ".join(re.findall("[a-z0-9]+", part))) for part in re.split("[.!?]", text)} - {(activity, "")}
+
+
+def situation(row):
+    "The first 60 % of a SIQA item's words."
+    words = row["question"].split()
+    return {tuple(words[: len(words) * 3 // 5])}
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "name,parts,by_items,by_groups",
+    [
+        ("boolq", lambda row: {row["passage"]}, 245, 0),
+        ("boolq", lambda row: {row["passage"].split(" -- ")[0]}, 440, 277),  # other passages of an article tell nothing
+        ("piqa", lambda row: {row["question"]}, 99, 0),
+        ("social_iqa", situation, 18, 0),
+        ("hellaswag", sentences, 259, 3),
+    ],
+)
+def test_what_dev_shares_with_train_by_another_measure(name, parts, by_items, by_groups):
+    rows = list(map(parts, load_items(name, "train").to_list()))
+    for cut, expected in (("items", by_items), ("groups", by_groups)):
+        train, dev = (load_task(name, split, dev_cut=cut)["doc_index"][:] for split in ("train", "dev"))
+        assert len(dev) == DEV_ITEMS and sorted(train + dev) == list(range(len(rows)))
+        known = set().union(*(rows[i] for i in train))
+        assert sum(not known.isdisjoint(rows[i]) for i in dev) == expected
+
+
+def test_a_video_is_a_run_of_items_with_one_activity():
+    queries = [
+        "Surfing: A man runs. He",
+        "Surfing: He swims. Then he",
+        "Baking: A cake rises. It",
+        "Surfing: A woman waves. She",
+        "Youth: How to swim. Go to a pool. Look",
+        "Youth: How to swim. Dive in. You",
+        "Youth: How to dive. Dive in. You",
+    ]
+    assert hellaswag_sources([{"query": q} for q in queries]) == [[0, 1], [2], [3], [4, 5], [6]]
+
+
+def test_a_situation_is_all_but_the_last_sentence():
+    questions = ["Jo ran. She fell. Why did Jo run?", "Jo ran. She fell! How does Jo feel?", "Jo ran. Why did Jo run?"]
+    assert siqa_contexts([{"question": q} for q in questions]) == [[0, 1], [2]]
+    assert siqa_contexts([{"question": q} for q in ("Jo ran. Why?", "JO RAN! Where to?")]) == [[0, 1]]
+
+
+@pytest.mark.parametrize("names", [(), ("boolq",), ("winogrande",), ("winogrande", "piqa"), ("arc_easy", "hellaswag")])
+def test_cuts_have_one_name_if_they_give_the_same_items(names):
+    ways = {cut: [keeps_groups(TASKS[name], cut) for name in names] for cut in DEV_CUTS}
+    for one, other in itertools.product(DEV_CUTS, DEV_CUTS):
+        assert (cut_name(one, names) == cut_name(other, names)) == (ways[one] == ways[other])
+        found = cut_name(one, names)
+        assert ways[found] == ways[one] and cut_name(found, names) == found
+    assert cut_name("groups", ["unknown.csv", "winogrande", "arc_easy"]) == "twins"
+
+
+def test_dev_of_a_small_task_is_a_fifth_of_its_groups(monkeypatch):
+    rows = [{"text": f"{i // 3}", "label": 0} for i in range(60)]
+    by_text = lambda rows: [list(range(i, i + 3)) for i in range(0, len(rows), 3)]
+    task = Task("small", "Small", {"train": 60, "validation": 1}, ("text",), ("no", "yes"), None, None, by_text)
+    task = dataclasses.replace(task, cloze=lambda row: ([row["text"]] * 2, [" no", " yes"]), rows=lambda split: rows)
+    monkeypatch.setitem(TASKS._entries, "small", task)
+    dev = load_task("small", "dev")["doc_index"][:]
+    assert len(dev) == 12 and all({i // 3 * 3, i // 3 * 3 + 1, i // 3 * 3 + 2} <= set(dev) for i in dev)
 
 
 def edits(a, b):
@@ -142,7 +232,7 @@ def test_twins_are_found_across_the_file_and_through_others():
         (dict(split="test"), "train, dev, validation"),
         (dict(format="chat"), "cloze, instruction"),
         (dict(limit=0), "limit=0"),
-        (dict(dev_cut="pairs"), "twins, items"),
+        (dict(dev_cut="pairs"), "groups, twins, items"),
     ],
 )
 def test_names_that_do_not_exist(wrong, named):

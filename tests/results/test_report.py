@@ -21,11 +21,12 @@ from markdown_it import MarkdownIt
 from scipy import stats
 
 from dora_nb import __version__
+from dora_nb.data.tasks import TASKS
 from dora_nb.files import claim, sha256
 from dora_nb.layers.decompose import delta_direction, delta_magnitude
 from dora_nb.results import stored
 from dora_nb.results.about import check_page, experiment
-from dora_nb.results.accuracy import accuracies, accuracy_table, loss_table, majority, mixed_note
+from dora_nb.results.accuracy import accuracies, accuracy_table, loss_table, majority, mixed_note, rights
 from dora_nb.results.collect import collect, read_run_files
 from dora_nb.results.compare import agreement, change_verdict, changes, compare, holm, verdict
 from dora_nb.results.figures import plot_accuracy, plot_learning_curves, plot_sweep, sweep, sweep_table
@@ -40,6 +41,7 @@ from dora_nb.results.intervals import freedom, mean_interval, mean_squares, shar
 from dora_nb.results.labels import factors, in_order, parameters, run_labels, value_label
 from dora_nb.results.overview import check_overview, overview, reports_in
 from dora_nb.results.page import SECTIONS, render
+from dora_nb.results.sections import Page, accuracy_section, judged
 from dora_nb.results.sharpness import curvature_rows, sharpness_table, stability_table
 from dora_nb.results.stored import (
     ALL_CURVATURE,
@@ -53,7 +55,7 @@ from dora_nb.results.stored import (
     read_all,
     read_report,
 )
-from dora_nb.results.tables import cost_table, describe_source
+from dora_nb.results.tables import _dev_cuts, cost_table, describe_source
 from dora_nb.results.text import figure_text, markdown_code, markdown_text
 from dora_nb.runs import identity
 from dora_nb.runs.config import RunConfig
@@ -1040,15 +1042,94 @@ def test_a_cell_of_seeds_that_were_not_made_alike_is_marked(six, tmp_path, chang
         (dict(task="boolq", mixture="boolq, winogrande"), "items"),
         (dict(task="winogrande", method="base", eval_split="dev"), "items"),
         (dict(task="winogrande", method="base"), "twins"),
-        (dict(task="winogrande", mixture="boolq,piqa"), "twins"),
-        (dict(task="boolq"), "twins"),
+        (dict(task="winogrande", mixture="arc_easy,openbookqa"), "twins"),
+        (dict(task="winogrande", mixture="boolq,piqa"), "items"),
+        (dict(task="boolq"), "items"),
+        (dict(task="social_iqa", method="base", eval_split="dev"), "items"),
+        (dict(task="arc_easy", eval_split="dev"), "twins"),
     ],
 )
 def test_how_dev_was_cut_in_results_that_do_not_say(changes, cut):
     params = {k: v for k, v in asdict(RunConfig(**dict(method="lora") | changes)).items() if k != "dev_cut"}
     assert parameters({"params": params})["dev_cut"] == cut
-    assert parameters({"params": params | {"dev_cut": "twins"}})["dev_cut"] == "twins"
-    assert "first edition" in value_label("dev_cut", "items")
+    assert parameters({"params": params | {"dev_cut": "items"}})["dev_cut"] == cut
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize(
+    "task,given,cut",
+    [
+        ("winogrande", "twins", "twins"),
+        ("winogrande", "groups", "twins"),  # the same items
+        ("social_iqa", "twins", "items"),  # which other tasks' runs were cut by
+        ("social_iqa", "groups", "groups"),
+    ],
+)
+def test_runs_say_how_dev_was_cut_and_not_what_they_were_given(task, given, cut):
+    r = result("lora", 0, task=task)
+    r = r | {"params": r["params"] | {"dev_cut": given, "eval_split": "dev"}}
+    assert parameters(r)["dev_cut"] == cut
+    words = "items" if cut == "items" else "groups"
+    assert _dev_cuts([parameters(r)]) == f"; {TASKS[task].label}: dev cut by {words}"
+
+
+def normed(task, seed=0, method="lora", right=(3, 7), **params):
+    "A result and ten answers, of which so many are right by sums and per character."
+    r = result(method, seed, right[0] / 10, task=task, **params)
+    r["metrics"] |= {"acc_norm": right[1] / 10}
+    rights = [[int(i < n) for i in range(10)] for n in right]
+    return r, answers(r["run"], rights[0]).assign(pred_norm=rights[1])
+
+
+@pytest.mark.parametrize("metric,expected", [("", (0.7, 0.3)), ("acc", (0.3, 0.3)), ("acc_norm", (0.7, 0.7))])
+def test_a_page_judges_each_task_by_its_headline_metric(metric, expected):
+    each = [normed(task, seed) for task in ("hellaswag", "boolq") for seed in (0, 1)]
+    found = NO_RESULTS._replace(results=[r for r, _ in each], predictions=pd.concat([a for _, a in each]))
+    by = judged(found, metric)
+    table = accuracies(by.results, by.predictions).set_index("task")
+    assert (table.share["hellaswag"], table.share["boolq"]) == pytest.approx(expected)
+    for task, share in zip(("hellaswag", "boolq"), expected):  # intervals read the answers
+        assert table.low[task] < share < table.high[task]
+        right = rights([r["run"] for r, _ in each if r["params"]["task"] == task], by.predictions)
+        assert right.to_numpy(float).mean() == pytest.approx(share)
+    assert (
+        found.results[0]["metrics"]["acc"] == 0.3 and found.predictions.pred.sum() == 12
+    )  # nothing is changed in place
+    assert (by is found) == (metric == "acc")
+
+
+def test_generated_answers_are_judged_by_acc():
+    r, a = normed("hellaswag")
+    del r["metrics"]["acc_norm"]
+    found = NO_RESULTS._replace(results=[r], predictions=a.drop(columns="pred_norm"))
+    assert judged(found) is found and judged(found, "acc_norm") is found
+
+
+def test_comparisons_and_tables_are_of_the_headline_metric(tmp_path):
+    each = [
+        normed("hellaswag", 0, "lora", (5, 4)),
+        normed("hellaswag", 0, "dora", (3, 8)),
+        normed("boolq", 0),
+        normed("boolq", 0, "dora"),
+    ]
+    found = NO_RESULTS._replace(results=[r for r, _ in each], predictions=pd.concat([a for _, a in each]))
+    rows = {r["task"]: r for r in Page(tmp_path, found).compared[0]}
+    assert (rows["hellaswag"]["acc_a"], rows["hellaswag"]["acc_b"]) == (0.4, 0.8) and rows["boolq"]["acc_a"] == 0.3
+    assert rows["hellaswag"]["place"] == "HellaSwag by acc_norm" and rows["boolq"]["place"] == "BoolQ"
+    protocols = {"contrasts": [{"a": {"protocol": "loglikelihood"}, "b": {"protocol": "generate"}}]}
+    assert Page(tmp_path, found, protocols).compared == ([], [])
+    plain = {r["task"]: r for r in Page(tmp_path, found, {"metric": "acc"}).compared[0]}
+    assert (plain["hellaswag"]["acc_a"], plain["hellaswag"]["acc_b"]) == (0.5, 0.3)
+    assert plain["hellaswag"]["place"] == "HellaSwag"
+    for spec, first, words, second in (
+        ({}, "80.0", "The same by summed log-likelihood (acc):", "30.0"),
+        ({"metric": "acc"}, "30.0", "The same by length-normalised log-likelihood (acc_norm)", "80.0"),
+    ):
+        text = "\n".join(accuracy_section(Page(tmp_path, found, spec)))
+        head, rest = text.split(words)
+        dora = lambda part: next(line for line in part.splitlines() if line.startswith("| DoRA"))
+        assert first in dora(head) and second in dora(rest)
+        assert ("HellaSwag by length-normalised" in head) == (not spec)
 
 
 def test_runs_with_dev_cut_in_two_ways_are_not_averaged():
@@ -1056,7 +1137,7 @@ def test_runs_with_dev_cut_in_two_ways_are_not_averaged():
     params = {k: v for k, v in old["params"].items() if k != "dev_cut"}
     runs = [old | {"params": params}, new | {"params": new["params"] | {"dev_cut": "twins"}}]
     table = accuracies(runs, pd.concat([answers(r["run"], [1, 0]) for r in runs]))
-    assert list(table.seeds) == [1, 1] and table.label.str.contains("dev cut by item").sum() == 1
+    assert list(table.seeds) == [1, 1] and table.label.str.contains("dev cut by items").sum() == 1
 
 
 # --- strings of somebody else's
@@ -1164,6 +1245,7 @@ def test_methods_and_tasks_of_another_version_have_plain_labels(six, tmp_path):
         ('contrasts = [{ a = { rank = "4" }, b = { rank = 8 } }]', "rank='4' is of type str"),
         ('contrasts = [{ a = { method = "lorra" }, b = { method = "dora" } }]', "method='lorra' does not exist"),
         ('against = "learning_rat"', "report.against is 'learning_rat'"),
+        ('metric = "accuracy"', "report.metric is 'accuracy'"),
         ("changes_from = { rank = 4 }", "changes_from is a table"),
         ("changes_from = { ranc = 4 }", "changes_from is a table"),
         ("verdict = { medium = 3 }", "report.verdict is a text"),

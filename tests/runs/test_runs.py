@@ -32,7 +32,7 @@ from dora_nb.runs.folder import (
     read_result,
 )
 from dora_nb.runs.grid import RESULTS, gathered, load_grid
-from dora_nb.runs.identity import effective, run_id, run_name, training_id
+from dora_nb.runs.identity import cut_of, effective, run_id, run_name, training_id
 from dora_nb.runs.jobs import Job, gpus, notebook
 from dora_nb.runs.launcher import Incomplete, run_grid
 from dora_nb.runs.observers import _is_due, peak_memory
@@ -742,6 +742,29 @@ def test_wanda_sees_the_same_items_with_and_without_an_adapter():
     assert effective(RunConfig(method="base", **given | dict(compress=""))).mixture == ""
     cut = dict(task="boolq", mixture="winogrande,boolq", compress="wanda-0.5", dev_cut="items")
     assert effective(RunConfig(method="base", **cut)).dev_cut == "items"
+
+
+@pytest.mark.attack("silent error")
+@pytest.mark.parametrize(
+    "changes,name",
+    [
+        (dict(task="winogrande"), "twins"),  # the same items as before groups of other tasks
+        (dict(task="winogrande", dev_cut="items"), "items"),
+        (dict(task="boolq"), "groups"),
+        (dict(task="boolq", dev_cut="twins"), "items"),
+        (dict(task="boolq", method="base"), "twins"),  # validation alone, which is not cut
+        (dict(task="boolq", method="base", eval_split="dev"), "groups"),
+        (dict(task="boolq", mixture="winogrande, arc_easy"), "twins"),
+        (dict(task="arc_easy", mixture="winogrande,boolq"), "groups"),
+        (dict(task="arc_easy"), "twins"),
+        (dict(task="arc_easy", mixture="piqa,arc_easy", method="base", compress="wanda-0.5"), "groups"),
+        (dict(task="arc_easy", mixture="arc_easy,piqa", method="base", compress="wanda-0.5"), "twins"),
+    ],
+)
+def test_the_cut_of_dev_counts_where_items_depend_on_it(changes, name):
+    config = RunConfig(**dict(method="lora") | changes)
+    assert effective(config).dev_cut == name == effective(effective(config)).dev_cut
+    assert cut_of(vars(config)) == name and run_id(config) == run_id(effective(config))
 
 
 SAME = {
