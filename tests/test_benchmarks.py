@@ -129,6 +129,36 @@ def test_a_slice_and_what_it_brings_back(tmp_path, tiny_model_dir, warm):
     assert not list((tmp_path / "runs").rglob("adapter"))  # too large to bring back
 
 
+def test_trips_have_room_for_what_they_carry(tmp_path, monkeypatch):
+    "Every file is in one trip, under its own path; a file that fits none is named."
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.gpu import slices
+
+    sizes = {"data/a": 5, "data/b": 3, "model/m/part-1": 6, "wheels/c": 1}
+    for name, size in sizes.items():
+        (path := tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(size))
+    assert slices.divide(tmp_path / "all", tmp_path, 8) == 2 and not (tmp_path / "all").exists()
+    trips = [{p for p in (tmp_path / f"trip-{i}").rglob("*") if p.is_file()} for i in (1, 2)]
+    assert all(sum(p.stat().st_size for p in trip) <= 8 for trip in trips)
+    names = [str(p.relative_to(tmp_path).relative_to(f"trip-{i}")) for i in (1, 2) for p in trips[i - 1]]
+    assert sorted(names) == sorted(sizes)
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "large").write_bytes(bytes(9))
+    with pytest.raises(SystemExit, match="large has 9 bytes, and a trip has room for 8"):
+        slices.divide(tmp_path / "all", tmp_path, 8)
+
+
+def test_what_a_gpu_would_run_first(monkeypatch):
+    "Each grid of the order has a scale for a GPU, and the first ones come first."
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.gpu import slices
+
+    jobs = slices.jobs_of(argparse.Namespace(grids=[], scale=None, known=[], stage=Path("stage")))
+    grids = list(dict.fromkeys(job.folder.parent.name for job in jobs))
+    assert grids == [f"{name}-large" for name in slices.ORDER]
+
+
 @pytest.mark.parametrize("size", (1, 5, 10, 11))
 def test_a_model_travels_in_parts_that_fit_a_trip(tmp_path, monkeypatch, size):
     "It is made when the last part has arrived, in any order, and only from the expected file."
@@ -144,8 +174,7 @@ def test_a_model_travels_in_parts_that_fit_a_trip(tmp_path, monkeypatch, size):
     whole = dataclasses.replace(MODELS[name], sha256=hashlib.sha256(content).hexdigest())
     monkeypatch.setitem(MODELS, name, whole)
     monkeypatch.setattr(weights, "convert_model", lambda gguf, folder: shutil.copy(gguf, folder))
-    monkeypatch.setattr(slices, "PART", 5)
-    slices.cut(tmp_path / "model.gguf", tmp_path / "all")
+    slices.cut(tmp_path / "model.gguf", tmp_path / "all", 5)
     parts = sorted((tmp_path / "all").iterdir())
     assert [p.stat().st_size for p in parts] == [min(5, size - i) for i in range(0, size, 5)]
 

