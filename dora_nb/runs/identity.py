@@ -45,8 +45,9 @@ def cut_of(
 ) -> str:  # items where a run does not say it, as in version 1; twins where no item depends on it
     "Return the name of the cut of dev on which a run's items depend."
     trained = [t.strip() for t in (params.get("mixture") or params["task"]).split(",")]
-    used = trained if params["method"] != "base" else []
-    used = used + ([params["task"]] if params.get("eval_split") == "dev" or params.get("probe") else [])
+    trains = params["method"] != "base"
+    used = trained if trains else []
+    used = used + ([params["task"]] if params.get("eval_split") == "dev" or trains and params.get("probe") else [])
     used = used + (trained[:1] if (params.get("compress") or "").startswith("wanda") else [])
     return cut_name(params.get("dev_cut", "items"), used)
 

@@ -448,7 +448,7 @@ def test_a_report_of_a_project_s_root_changes_nothing(tmp_path, monkeypatch, cap
 @pytest.mark.attack("hostile input")
 def test_a_dry_run_refuses_a_page_that_could_not_be_made(tmp_path, capsys):
     grid = (ROOT / "reports" / "quick" / "grid.toml").read_text()
-    (tmp_path / "grid.toml").write_text(f'{grid}\n[report]\nagainst = "nothing"\n')
+    (tmp_path / "grid.toml").write_text(grid.replace("[report]", '[report]\nagainst = "nothing"'))
     assert main(["run", str(tmp_path / "grid.toml"), "--dry-run"]) == 2
     assert "report.against is 'nothing'" in capsys.readouterr().err
 

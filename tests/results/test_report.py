@@ -61,7 +61,7 @@ from dora_nb.runs import identity
 from dora_nb.runs.config import RunConfig
 from dora_nb.runs.folder import CURVATURE, DIFF, GEOMETRY, HISTORY, PREDICTIONS, RESULT
 from dora_nb.runs.grid import RESULTS, load_grid
-from dora_nb.runs.identity import run_name
+from dora_nb.runs.identity import effective, run_name
 
 QUICK = Path(__file__).parents[2] / "reports" / "quick"
 
@@ -332,7 +332,7 @@ def test_the_committed_results_are_of_the_committed_grid():
     results = json.loads((QUICK / RESULTS).read_text())
     assert not results["problems"]
     asked = {json.dumps(asdict(c)) for c in load_grid(QUICK / "grid.toml").configs}
-    assert {json.dumps(asdict(RunConfig(**r["params"]))) for r in results["results"]} == asked
+    assert {json.dumps(asdict(effective(RunConfig(**r["params"])))) for r in results["results"]} == asked
 
 
 GRIDS = sorted(QUICK.parent.glob("*/*.toml"))
