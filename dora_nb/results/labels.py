@@ -192,7 +192,7 @@ def _short(name: str, value) -> str:
     if name == "dev_cut":
         return f"dev cut by {value}"
     if name == "magnitude_lr":
-        return f"m at {value:g} × the rate" if value else "m fixed"
+        return f"m rate ×{value:g}" if value else "m fixed"
     if value in ("", None):
         words = {
             "compress": "as it comes",
