@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from scipy import stats
 
 from dora_nb.curvature.components import components
+from dora_nb.curvature.kronecker import Factors
 from dora_nb.curvature.planted import (
     adapt_with_ranks,
     deal_ranks,
     distil,
     distil_parts,
     divergence,
-    layer_inputs,
     log_probs,
     plant,
     planted_factors,
@@ -26,6 +26,7 @@ from dora_nb.curvature.recovery import (
     gradient_scores,
     hessian_ranks,
     input_scores,
+    layer_inputs,
     ranks_within,
     recovery,
 )
@@ -46,17 +47,18 @@ def teacher(llama, ids):
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
 @pytest.mark.parametrize("out, inn", [(5, 40), (40, 12), (16, 16)])
-def test_factors_have_exactly_the_rank_and_read_evenly(rank, out, inn):
-    x = torch.randn(300, inn, dtype=torch.float64) * torch.linspace(0.01, 5, inn) + torch.randn(inn)
-    rank = min(rank, out, inn)
-    B, A = planted_factors(out, rank, whitening(x), torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(B @ A)
-    assert (values > 1e-6).sum() == rank and B.shape == (out, rank) and A.shape == (rank, inn)
-    assert torch.allclose(B.T @ B, torch.eye(rank, dtype=B.dtype), atol=1e-6)
-    W, read = whitening(x, 5), x @ A.T
-    assert torch.allclose(W @ x.T @ x @ W.T / len(x), torch.eye(5, dtype=x.dtype), atol=1e-6)
-    assert torch.allclose(read.T @ read / len(x), torch.eye(rank, dtype=x.dtype), atol=1e-6)
-    top = torch.linalg.svd(x)[2][:5]  # the largest principal components
+def test_factors_have_exactly_the_rank_and_equal_components(rank, out, inn):
+    x, g = (torch.randn(300, n, dtype=torch.float64) * torch.linspace(0.1, 5, n) + 1 for n in (inn, out))
+    S, C, rank = g.T @ g, x.T @ x, min(rank, out, inn)
+    B, A = planted_factors(Factors(S, C), rank, torch.Generator().manual_seed(0))
+    assert B.shape == (out, rank) and A.shape == (rank, inn)
+    assert torch.linalg.matrix_rank(B @ A) == rank
+    effects = torch.linalg.svdvals(g @ B @ A @ x.T)  # in the metric of S and C: all equal, and no more than rank
+    expected = torch.zeros_like(effects)
+    expected[:rank] = 1
+    assert torch.allclose(effects, expected, atol=1e-6)
+    W, top = whitening(C, 5), torch.linalg.svd(x)[2][:5]  # the largest principal components
+    assert torch.allclose(W @ C @ W.T, torch.eye(5, dtype=C.dtype), atol=1e-8)
     assert torch.allclose(W @ top.T @ top, W, atol=1e-8)
 
 
