@@ -1,0 +1,214 @@
+"The page on planted ranks, from the cells that `planted.py` left."
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from scipy import stats
+
+from benchmarks.common import table
+from dora_nb.curvature.recovery import recovery
+from dora_nb.curvature.spectra import effective_rank
+
+WORDS = {
+    "oracle": "the planted ranks (oracle)",
+    "uniform": "the same rank everywhere",
+    "singular": "plain singular values",
+    "curvature": "curvature (Gauss-Newton, Kronecker factors)",
+    "hessian": "Hessian of all gates (as in SubLoRA)",
+    "gate": "gate times its slope (as in AdaLoRA)",
+    "gates": "gates trained under a penalty",
+    "gradient": "gradient before training",
+    "inputs": "inputs' variance (as in EVA)",
+}
+
+
+def read(out: Path, seeds: list[int]) -> dict[int, dict[str, dict]]:
+    "Return the cells of every planting that is complete: seed → cell → result."
+    found = {}
+    for path in sorted(out.glob("*.json")):
+        cell = json.loads(path.read_text())
+        found.setdefault(cell["seed"], {})[cell["cell"]] = cell
+    needed = {"planting", "wide", "scores", "gates"} | {f"fit {w}{end}" for w in WORDS for end in ("", ", shuffled")}
+    needed -= {"fit uniform, shuffled"}
+    return {s: found[s] for s in seeds if needed <= found.get(s, {}).keys()}
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    "Return a mean over plantings and its 95 % interval (Student's t)."
+    x = np.asarray(values)
+    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5
+    return x.mean(), x.mean() - half, x.mean() + half
+
+
+def detectable(values: list[float]) -> float:
+    "Return the true difference that so many plantings would show with 80 % power."
+    df = len(values) - 1
+    return (stats.t.ppf(0.975, df) + stats.t.ppf(0.8, df)) * np.std(values, ddof=1) / len(values) ** 0.5
+
+
+def spelled(values: list[float], digits: int = 1) -> str:
+    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*interval(values), d=digits)
+
+
+class Results:
+    "Hold what is left of the divergence, in per cent of the untrained model's, and the ranks, for all plantings."
+
+    def __init__(self, cells: dict[int, dict[str, dict]]):
+        self.cells = cells
+
+    def left(self, cell: str) -> np.ndarray:
+        "Return the divergence that a student leaves, in per cent of the untrained model's, a number per planting."
+        return np.array([100 * c[cell]["loss"] / c["planting"]["loss"] for c in self.cells.values()])
+
+    def less(self, a: str, b: str) -> list[float]:
+        "Return how much less or more the first of two candidates leaves, in per cent of the other, a number per planting."
+        return (100 * (self.left(f"fit {a}") / self.left(f"fit {b}") - 1)).tolist()
+
+    def ranks(self, score: str) -> list[tuple[dict, dict]]:
+        "Return estimated and planted ranks, a pair per planting."
+        place = (lambda c: c["gates"]["ranks"]) if score == "gates" else (lambda c: c["scores"]["ranks"][score])
+        return [(place(c), c["planting"]["ranks"]) for c in self.cells.values()]
+
+    def counts(self, score: str) -> list[dict[str, int]]:
+        "Return ranks that use no budget: 99 % of the score, or gates that stay open; a dictionary per planting."
+        if score == "gates":
+            return [{n: sum(v > 0 for v in s) for n, s in c["gates"]["scores"].items()} for c in self.cells.values()]
+        scores = (c["scores"]["scores"][score] for c in self.cells.values())
+        needed = lambda s: effective_rank(torch.tensor(s).clamp_min(0))  # closing a gate may seem to help
+        return [{n: needed(s) for n, s in layers.items()} for layers in scores]
+
+
+SCORES = [w for w in WORDS if w not in ("oracle", "uniform")]
+
+
+def training_rows(r: Results) -> str:
+    "Return the table of students at the budget."
+    rows = []
+    for what, words in WORDS.items():
+        row = {"ranks from": words, "left, %": f"{r.left(f'fit {what}').mean():.1f}"}
+        if what != "uniform":
+            row["against uniform, %"] = spelled(r.less(what, "uniform"))
+            row["against own shuffle, %"] = spelled(r.less(what, f"{what}, shuffled"))
+        rows.append(row)
+    rows.append({"ranks from": "the wide student, rank 16 everywhere", "left, %": f"{r.left('wide').mean():.1f}"})
+    return table(rows, ["ranks from", "left, %", "against uniform, %", "against own shuffle, %"])
+
+
+def recovery_rows(r: Results) -> str:
+    "Return the table of how well each score finds the planted ranks."
+    rows = []
+    for score in SCORES:
+        found = [recovery(*pair) for pair in r.ranks(score)]
+        mean = {k: np.mean([f[k] for f in found]) for k in found[0]}
+        free = [recovery(e, p)["error"] for e, (_, p) in zip(r.counts(score), r.ranks(score))]
+        row = {"score": WORDS[score], "Spearman": spelled([f["spearman"] for f in found], 2)}
+        row |= {"AUC": f"{mean['auc']:.2f}", "error of the rank": f"{mean['error']:.2f}"}
+        rows.append(row | {"error without the budget": f"{np.mean(free):.2f}"})
+    even = np.mean([recovery(dict.fromkeys(p, 4), p)["error"] for _, p in r.ranks("singular")])
+    rows.append({"score": "the same rank everywhere", "error of the rank": f"{even:.2f}"})
+    return table(rows, ["score", "Spearman", "AUC", "error of the rank", "error without the budget"])
+
+
+def answer(r: Results, smallest: float) -> list[str]:
+    "Return the sentences that answer first: does the oracle win, and who comes near?"
+    gap = interval(oracle := r.less("oracle", "uniform"))
+    if gap[2] < 0:
+        lines = [
+            f"**Knowing the ranks pays here.** At equal parameters the planted ranks leave {-gap[0]:.0f} % less divergence than the same rank everywhere."
+        ]
+    elif gap[1] > -smallest:
+        lines = [
+            f"**Not even the true ranks pay here**: a gain of {smallest:g} % or more over the same rank everywhere lies outside the interval. No score of ranks can help in this setting, and the question is closed for it."
+        ]
+    else:
+        lines = [
+            "**Undecided**: the planted ranks are not shown to beat the same rank everywhere, and a gain that matters is not excluded."
+        ]
+    wins = [s for s in SCORES if interval(r.less(s, f"{s}, shuffled"))[2] < 0]
+    beats = [s for s in SCORES if interval(r.less(s, "uniform"))[2] < 0]
+    named = lambda found: ", ".join(WORDS[s] for s in found) if found else "no score"
+    lines.append(
+        f"Better than the same rank everywhere: {named(beats)}. Better than its own shuffle: {named(wins)}. ({len(SCORES)} scores, not corrected for their number.)"
+    )
+    lines.append(
+        f"With {len(r.cells)} plantings, the difference between oracle and uniform would be shown with 80 % power from {detectable(oracle):.1f} % on; {smallest:g} % were named beforehand as the smallest that matters."
+    )
+    return lines
+
+
+def trained_figure(r: Results, path: Path):
+    "Draw what every candidate leaves, a point per planting, and its shuffle."
+    fig, ax = plt.subplots(figsize=(6.4, 3.4), dpi=110, layout="constrained")
+    for y, what in enumerate(reversed(WORDS)):
+        for cell, color, shift, label in (("", "C0", 0.12, "ranks"), (", shuffled", "0.6", -0.12, "their shuffle")):
+            if f"fit {what}{cell}" in next(iter(r.cells.values())):
+                x = r.left(f"fit {what}{cell}")
+                ax.plot(x, [y + shift] * len(x), "o", ms=4, color=color, label=label if what == "oracle" else None)
+    ax.axvline(r.left("fit uniform").mean(), color="0.8", zorder=0)
+    ax.set_yticks(range(len(WORDS)), [WORDS[w] for w in reversed(WORDS)], fontsize=8)
+    ax.set(xlabel="divergence left, % of the untrained model's", xlim=(0, None))
+    ax.legend(frameon=False, fontsize=8)
+    fig.savefig(path, metadata={"Software": None})
+    plt.close(fig)
+
+
+def ranks_figure(r: Results, path: Path):
+    "Draw estimated against planted ranks, a panel a score."
+    fig, axes = plt.subplots(2, 4, figsize=(8, 4.2), dpi=110, sharex=True, sharey=True, layout="constrained")
+    rng = np.random.default_rng(0)
+    for ax, score in zip(axes.flat, SCORES):
+        pairs = [(p[n], e[n]) for e, p in r.ranks(score) for n in p]
+        x, y = np.array(pairs).T
+        ax.plot([0, 8], [0, 8], color="0.8", zorder=0)
+        ax.plot(x + rng.uniform(-0.3, 0.3, len(x)), y + rng.uniform(-0.2, 0.2, len(y)), ".", ms=4, alpha=0.6)
+        ax.set_title(score, fontsize=9)
+        ax.set_xticks(sorted(set(x.tolist())))
+    axes.flat[-1].axis("off")
+    fig.supxlabel("planted rank", fontsize=9)
+    fig.supylabel("estimated rank", fontsize=9)
+    fig.savefig(path, metadata={"Software": None})
+    plt.close(fig)
+
+
+def write_page(plan: dict, out: Path, here: Path, chosen: dict):
+    "Write report.md and its figures; RuntimeError without two complete plantings."
+    cells = read(out, plan["seeds"])
+    if len(cells) < 2:
+        raise RuntimeError(
+            f"{out} holds {len(cells)} complete plantings; two are needed at least. Run planted.py run first"
+        )
+    r = Results(cells)
+    trained_figure(r, here / "trained.png")
+    ranks_figure(r, here / "ranks.png")
+    base = np.mean([c["planting"]["loss"] for c in cells.values()])
+    worth = [w for c in cells.values() for w in c["planting"]["worth"].values()]
+    hours = sum(cell["cpu_seconds"] for c in cells.values() for cell in c.values()) / 3600
+    layers = len(next(iter(cells.values()))["planting"]["ranks"])
+    parameters = next(iter(cells.values()))["fit oracle"]["parameters"]
+    n = f"{len(cells)} plantings × {plan['held_out_items']} held-out texts"
+    complete = (
+        "" if len(cells) == len(plan["seeds"]) else f" **{len(cells)} of {len(plan['seeds'])} plantings are complete.**"
+    )
+    parts = [
+        "# Planted ranks: is a known rank found, and does it help?",
+        *answer(r, plan["smallest_difference"]),
+        "![Divergence left by each candidate and by its shuffle, a point per planting](trained.png)",
+        f"*n: {n}.{complete} Lines of the table are means over plantings; intervals are 95 %, Student's t over plantings, whose texts, directions and starts all differ.*",
+        training_rows(r),
+        "## Are the planted ranks found?",
+        "Ranks from each score at the true budget, against the planted ones. AUC is the probability that a layer with an update gets more rank than one without (0.5 is chance). Without the budget, the rank is the number of components that make up 99 % of the score, or of gates that stay open.",
+        recovery_rows(r),
+        "![Estimated against planted ranks, a panel a score](ranks.png)",
+        "## What was done",
+        f"{plan['method']} {layers} weights are adapted; every budget is {parameters:,} parameters. The untrained model is {base:.3f} nats a token from the teacher; leaving one planted update out costs it {min(worth):.4f} to {max(worth):.4f} nats (median {np.median(worth):.4f}). At the pilot's planting, the learning rate {chosen['rate']:g} and the price {chosen['price']:g} were chosen. All cells took {hours:.1f} hours of one core.",
+        "## Doubts",
+        "\n".join(f"- {d}" for d in plan["doubts"]),
+        "---\n\nThe plan, with its question, primary metric and sizes, is [plan.toml](plan.toml), committed before the first run. Measured by `python -m reports.planted.planted run reports/planted/cells`; `python -m reports.planted.planted report reports/planted/cells` makes this page again.",
+    ]
+    (here / "report.md").write_text("\n\n".join(parts) + "\n")
