@@ -16,7 +16,7 @@ _PUBLIC = {
     "data.tokens": ("check_tokens",),
     "models.methods": ("METHODS", "AdapterConfig", "Method"),
     "models.adapt": ("adapt", "count_parameters", "trainable_parameters"),
-    "models.groups": ("parameter_groups",),
+    "models.magnitude": ("parameter_groups",),
     "models.merge": ("merge", "remove_adapter", "unmerge"),
     "models.disable": ("disable_adapter",),
     "models.adapter_files": ("load_adapter", "save_adapter"),

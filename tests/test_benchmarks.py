@@ -149,6 +149,22 @@ def test_trips_have_room_for_what_they_carry(tmp_path, monkeypatch):
         slices.divide(tmp_path / "all", tmp_path, 8)
 
 
+@pytest.mark.attack("data loss")
+def test_packing_removes_only_what_it_packed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.gpu import slices
+
+    slices._clear(tmp_path / "new")
+    (tmp_path / "trip-1" / "data").mkdir(parents=True)
+    slices._clear(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "trip-1").mkdir()
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(SystemExit, match="holds other files .* give a new folder"):
+        slices._clear(tmp_path)
+    assert (tmp_path / "thesis.tex").exists() and (tmp_path / "trip-1").exists()
+
+
 def test_what_a_gpu_would_run_first(monkeypatch):
     "Each grid of the order has a scale for a GPU, and the first ones come first."
     monkeypatch.syspath_prepend(ROOT)

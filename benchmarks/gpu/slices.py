@@ -19,6 +19,7 @@ import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,13 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # where the package is not i
 WHEELS = ("datasets", "dill", "multiprocess", "xxhash", "gguf")  # that a machine with torch and transformers may lack
 SOURCES = ("hqq", "termcolor")  # that come as source: pure Python, so built here
 TRIP = 62 * 2**20  # bytes that one copy to the other machine carries, the working tree included
-ORDER = (
-    "objective",
-    "magnitude",
-    "equal",
-    "form",
-    "models",
-)  # experiments in reports/, by the value of what they answer
+ORDER = ("objective", "magnitude", "equal", "form")  # of reports/, by the value of what they answer; all of SmolLM2
 ARCHIVE = 15 * 2**20  # bytes of an archive on its way back
 ARCHIVES = 3  # full ones, after which a slice ends: so much comes back from one trip
 LEFT_THERE = ("adapter", "checkpoints")  # too large to bring back
@@ -51,7 +46,9 @@ def pack(options):
     from dora_nb.data.parts import MODELS, join_parts
 
     model, folder, room = MODELS[options.model], options.folder, TRIP - _tree()
-    shutil.rmtree(folder, ignore_errors=True)
+    if room < 2**20:
+        raise SystemExit("the working tree fills a trip; remove untracked files, or have git ignore them")
+    _clear(folder)
     out = folder / "all"
     for name in ("tasks", "commonsense"):
         shutil.copytree(fetch(name), out / "data" / name)
@@ -82,6 +79,15 @@ def pack(options):
     print("at last, there: python benchmarks/gpu/slices.py run STAGE OUT --seconds 540")
 
 
+def _clear(folder: Path):
+    "Remove what an earlier `pack` wrote; refuse a folder that holds anything else."
+    made = [p for p in (folder.iterdir() if folder.exists() else ()) if re.fullmatch(r"all|trip-\d+", p.name)]
+    if folder.exists() and len(made) < len([*folder.iterdir()]):
+        raise SystemExit(f"{folder} holds other files than those of `pack`; give a new folder")
+    for path in made:
+        shutil.rmtree(path)
+
+
 def _tree() -> int:
     "Return the bytes of the working tree that travel with every trip: all files that git does not ignore."
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -95,7 +101,9 @@ def divide(whole: Path, folder: Path, room: int) -> int:
     for path in sorted((p for p in whole.rglob("*") if p.is_file()), key=lambda p: (-p.stat().st_size, p)):
         size = path.stat().st_size
         if size > room:
-            raise SystemExit(f"{path.name} has {size:,} bytes, and a trip has room for {room:,}")
+            raise SystemExit(
+                f"{path.name} has {size:,} bytes, and a trip has room for {room:,}; make the working tree smaller"
+            )
         i = next((i for i, n in enumerate(sizes) if n + size <= room), len(sizes))
         sizes += [0] * (i == len(sizes))
         sizes[i] += size

@@ -112,9 +112,9 @@ def recovery(
     x, y = ([found[n] for n in planted] for found in (ranks, planted))
     some, none = [a for a, b in zip(x, y) if b], [a for a, b in zip(x, y) if not b]
     varied = len({*x}) > 1 and len({*y}) > 1
-    wins = sum((a > b) + (a == b) / 2 for a in some for b in none)
+    auc = lambda: float(stats.mannwhitneyu(some, none).statistic) / (len(some) * len(none))
     return dict(
         spearman=float(stats.spearmanr(x, y).statistic) if varied else float("nan"),
-        auc=wins / (len(some) * len(none)) if some and none else float("nan"),
+        auc=auc() if some and none else float("nan"),
         error=sum(abs(a - b) for a, b in zip(x, y)) / len(x),
     )

@@ -45,7 +45,8 @@ def siqa_contexts(
 ) -> list[list[int]]:  # as `group_by` returns them
     "Group SIQA's items by the situations that they ask about."
     before = r"(?s)(.*[.!?\"'”)])\s+\S.*"  # up to the end of the last sentence but one
-    return group_by(_words(re.match(before, row["question"])[1]) for row in rows)
+    situation = lambda text: found[1] if (found := re.match(before, text)) else text  # all of it, if it is one sentence
+    return group_by(_words(situation(row["question"])) for row in rows)
 
 # %% ../../nbs/2_data/11a_groups.ipynb #d7f51c30
 def _sources(rows: list[dict]) -> Iterator[Hashable]:

@@ -22,7 +22,7 @@ from ..data.tokens import check_tokens
 from ..files import check_replaceable, owned, read_json, set_aside, write_json
 from ..messages import say
 from ..models.adapt import adapt, count_parameters
-from ..models.groups import fixed_magnitudes
+from ..models.magnitude import fixed_magnitudes
 from ..models.merge import can_merge, merge
 from ..models.adapter_files import save_adapter
 from ..models.methods import AdapterConfig

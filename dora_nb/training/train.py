@@ -26,7 +26,7 @@ from ..files import check_replaceable
 from ..layers.linear import cached_scales
 from ..messages import progress_bar, say
 from ..models.adapt import adapter_layers, adapter_state, trainable_parameters, whole
-from ..models.groups import fixed_magnitudes, parameter_groups
+from ..models.magnitude import fixed_magnitudes, parameter_groups
 from ..models.scoring import context_length, shares_prompts
 from dora_nb.training.batches import (
     check_differentiable,
