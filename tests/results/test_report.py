@@ -1256,6 +1256,9 @@ def test_methods_and_tasks_of_another_version_have_plain_labels(six, tmp_path):
         ("equal_rates_from = [3]", "report.equal_rates_from is a list of reports"),
         ('doubts = ["x", 3]', "report.doubts is a list of texts"),
         ('doubts = { medium = "x" }', "report.doubts is a list of texts"),
+        ('plan = { metric = "x" }', "report.plan.comparison is missing"),
+        ('plan = { metrics = "x" }', "report.plan.metrics is unknown; did you mean 'metric'"),
+        ('metric = "accuracy"', "report.metric is 'accuracy'"),
     ],
 )
 def test_a_wrong_page_is_refused_before_anything_is_made(six, tmp_path, words, named):
