@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from dora_nb.results import findings, measured, sections
-from dora_nb.results import overview as chapter
+from dora_nb.results import overview as front
 from dora_nb.results.overview import check_overview, overview, reports_in
 from dora_nb.results.page import render
 from dora_nb.results.stored import ALL_GEOMETRY, FILES, MADE, read_report
@@ -126,8 +126,8 @@ def test_the_overview_counts_what_has_ended():
     "And shows magnitudes with a learning rate of their own apart."
     page = findings.load_page(REPORTS / "magnitude" / "medium")
     ended = lambda answer: dataclasses.replace(page, spec=page.spec | {"answer": answer})
-    grouped = lambda answer: chapter._grouped([(1, page.grid, page.spec)], [ended(answer)])
-    assert grouped(chapter.UNDER_WAY) == {}
+    grouped = lambda answer: front._grouped([(1, page.grid, page.spec)], [ended(answer)])
+    assert grouped(front.UNDER_WAY) == {}
     common, own = grouped("It has ended.").values()
-    assert common and all(map(chapter.one_rate, common))
+    assert common and all(map(front.one_rate, common))
     assert {r["magnitude_lr"] for r in own} == {0.0, 3.0, 10.0, 30.0, 100.0}
