@@ -198,7 +198,7 @@ def _part(t: Tensor, like: Tensor) -> Tensor:
 # %% ../../nbs/4_training/29_checkpoints.ipynb #997771d1
 def _put_back(tensors: dict[str, Tensor], params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, rank: int):
     "Load the state of a checkpoint into parameters, optimiser and random number generators."
-    state, numbered = {}, list(params.values())
+    state, numbered = {}, [p for group in optimizer.param_groups for p in group["params"]]  # as the optimiser counts
     for key, t in tensors.items():
         kind, _, name = key.partition("/")
         if kind == "parameter":
