@@ -9,7 +9,6 @@ __all__ = ['PLAIN', 'AUC_NOTE', 'TEST_NOTE', 'PROVISIONAL_NOTE', 'CHANGE_NOTE', 
 # %% ../../nbs/7_results/71_sections.ipynb #db3e6718
 import dataclasses
 import functools
-import math
 import re
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from ..data.tasks import TASKS
 from ..files import write_whole
 from .accuracy import accuracies, accuracy_table, loss_table, majority, mixed_note
 from .compare import METHODS_APART, change_verdict, changes, compare, holm, side_labels, verdict
+from .items import names_choices
 from .figures import plot_accuracy, plot_sweep, sweep, sweep_table
-from .labels import completes, factors, one_word, parameters, run_labels, task_label, value_label
+from .labels import completes, factors, one_word, task_label, value_label
 from .stored import Results
 from .text import markdown_table, markdown_text
 
@@ -95,19 +95,6 @@ def table_lines(
     "Return a table and the note below it as lines."
     return [markdown_table(table, **options), "", *([f"{markdown_text(note)}\n"] if note else [])]
 
-# %% ../../nbs/7_results/71_sections.ipynb #3430cd15
-def _unparsed_line(results: list[dict]) -> list[str]:
-    "Return a line with the percentage of generated answers that name no choice."
-    results, unread = [r for r in results if not completes(r)], {}
-    names = factors(results)
-    for r, called in zip(results, run_labels([parameters(r) for r in results], names)):
-        label = f"{task_label(r['params']['task'])}, {called}"
-        unread.setdefault(label, []).append(100 * r["metrics"].get("unparsed", math.nan))
-    words = ", ".join(f"{label} {np.mean(shares):.1f}" for label, shares in unread.items())
-    if not unread:
-        return []
-    return [f"Answers that name no choice, and count as wrong, in percent: {markdown_text(words)}.\n"]
-
 # %% ../../nbs/7_results/71_sections.ipynb #0691f836
 def _wide(table: pd.DataFrame, against: str, constant: dict) -> pd.DataFrame:
     "Return accuracies as text: along a factor if the table has it, else by method and task."
@@ -153,6 +140,21 @@ def _other_lines(results: list[dict], predictions: pd.DataFrame, page: Page, con
             lines += [f"The same by {words}:\n", *table_lines(_wide(table, against, constant), mixed_note(table))]
     return lines
 
+# %% ../../nbs/7_results/71_sections.ipynb #22a1fb2c
+_FORMS = {
+    "form": "Answers that name a choice, in percent; the others count as wrong:\n",
+    "right": "Right ones among the answers that name a choice, in percent:\n",
+}
+
+
+def _form_lines(page: Page, results: list[dict], predictions: pd.DataFrame) -> list[str]:
+    "Return the tables of the two factors of the accuracy of generated answers; none for completions."
+    lines, written = [], [r for r in results if names_choices(r)]
+    for metric, words in _FORMS.items() if written else ():
+        table = accuracies(written, predictions, (metric,))
+        lines += [words, *table_lines(_wide(table, page.spec.get("against", ""), {}), mixed_note(table))]
+    return lines
+
 # %% ../../nbs/7_results/71_sections.ipynb #280a5128
 def _part(found: Results, protocol: str, split: str) -> tuple[list[dict], pd.DataFrame]:
     "Return the results and the answers of one protocol and split."
@@ -181,7 +183,7 @@ def _accuracy_part(page: Page, protocol: str, split: str) -> list[str]:
         *_accuracy_lines(page, table, constant, figure),
         *(_loss_lines(results, predictions) if (protocol, split) == ("loglikelihood", "dev") else []),
         *_other_lines(results, predictions, page, constant),
-        *(_unparsed_line(results) if protocol == "generate" else []),
+        *_form_lines(page, results, predictions),
     ]
 
 

@@ -10,11 +10,12 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from dora_nb.results.accuracy import BASELINE, accuracies, accuracy_table, has_auc, majority, margins
+from dora_nb.results.accuracy import BASELINE, accuracies, accuracy_table, majority
 from dora_nb.results.auc import auc_interval, auc_values
 from dora_nb.results.compare import compare
 from dora_nb.results.figures import plot_accuracy, plot_sweep, sweep, sweep_table
 from dora_nb.results.findings import finding_table
+from dora_nb.results.items import has_auc, margins
 from dora_nb.results.stored import read_report, select_runs
 from dora_nb.runs.config import RunConfig
 

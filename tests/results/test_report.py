@@ -26,7 +26,7 @@ from dora_nb.files import claim, sha256
 from dora_nb.layers.decompose import delta_direction, delta_magnitude
 from dora_nb.results import stored
 from dora_nb.results.about import check_page, experiment
-from dora_nb.results.accuracy import accuracies, accuracy_table, loss_table, majority, mixed_note, rights
+from dora_nb.results.accuracy import accuracies, accuracy_table, loss_table, majority, mixed_note
 from dora_nb.results.collect import collect, read_run_files
 from dora_nb.results.compare import agreement, change_verdict, changes, compare, holm, verdict
 from dora_nb.results.figures import plot_accuracy, plot_learning_curves, plot_sweep, sweep, sweep_table
@@ -38,6 +38,7 @@ from dora_nb.results.geometry import (
     partial_rank_correlation,
 )
 from dora_nb.results.intervals import freedom, mean_interval, mean_squares, share_interval, standard_error
+from dora_nb.results.items import rights
 from dora_nb.results.labels import factors, in_order, parameters, run_labels, value_label
 from dora_nb.results.overview import check_overview, overview, reports_in
 from dora_nb.results.page import SECTIONS, render
@@ -358,20 +359,6 @@ def swept(methods=("lora", "dora"), ranks=(2, 8), seeds=(0, 1)):
                 results.append(result(m, s, right.mean(), rank=r) | {"run": f"{m}-{r}-{s}"})
                 frames.append(answers(f"{m}-{r}-{s}", right))
     return results, pd.concat(frames)
-
-
-def test_answers_that_name_no_choice(tmp_path):
-    page = shutil.copytree(QUICK, tmp_path / "page")
-    (page / ALL_CURVATURE).unlink()
-    stored = json.loads((page / RESULTS).read_text())
-    del stored["files"]
-    stored["results"] = [r for r in stored["results"] if r["params"]["task"] == "boolq"]
-    for r in stored["results"]:
-        r["params"]["protocol"] = "generate"
-        r["metrics"]["unparsed"] = 0.25 if r["params"]["method"] == "dora" else 0.0
-    (page / RESULTS).write_text(json.dumps(stored))
-    said = next(line for line in render(page).read_text().splitlines() if "name no choice" in line)
-    assert "BoolQ, DoRA, rank 16 25.0" in said and "BoolQ, LoRA, rank 16 0.0" in said
 
 
 def test_a_sweep():
