@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 from .compare import METHODS_APART, clear, compare, holm
-from .stored import read_report
+from .findings import load_page
 
 # %% ../../nbs/7_results/75_answer.ipynb #94d78679
 def differences(
@@ -18,8 +18,8 @@ def differences(
     a: dict = METHODS_APART[0],  # parameters of one side
     b: dict = METHODS_APART[1],  # parameters of the other side
 ) -> pd.DataFrame:  # a row per combination of the other factors; difference, low, high and detectable in points
-    "Return the paired differences b − a in accuracy of a stored report, with 95 % intervals. ValueError if the report has no such pair."
-    found = read_report(report)
+    "Return the paired differences b − a of a stored report, in the metric that its page judges by, with 95 % intervals. ValueError if the report has no such pair."
+    found = load_page(report).judged
     rows = compare(found.results, found.predictions, a, b)
     if not len(rows):
         raise ValueError(f"{report} has no pair of runs for {a} and {b}")

@@ -141,6 +141,6 @@ def sharpness_section(
     rows = curvature_rows(page.found.results, page.found.probes)
     if not len(rows) or "learning_rate" not in factors(page.found.results):
         return []
-    answered = page.found.results, page.found.predictions
+    answered = page.judged.results, page.judged.predictions
     table = sharpness_table(rows, accuracies(*answered), majority(*answered))
     return ["## Sharpness and the learning rate\n", *table_lines(table, **PLAIN)]
