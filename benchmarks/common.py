@@ -17,6 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import LlamaConfig, LlamaModel
 
+from dora_nb.files import write_whole
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 SMALL = dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)  # SmolLM2-135M's
@@ -154,12 +156,15 @@ def arguments(doc, **defaults):
     return parser.parse_args()
 
 
+def write_text(path, text):
+    "Write a file under a temporary name and rename it: a reader sees the old text or the new one."
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
 def finish(name, rows, columns, out, **more):
     "Print the table and, if asked, write it down."
     where = machine()
     print(f"\n{name}, {where['count']} {where['unit']} of {where['device']}, torch {where['torch']}\n")
     print(table(rows, columns))
     if out:
-        part = out.with_name("." + out.name)
-        part.write_text(json.dumps(dict(name=name, machine=where, columns=columns, rows=rows) | more, indent=1))
-        part.replace(out)
+        write_text(out, json.dumps(dict(name=name, machine=where, columns=columns, rows=rows) | more, indent=1))

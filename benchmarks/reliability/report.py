@@ -6,7 +6,7 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from benchmarks.common import table
+from benchmarks.common import table, write_text
 
 HERE = Path(__file__).parents[2] / "reports" / "reliability"
 TINY = {  # test → the fault that it injects, and what it checks besides
@@ -75,7 +75,7 @@ def attacks_from(paths):
 def main(junit=()):
     readers = {"tests": tests_from, "attacks": attacks_from}
     for path in map(Path, junit):  # tests.xml or attacks.xml
-        path.with_name(f"{path.stem}.json").write_text(json.dumps(readers[path.stem]([path]), indent=1))
+        write_text(path.with_name(f"{path.stem}.json"), json.dumps(readers[path.stem]([path]), indent=1))
     tests, attacks, faults, soak = (
         json.loads((HERE / f"{n}.json").read_text()) for n in ("tests", "attacks", "faults", "soak")
     )
@@ -125,7 +125,7 @@ The tests of the same name in `tests/` (the twenty random moments behind `make t
 
 The target was at most 10 % over bare papermill calls, as many at a time. Those were timed before and after, {soak["options"]["bare"]} runs each; against the later ones alone the ratio is {after:.2f}.
 """
-    (HERE / "report.md").write_text(text)
+    write_text(HERE / "report.md", text)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.common import PACKAGES, table
+from benchmarks.common import PACKAGES, table, write_text
 
 HERE = Path(__file__).parents[2] / "reports" / "speed"
 TITLES = {
@@ -208,7 +208,7 @@ def main():
         if name == "growth":
             parts.append("![Cost of one layer against tokens, rank and width](growth.png)")
     parts += on_a_gpu()
-    (HERE / "report.md").write_text("\n\n".join(parts) + "\n")
+    write_text(HERE / "report.md", "\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

@@ -284,11 +284,12 @@ def run(plan: dict, out: Path):
     "Compute every cell that is missing: seed by seed, so that a finished planting is whole."
     plan = plan | choices(out, plan["pilot"]["seed"])
     print({k: plan[k] for k in ("rate", "price")}, flush=True)
-    for seed in plan["seeds"]:
-        lab = Lab(plan, seed, out)
+    for seed in (*plan["seeds"], *plan["more"]["seeds"]):
+        lab, whole = Lab(plan, seed, out), seed in plan["seeds"]
         lab.cell("planting", lab.planting)
-        lab.cell("wide", lab.wide)
-        for what in candidates():
+        if whole:
+            lab.cell("wide", lab.wide)
+        for what in candidates() if whole else plan["more"]["candidates"]:
             lab.cell(f"fit {what}", lambda what=what: lab.candidate(what))
 
 

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
-from benchmarks.common import table
+from benchmarks.common import table, write_text
 from dora_nb.results.intervals import mean_interval
 from dora_nb.results.labels import task_label
 from reports.rank.factors import off
@@ -239,7 +239,7 @@ def main():
     parts.append(
         "---\n\nMeasured by `python -m reports.rank.rank`, a line of JSON for each measurement beside this page, and `python -m reports.rank.factors --out reports/rank/factors.json`; `python -m reports.rank.report` makes the page again."
     )
-    (HERE / "report.md").write_text("\n\n".join(parts) + "\n")
+    write_text(HERE / "report.md", "\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":
