@@ -28,6 +28,7 @@ SPEC = {
     "contrasts": list,
     "equal_rates_from": (list, dict),  # reports, as experiment/scale, whose rows at equal rates are shown too
     "changes_from": dict,  # factor → the value to compare the others with
+    "failed_above": float,  # nats: a training has failed if its mean loss over the last fifth of the steps is larger
     "published": bool,
     "plan": dict,  # texts, each a key of `PLAN`; written before the first run
     "doubts": (list, dict),  # texts, or lists of them for each scale

@@ -25,6 +25,7 @@ from dora_nb.results.measured import (
     sharpness_section,
     stability_section,
 )
+from .failed import failures_section
 from .findings import counted_answer, findings_section
 from .sections import PLAIN, Page, accuracy_section, comparison_section, table_lines
 from .stored import MADE, check_out, check_report, hold_report, load_stored, page_results, read_all
@@ -167,6 +168,7 @@ def _source(page: Page) -> list[str]:
 # %% ../../nbs/7_results/73_page.ipynb #e1e00abb
 SECTIONS: list[Callable[[Page], list[str]]] = [
     _head,
+    failures_section,
     findings_section,
     _measured,
     _plan,
