@@ -35,6 +35,7 @@ report: $(READY) ## every page, table and figure in reports/ again, from the sto
 	$(BIN)/dora-nb report reports
 	$(BIN)/python -m benchmarks.speed.report
 	$(BIN)/python -m reports.rank.report
+	$(BIN)/python -m reports.planted.planted report reports/planted/cells
 	$(BIN)/python -m benchmarks.reliability.report
 
 test: $(READY) ## everything that CI runs

@@ -103,7 +103,7 @@ def _failure_words(page: Page, ends: pd.Series, above: float) -> list[str]:
             d = failure_difference(runs, ends, above)
             points, low, high, detectable = (100 * d[k] for k in ("difference", "low", "high", "detectable"))
             lines.append(
-                f"{words(where) or 'All trainings'}: in the share that failed, {b} − {a} is {points:+.0f} points [{low:+.0f}, {high:+.0f}] on {d['n']} seeds; {b} alone fails {d['only_b']} times, {a} alone {d['only_a']} times, p = {d['p']:.2g} (McNemar). A difference of {detectable:.0f} points would be found with 80 % power."
+                f"{words(where) or 'All trainings'}: in the share that failed, {b} − {a} is {points:+.0f} points [{low:+.0f}, {high:+.0f}] on {d['n']} seeds; {b} alone failed with {d['only_b']} of them, {a} alone with {d['only_a']}, p = {d['p']:.2g} (McNemar). A difference of {detectable:.0f} points would be found with 80 % power."
             )
     return lines
 

@@ -122,7 +122,9 @@ Each row is an experiment: a grid file that says what was run, and a page made f
 END = """
 The paper is *DoRA: Weight-Decomposed Low-Rank Adaptation* (Liu et al., 2024, [arXiv 2402.09353](https://arxiv.org/abs/2402.09353)). The poster is a reproduction of it on BoolQ, HellaSwag and WinoGrande; it made the claims and asked the questions above.
 
-Other pages: [quick](quick/report.md) is what `make reproduce` makes, [speed](speed/report.md) and [reliability](reliability/report.md) measure the software, and [rank](rank/report.md) is an earlier look at curvature and ranks. [LOG.md](LOG.md) has what was tried on the way. `make report` makes this page.
+Pages that name summed log-likelihoods as their objective are of the first recipe ([LOG.md](LOG.md), 2026-11-29); later ones compare choices of different lengths by their mean.
+
+Other pages: [planted](planted/report.md) asks whether any score finds ranks that were planted, [quick](quick/report.md) is what `make reproduce` makes, [speed](speed/report.md) and [reliability](reliability/report.md) measure the software, and [rank](rank/report.md) is an earlier look at curvature and ranks. [LOG.md](LOG.md) has what was tried on the way. `make report` makes this page.
 """
 
 # %% ../../nbs/7_results/74_overview.ipynb #f24163a2

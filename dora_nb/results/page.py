@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
+from ..data.tasks import TASKS
 from ..files import read_text, write_whole
 from ..messages import say
 from .about import PLAN, experiment
-from .labels import CONTENT, LOOKS, parameters, value_label
+from .labels import CONTENT, LOOKS, one_word, parameters, task_label, value_label
 from dora_nb.results.measured import (
     curvature_section,
     curves_section,
@@ -67,8 +68,19 @@ def _counts(values) -> str:
     return ", ".join(f"{v:,}" for v in sorted(set(values)))
 
 
+def _by_sums(trained: list[dict]) -> list[str]:
+    "Return a line on benchmarks that were trained on sums although their choices differ in length; none without one."
+    objectives = {}
+    for params in (r["params"] for r in trained):
+        objectives.setdefault(params["task"], set()).add(params.get("objective", "choices"))
+    sums = [task for task, each in objectives.items() if each == {"choices"} and task in TASKS and not one_word(task)]
+    names = ", ".join(sorted(map(task_label, sums)))
+    why = "Choices differ in length there, so a part of what is learnt is how long a right one is; `choices_mean` avoids that."
+    return [f"- Objective: summed log-likelihoods on {markdown_text(names)}. {why}"] if names else []
+
+
 def _measured(page: Page) -> list[str]:
-    "Return the section on how the findings were measured, in three lines."
+    "Return the section on how the findings were measured, in three or four lines."
     results = page.found.results
     trained = [r for r in results if r["training"]]
     models = ", ".join(sorted({str(r["params"]["model"]) for r in results}))
@@ -82,6 +94,7 @@ def _measured(page: Page) -> list[str]:
     lines = [
         f"- Trained: {markdown_text(models)}, {items}{seeds} seed{'s' * (seeds > 1)}{scale}.",
         f"- Evaluated: {asked} items of the {markdown_text(splits)} split.{paired}",
+        *_by_sums(trained),
     ]
     if tests:
         words = f"{tests} comparison{'s' * (tests > 1)}"
@@ -168,12 +181,12 @@ def _source(page: Page) -> list[str]:
 # %% ../../nbs/7_results/73_page.ipynb #e1e00abb
 SECTIONS: list[Callable[[Page], list[str]]] = [
     _head,
-    failures_section,
     findings_section,
     _measured,
     _plan,
     _doubts,
     _words,
+    failures_section,
     accuracy_section,
     comparison_section,
     stability_section,

@@ -117,8 +117,16 @@ def recovery_rows(r: Results) -> str:
     return table(rows, ["score", "Spearman", "AUC", "error of the rank", "error without the budget"])
 
 
+def found_by(r: Results) -> str:
+    "Return which scores find the planted ranks: those whose rank correlation is above 0."
+    order = {s: interval([recovery(*pair)["spearman"] for pair in r.ranks(s)]) for s in SCORES}
+    good = sorted((s for s in SCORES if order[s][1] > 0), key=lambda s: -order[s][0])
+    words = [f"{WORDS[s]} ({order[s][0]:+.2f} [{order[s][1]:+.2f}, {order[s][2]:+.2f}])" for s in good]
+    return ", ".join(words) or "no score"
+
+
 def answer(r: Results, smallest: float) -> list[str]:
-    "Return the sentences that answer first: does the oracle win, and who comes near?"
+    "Return the sentences that answer first: does the oracle win, who comes near, and who finds the ranks?"
     gap = interval(oracle := r.less("oracle", "uniform"))
     if gap[2] < 0:
         lines = [
@@ -139,6 +147,9 @@ def answer(r: Results, smallest: float) -> list[str]:
         f"Better than the same rank everywhere: {named(beats)}. Better than its own shuffle: {named(wins)}. ({len(SCORES)} scores, not corrected for their number.)"
     )
     lines.append(
+        f"In the order of the planted ranks (Spearman's correlation, whose interval lies above 0): {found_by(r)}."
+    )
+    lines.append(
         f"With {len(r.cells)} plantings, the difference between oracle and uniform would be shown with 80 % power from {detectable(oracle):.1f} % on; {smallest:g} % were named beforehand as the smallest that matters."
     )
     return lines
@@ -157,7 +168,7 @@ def more_lines(r: Results, smallest: float) -> list[str]:
     else:
         verdict = "The question stays open."
     return [
-        f"**Post hoc, with {len(r.cells)} plantings**: the oracle leaves {spelled(oracle)} % against the same rank everywhere, and {spelled(dealt)} % against its own shuffle. {verdict} The plantings after the first three were added because those had left this open; only the oracle, its shuffle and uniform ranks were trained on them."
+        f"**Post hoc, with {len(r.cells)} plantings**: the oracle leaves {spelled(oracle)} % against the same rank everywhere, and {spelled(dealt)} % against its own shuffle. {verdict} In the order of the planted ranks: {found_by(r)}. The plantings after the first three were added because those had left this open; of their students, only the oracle, its shuffle and uniform ranks were trained at the budget."
     ]
 
 
@@ -198,19 +209,22 @@ def ranks_figure(r: Results, path: Path):
 def write_page(plan: dict, out: Path, here: Path, chosen: dict):
     "Write report.md and its figures; RuntimeError without two complete plantings."
     cells = read(out, plan["seeds"], WHOLE)
-    more = read(out, [*plan["seeds"], *plan["more"]["seeds"]], {f"fit {what}" for what in plan["more"]["candidates"]})
+    needed = {"planting", "scores", "gates"} | {f"fit {what}" for what in plan["more"]["candidates"]}
+    more = Results(read(out, [*plan["seeds"], *plan["more"]["seeds"]], needed))
     if len(cells) < 2:
         raise RuntimeError(
             f"{out} holds {len(cells)} complete plantings; two are needed at least. Run planted.py run first"
         )
     r = Results(cells)
+    added = len(more.cells) > len(cells)
     trained_figure(r, here / "trained.png")
-    ranks_figure(r, here / "ranks.png")
+    ranks_figure(more, here / "ranks.png")
     base = np.mean([c["planting"]["loss"] for c in cells.values()])
     worth = [w for c in cells.values() for w in c["planting"]["worth"].values()]
-    hours = sum(cell["cpu_seconds"] for c in (cells | more).values() for cell in c.values()) / 3600
+    hours = sum(cell["cpu_seconds"] for c in (cells | more.cells).values() for cell in c.values()) / 3600
     layers = len(next(iter(cells.values()))["planting"]["ranks"])
     parameters = next(iter(cells.values()))["fit oracle"]["parameters"]
+    least = min(cell["parameters"] for c in cells.values() for name, cell in c.items() if name.startswith("fit "))
     n = f"{len(cells)} plantings × {plan['held_out_items']} held-out texts"
     complete = (
         "" if len(cells) == len(plan["seeds"]) else f" **{len(cells)} of {len(plan['seeds'])} plantings are complete.**"
@@ -218,16 +232,17 @@ def write_page(plan: dict, out: Path, here: Path, chosen: dict):
     parts = [
         "# Planted ranks: is a known rank found, and does it help?",
         *answer(r, plan["smallest_difference"]),
-        *(more_lines(Results(more), plan["smallest_difference"]) if len(more) > len(cells) else []),
+        *(more_lines(more, plan["smallest_difference"]) if added else []),
         "![Divergence left by each candidate and by its shuffle, a point per planting](trained.png)",
         f"*n: {n}.{complete} Lines of the table are means over plantings; intervals are 95 %, Student's t over plantings, whose texts, directions and starts all differ.*",
         training_rows(r),
         "## Are the planted ranks found?",
         "Ranks from each score at the true budget, against the planted ones. AUC is the probability that a layer with an update gets more rank than one without (0.5 is chance). Without the budget, the rank is the number of components that make up 99 % of the score, or of gates that stay open.",
         recovery_rows(r),
+        *([f"The same with all {len(more.cells)} plantings, post hoc:", recovery_rows(more)] if added else []),
         "![Estimated against planted ranks, a panel a score](ranks.png)",
         "## What was done",
-        f"{plan['method']} {layers} weights are adapted; every budget is {parameters:,} parameters. The untrained model is {base:.3f} nats a token from the teacher; leaving one planted update out costs it {min(worth):.4f} to {max(worth):.4f} nats (median {np.median(worth):.4f}). At the pilot's planting, the learning rate {chosen['rate']:g} and the price {chosen['price']:g} were chosen. All cells took {hours:.1f} hours of one core.",
+        f"{plan['method']} {layers} weights are adapted; the budget is {parameters:,} parameters, of which whole components fill {100 * least / parameters:.1f} % or more. The untrained model is {base:.3f} nats a token from the teacher; leaving one planted update out costs it {min(worth):.4f} to {max(worth):.4f} nats (median {np.median(worth):.4f}). At the pilot's planting, the learning rate {chosen['rate']:g} and the price {chosen['price']:g} were chosen. All cells took {hours:.1f} hours of one core.",
         "## Doubts",
         "\n".join(f"- {d}" for d in plan["doubts"]),
         "---\n\nThe plan, with its question, primary metric and sizes, is [plan.toml](plan.toml), committed before the first run. Measured by `python -m reports.planted.planted run reports/planted/cells`; `python -m reports.planted.planted report reports/planted/cells` makes this page again.",

@@ -287,8 +287,9 @@ def run(plan: dict, out: Path):
     for seed in (*plan["seeds"], *plan["more"]["seeds"]):
         lab, whole = Lab(plan, seed, out), seed in plan["seeds"]
         lab.cell("planting", lab.planting)
-        if whole:
-            lab.cell("wide", lab.wide)
+        lab.cell("wide", lab.wide)
+        lab.cell("scores", lab.scores)
+        lab.cell("gates", lambda lab=lab: lab.gates(plan["price"]))
         for what in candidates() if whole else plan["more"]["candidates"]:
             lab.cell(f"fit {what}", lambda what=what: lab.candidate(what))
 

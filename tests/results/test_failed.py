@@ -80,7 +80,7 @@ def test_the_section(tmp_path):
     text = "\n".join(failures_section(page))
     assert "## Failed trainings" in text and "above 0.673 nats" in text
     assert "\n- All trainings: in the share that failed, DoRA − LoRA is +50 points [" in text
-    assert "DoRA alone fails 5 times, LoRA alone 0 times, p = 0.062 (McNemar)" in text
+    assert "DoRA alone failed with 5 of them, LoRA alone with 0, p = 0.062 (McNemar)" in text
     assert failures_section(Page(tmp_path, found)) == []
     assert failures_section(Page(tmp_path, NO_RESULTS, {"failed_above": 0.673})) == []
     assert failures_section in SECTIONS
