@@ -23,13 +23,17 @@ from ..messages import say
 @contextlib.contextmanager
 def quiet():
     "Silence transformers' progress bars, and its warnings about weights, which `whole_model` turns into errors."
+    from transformers import modeling_gguf_pytorch_utils as gguf  # with all of a model's code, which help does not need
+
     logging = transformers.utils.logging
+    bar, gguf.tqdm = gguf.tqdm, lambda tensors, **_: tensors  # the one bar that `logging` does not know
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         yield
     finally:
+        gguf.tqdm = bar
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

@@ -329,6 +329,15 @@ def test_conversion_does_not_trust_the_tokenizer_of_a_gguf_file(tmp_path, smollm
     assert (saved["eos_token"], saved.get("pad_token")) == ("<|im_end|>", None)
 
 
+def test_conversion_draws_no_bar(capfd):
+    from transformers import modeling_gguf_pytorch_utils as gguf
+
+    before = gguf.tqdm
+    with converting.quiet():
+        assert list(gguf.tqdm([1, 2], desc="Converting")) == [1, 2]
+    assert not capfd.readouterr().err and gguf.tqdm is before
+
+
 # Replacing an asset: killed at any moment, it is there or comes back without a download
 
 
