@@ -61,8 +61,8 @@ def spelled(values: list[float], digits: int = 1) -> str:
 class Results:
     "Hold what is left of the divergence, in per cent of the untrained model's, and the ranks, for all plantings."
 
-    def __init__(self, cells: dict[int, dict[str, dict]]):
-        self.cells = cells
+    def __init__(self, cells: dict[int, dict[str, dict]], chosen: dict):
+        self.cells, self.chosen = cells, chosen  # what the pilot chose
 
     def left(self, cell: str) -> np.ndarray:
         "Return the divergence that a student leaves, in per cent of the untrained model's, a number per planting."
@@ -72,16 +72,16 @@ class Results:
         "Return how much less or more the first of two candidates leaves, in per cent of the other, a number per planting."
         return (100 * (self.left(f"fit {a}") / self.left(f"fit {b}") - 1)).tolist()
 
-    def ranks(self, score: str) -> list[tuple[dict, dict]]:
+    def ranks(self, score: str, cell: str = "scores") -> list[tuple[dict, dict]]:
         "Return estimated and planted ranks, a pair per planting."
-        place = (lambda c: c["gates"]["ranks"]) if score == "gates" else (lambda c: c["scores"]["ranks"][score])
+        place = (lambda c: c["gates"]["ranks"]) if score == "gates" else (lambda c: c[cell]["ranks"][score])
         return [(place(c), c["planting"]["ranks"]) for c in self.cells.values()]
 
-    def counts(self, score: str) -> list[dict[str, int]]:
+    def counts(self, score: str, cell: str = "scores") -> list[dict[str, int]]:
         "Return ranks that use no budget: 99 % of the score, or gates that stay open; a dictionary per planting."
         if score == "gates":
             return [{n: sum(v > 0 for v in s) for n, s in c["gates"]["scores"].items()} for c in self.cells.values()]
-        scores = (c["scores"]["scores"][score] for c in self.cells.values())
+        scores = (c[cell]["scores"][score] for c in self.cells.values())
         needed = lambda s: effective_rank(torch.tensor(s).clamp_min(0))  # closing a gate may seem to help
         return [{n: needed(s) for n, s in layers.items()} for layers in scores]
 
@@ -99,20 +99,24 @@ def training_rows(r: Results) -> str:
             row["against own shuffle, %"] = spelled(r.less(what, f"{what}, shuffled"))
         rows.append(row)
     rows.append({"ranks from": "the wide student, rank 16 everywhere", "left, %": f"{r.left('wide').mean():.1f}"})
+    for what, words in (("wide", "the wide student"), ("uniform", "the same rank everywhere")):
+        if all(f"slow {what}" in c for c in r.cells.values()):
+            rows.append({"ranks from": f"{words}, at half the rate", "left, %": f"{r.left(f'slow {what}').mean():.1f}"})
     return table(rows, ["ranks from", "left, %", "against uniform, %", "against own shuffle, %"])
 
 
-def recovery_rows(r: Results) -> str:
+def recovery_rows(r: Results, scores=SCORES, cell: str = "scores") -> str:
     "Return the table of how well each score finds the planted ranks."
     rows = []
-    for score in SCORES:
-        found = [recovery(*pair) for pair in r.ranks(score)]
+    for score in scores:
+        pairs = r.ranks(score, cell)
+        found = [recovery(*pair) for pair in pairs]
         mean = {k: np.mean([f[k] for f in found]) for k in found[0]}
-        free = [recovery(e, p)["error"] for e, (_, p) in zip(r.counts(score), r.ranks(score))]
+        free = [recovery(e, p)["error"] for e, (_, p) in zip(r.counts(score, cell), pairs)]
         row = {"score": WORDS[score], "Spearman": spelled([f["spearman"] for f in found], 2)}
         row |= {"AUC": f"{mean['auc']:.2f}", "error of the rank": f"{mean['error']:.2f}"}
         rows.append(row | {"error without the budget": f"{np.mean(free):.2f}"})
-    even = np.mean([recovery(dict.fromkeys(p, 4), p)["error"] for _, p in r.ranks("singular")])
+    even = np.mean([recovery(dict.fromkeys(p, 4), p)["error"] for _, p in r.ranks("singular", cell)])
     rows.append({"score": "the same rank everywhere", "error of the rank": f"{even:.2f}"})
     return table(rows, ["score", "Spearman", "AUC", "error of the rank", "error without the budget"])
 
@@ -155,10 +159,28 @@ def answer(r: Results, smallest: float) -> list[str]:
     return lines
 
 
-def more_lines(r: Results, smallest: float) -> list[str]:
-    "Return what more plantings say of the first question, in which only the oracle, its shuffle and uniform ranks were trained."
-    oracle, dealt = r.less("oracle", "uniform"), r.less("oracle", "oracle, shuffled")
-    mean, low, high = interval(oracle)
+LATER = ("oracle", "slow hessian", "slow curvature", "slow singular")  # trained on all plantings, beside uniform ranks
+FROM_SLOW = ("singular", "curvature", "hessian", "gate")  # scores of the wide student
+
+
+def later_rows(r: Results) -> str:
+    "Return the table of students at the budget whose ranks come from a wide student at half the rate."
+    rows = []
+    for what in LATER:
+        row = {"ranks from": WORDS[what.removeprefix("slow ")], "left, %": f"{r.left(f'fit {what}').mean():.1f}"}
+        row["against uniform, %"] = spelled(found := r.less(what, "uniform"))
+        row["would be shown from, %"] = f"{detectable(found):.1f}"
+        if what == "oracle":
+            row["against own shuffle, %"] = spelled(r.less(what, f"{what}, shuffled"))
+        rows.append(row)
+    rows.append({"ranks from": "the same rank everywhere", "left, %": f"{r.left('fit uniform').mean():.1f}"})
+    rows.append({"ranks from": "the wide student, at half the rate", "left, %": f"{r.left('slow wide').mean():.1f}"})
+    return table(rows, list(rows[0]))
+
+
+def later_answer(r: Results, smallest: float) -> list[str]:
+    "Return what the later plantings say, in sentences."
+    mean, low, high = interval(r.less("oracle", "uniform"))
     if high < 0 and low > -smallest:
         verdict = f"The true ranks help, by less than the {smallest:g} % that were named as worth a search."
     elif high < 0:
@@ -167,8 +189,20 @@ def more_lines(r: Results, smallest: float) -> list[str]:
         verdict = f"A gain of {smallest:g} % or more is excluded."
     else:
         verdict = "The question stays open."
+    order = {s: interval([recovery(*pair)["spearman"] for pair in r.ranks(s, "slow scores")]) for s in FROM_SLOW}
+    found = ", ".join(f"{WORDS[s]} {m:+.2f} [{lo:+.2f}, {hi:+.2f}]" for s, (m, lo, hi) in order.items())
     return [
-        f"**Post hoc, with {len(r.cells)} plantings**: the oracle leaves {spelled(oracle)} % against the same rank everywhere, and {spelled(dealt)} % against its own shuffle. {verdict} In the order of the planted ranks: {found_by(r)}. The plantings after the first three were added because those had left this open; of their students, only the oracle, its shuffle and uniform ranks were trained at the budget."
+        f"**Post hoc, on {len(r.cells)} plantings, with a wide student at half the rate**: the true ranks leave {mean:+.1f} % [{low:+.1f}, {high:+.1f}] against the same rank everywhere. {verdict} Spearman's correlation of found and planted ranks: {found}."
+    ]
+
+
+def later_part(r: Results, plan: dict) -> list[str]:
+    "Return the section on what was done after the plan."
+    return [
+        "## After the plan: a better wide student, and more plantings",
+        f"The wide student of the plan was trained at {r.chosen['rate']:g}, which is too high for its rank. Here it has {plan['more']['slow']:g}, and its scores are those of that student. Students at the budget have the plan's rate. n: {len(r.cells)} plantings, of which the first {len(plan['seeds'])} are the plan's. None of this was planned, and intervals are not corrected for their number.",
+        later_rows(r),
+        recovery_rows(r, FROM_SLOW, "slow scores"),
     ]
 
 
@@ -209,16 +243,16 @@ def ranks_figure(r: Results, path: Path):
 def write_page(plan: dict, out: Path, here: Path, chosen: dict):
     "Write report.md and its figures; RuntimeError without two complete plantings."
     cells = read(out, plan["seeds"], WHOLE)
-    needed = {"planting", "scores", "gates"} | {f"fit {what}" for what in plan["more"]["candidates"]}
-    more = Results(read(out, [*plan["seeds"], *plan["more"]["seeds"]], needed))
+    needed = {"planting", "slow wide", "slow scores"} | {f"fit {what}" for what in plan["more"]["candidates"]}
+    more = Results(read(out, [*plan["seeds"], *plan["more"]["seeds"]], needed), chosen)
     if len(cells) < 2:
         raise RuntimeError(
             f"{out} holds {len(cells)} complete plantings; two are needed at least. Run planted.py run first"
         )
-    r = Results(cells)
-    added = len(more.cells) > len(cells)
+    r = Results(cells, chosen)
+    added = len(more.cells) > 1
     trained_figure(r, here / "trained.png")
-    ranks_figure(more, here / "ranks.png")
+    ranks_figure(r, here / "ranks.png")
     base = np.mean([c["planting"]["loss"] for c in cells.values()])
     worth = [w for c in cells.values() for w in c["planting"]["worth"].values()]
     hours = sum(cell["cpu_seconds"] for c in (cells | more.cells).values() for cell in c.values()) / 3600
@@ -232,15 +266,15 @@ def write_page(plan: dict, out: Path, here: Path, chosen: dict):
     parts = [
         "# Planted ranks: is a known rank found, and does it help?",
         *answer(r, plan["smallest_difference"]),
-        *(more_lines(more, plan["smallest_difference"]) if added else []),
+        *(later_answer(more, plan["smallest_difference"]) if added else []),
         "![Divergence left by each candidate and by its shuffle, a point per planting](trained.png)",
         f"*n: {n}.{complete} Lines of the table are means over plantings; intervals are 95 %, Student's t over plantings, whose texts, directions and starts all differ.*",
         training_rows(r),
         "## Are the planted ranks found?",
         "Ranks from each score at the true budget, against the planted ones. AUC is the probability that a layer with an update gets more rank than one without (0.5 is chance). Without the budget, the rank is the number of components that make up 99 % of the score, or of gates that stay open.",
         recovery_rows(r),
-        *([f"The same with all {len(more.cells)} plantings, post hoc:", recovery_rows(more)] if added else []),
         "![Estimated against planted ranks, a panel a score](ranks.png)",
+        *(later_part(more, plan) if added else []),
         "## What was done",
         f"{plan['method']} {layers} weights are adapted; the budget is {parameters:,} parameters, of which whole components fill {100 * least / parameters:.1f} % or more. The untrained model is {base:.3f} nats a token from the teacher; leaving one planted update out costs it {min(worth):.4f} to {max(worth):.4f} nats (median {np.median(worth):.4f}). At the pilot's planting, the learning rate {chosen['rate']:g} and the price {chosen['price']:g} were chosen. All cells took {hours:.1f} hours of one core.",
         "## Doubts",

@@ -169,29 +169,28 @@ class Lab:
         each = self.held_out(self.base)
         return dict(loss=sum(each) / len(each), losses=each, ranks=self.planted, worth=worth, relative_size=sizes)
 
-    def wide(self) -> dict:
+    def wide(self, rate: float) -> dict:
         "Distil the teacher into an adapter of the wide rank, and keep it for the scores."
-        found = self.student(dict.fromkeys(self.names, self.plan["wide_rank"]), self.plan["rate"])
-        torch.save({n: p.detach() for n, p in trainable_parameters(self.model).items()}, self.state)
+        found = self.student(dict.fromkeys(self.names, self.plan["wide_rank"]), rate)
+        torch.save({n: p.detach() for n, p in trainable_parameters(self.model).items()}, self.state(rate))
         return found
 
-    @property
-    def state(self) -> Path:
-        return STATES / f"wide-{self.out.name}-{self.seed}.pt"
+    def state(self, rate: float) -> Path:
+        return STATES / f"wide-{self.out.name}-{self.seed}-{rate:g}.pt"
 
-    def load_wide(self) -> dict[str, Tensor]:
+    def load_wide(self, rate: float) -> dict[str, Tensor]:
         "Give the model the wide student again; it is distilled again if its file is gone."
-        if not self.state.exists():
-            self.wide()
+        if not self.state(rate).exists():
+            self.wide(rate)
         adapt_with_ranks(self.model, dict.fromkeys(self.names, self.plan["wide_rank"]), self.seed)
-        for name, value in torch.load(self.state).items():
+        for name, value in torch.load(self.state(rate)).items():
             self.model.get_parameter(name).data = value
         return {n: p.detach() for n, p in trainable_parameters(self.model).items()}
 
-    def scores(self) -> dict:
+    def scores(self, rate: float) -> dict:
         "Return every layer's scores by all ways except trained gates, and the ranks that they give."
         targets, probe = self.teacher["probe"], self.texts.probe
-        params = self.load_wide()
+        params = self.load_wide(rate)
         with probing(self.model):
             parts = distil_parts(self.model, probe, targets, self.plan["batch_size"])
             metrics = update_metrics(self.model, parts, params, draws=1)
@@ -222,7 +221,7 @@ class Lab:
     def gates(self, price: float) -> dict:
         "Train the wide student's components with gates under a penalty, and return the ranks of those left open widest."
         plan, targets = self.plan, self.teacher["train"]  # planting replaces the adapter, so it comes first
-        self.load_wide()
+        self.load_wide(plan["rate"])
         gates = open_gates(self.model, {n: components(layer) for n, layer in adapter_layers(self.model).items()})
         penalise = lambda rate: shrink(gates, rate * price)
         steps, rate = plan["gate_steps"], plan["rate"]
@@ -247,7 +246,10 @@ class Lab:
             return dict.fromkeys(self.names, sum(self.plan["ranks"]) // len(self.plan["ranks"]))
         if score == "gates":
             return self.cell("gates", lambda: self.gates(self.plan["price"]))["ranks"]
-        return self.cell("scores", self.scores)["ranks"][score]
+        if score.startswith("slow "):
+            slow = self.plan["more"]["slow"]
+            return self.cell("slow scores", lambda: self.scores(slow))["ranks"][score.removeprefix("slow ")]
+        return self.cell("scores", lambda: self.scores(self.plan["rate"]))["ranks"][score]
 
     def candidate(self, what: str) -> dict:
         "Train a candidate's ranks; equal ranks are trained once."
@@ -285,13 +287,14 @@ def run(plan: dict, out: Path):
     plan = plan | choices(out, plan["pilot"]["seed"])
     print({k: plan[k] for k in ("rate", "price")}, flush=True)
     for seed in (*plan["seeds"], *plan["more"]["seeds"]):
-        lab, whole = Lab(plan, seed, out), seed in plan["seeds"]
+        lab, whole, slow = Lab(plan, seed, out), seed in plan["seeds"], plan["more"]["slow"]
         lab.cell("planting", lab.planting)
-        lab.cell("wide", lab.wide)
-        lab.cell("scores", lab.scores)
-        lab.cell("gates", lambda lab=lab: lab.gates(plan["price"]))
-        for what in candidates() if whole else plan["more"]["candidates"]:
-            lab.cell(f"fit {what}", lambda what=what: lab.candidate(what))
+        if whole:
+            lab.cell("wide", lambda lab=lab: lab.wide(plan["rate"]))
+            lab.cell("slow uniform", lambda lab=lab: lab.student(lab.ranks_of("uniform"), slow))
+        lab.cell("slow wide", lambda lab=lab: lab.wide(slow))
+        for what in [*(candidates() if whole else []), *plan["more"]["candidates"]]:
+            lab.cell(f"fit {what}", lambda lab=lab, what=what: lab.candidate(what))
 
 
 def pilot(plan: dict, out: Path):
@@ -303,7 +306,7 @@ def pilot(plan: dict, out: Path):
         for what in ("oracle", "uniform"):
             lab.cell(f"rate {rate:g} {what}", lambda what=what, rate=rate: lab.student(lab.ranks_of(what), rate))
     lab.plan = plan | choices(out, seed)
-    lab.cell("wide", lab.wide)
+    lab.cell("wide", lambda: lab.wide(lab.plan["rate"]))
     for price in plan["pilot"]["prices"]:
         lab.cell(f"price {price:g}", lambda price=price: lab.gates(price))
 
