@@ -41,7 +41,7 @@ from dora_nb.results.intervals import freedom, mean_interval, mean_squares, shar
 from dora_nb.results.items import rights
 from dora_nb.results.labels import factors, in_order, parameters, run_labels, value_label
 from dora_nb.results.overview import check_overview, overview, reports_in
-from dora_nb.results.page import SECTIONS, render
+from dora_nb.results.page import SECTIONS, _by_sums, render
 from dora_nb.results.sections import Page, accuracy_section, judged
 from dora_nb.results.sharpness import curvature_rows, sharpness_table, stability_table
 from dora_nb.results.stored import (
@@ -359,6 +359,17 @@ def swept(methods=("lora", "dora"), ranks=(2, 8), seeds=(0, 1)):
                 results.append(result(m, s, right.mean(), rank=r) | {"run": f"{m}-{r}-{s}"})
                 frames.append(answers(f"{m}-{r}-{s}", right))
     return results, pd.concat(frames)
+
+
+def test_an_objective_that_learns_length_is_named():
+    trained = lambda task, **params: {"params": {"task": task} | params}
+    line, *_ = _by_sums([trained("social_iqa", objective="choices"), trained("hellaswag")])
+    assert "summed log-likelihoods on HellaSwag, SIQA." in line
+    for other in ("winogrande", "boolq", "of my own"):  # choices of one word; unknown ones
+        assert not _by_sums([trained(other, objective="choices")])
+    assert not _by_sums([trained("hellaswag", objective="choices_mean")]) and not _by_sums([])
+    objectives = [trained("hellaswag", objective=o) for o in ("choices", "answer")]
+    assert not _by_sums(objectives)  # the page compares them
 
 
 def test_a_sweep():
