@@ -22,7 +22,7 @@ from .labels import task_label
 from .page import write_page
 from .sections import Page
 from .stored import is_page
-from .tables import PUBLISHED
+from .tables import printed_leads
 from .text import markdown_prose, markdown_text
 from ..runs.folder import RESULT
 from ..runs.grid import RESULTS, load_grid
@@ -77,10 +77,8 @@ ALIKE = 0.97  # fraction of equal answers from which two trainings are nearly on
 
 def printed_rows() -> dict[str, list[dict]]:  # title → rows of `plot_forest`, without intervals
     "Return DoRA − LoRA as the poster and the paper print it."
-    tasks = ["BoolQ", "HellaSwag", "WinoGrande"]
-    own = PUBLISHED[PUBLISHED.method.str.contains("its own run|LLaMA")].groupby("source")[tasks]
-    lead = own.last() - own.first()
-    rows = lambda source: [{"label": t, "difference": float(lead.loc[source, t])} for t in tasks]
+    lead = printed_leads()
+    rows = lambda source: [{"label": t, "difference": float(x)} for t, x in lead.loc[source].items()]
     return {
         f"printed in the {source.partition(',')[0]} (BoolQ, HellaSwag, WinoGrande)": rows(source)
         for source in lead.index

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from dora_nb.results.compare import compare
+from dora_nb.results.findings import lead_table
 from dora_nb.results.forest import plot_forest
 from dora_nb.results.overview import FOREST, check_overview, overview
 from dora_nb.results.power import _errors_needed, detectable_difference
@@ -61,3 +62,27 @@ def test_a_forest_of_hostile_names():
     figure = plot_forest({name: [dict(label=name, difference=-12.0)]}, named=False, xlabel=name)
     figure.canvas.draw()
     assert "−12.0" in [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_an_interval_is_held_against_the_posters_lead():
+    row = dict(labels=("LoRA", "DoRA"), place="x", p=0.001, p_holm=0.001)
+    of = lambda task, difference, low, high, **more: (
+        row | dict(task=task, difference=difference, low=low, high=high) | more
+    )
+    rows = [
+        of("boolq", 0.0, -0.02, 0.02),  # the poster has 2.3 points
+        of("boolq", 0.0, -0.03, 0.03, p_holm=1.0),
+        of("hellaswag", 0.09, 0.07, 0.11),
+        of("hellaswag", 0.09, 0.07, 0.11, p_holm=0.2),  # not claimed
+        of("winogrande", 0.09, 0.07, 0.11),  # ahead by more than 4.8
+        of("piqa", 0.0, -0.01, 0.01),
+    ]
+    found = lead_table(rows)
+    assert list(found["it is"]) == [
+        "excluded",
+        "neither excluded nor shown",
+        "shown",
+        *["neither excluded nor shown"] * 2,
+    ]
+    assert list(found["the poster's lead"]) == ["+2.3", "+2.3", "+10.0", "+10.0", "+4.8"]
+    assert not len(lead_table(rows[-1:]))
