@@ -41,6 +41,18 @@ def _borrowed(page: Page) -> tuple[list[dict], list[str]]:
     return rows, missing
 
 # %% ../../nbs/7_results/71b_findings.ipynb #e481a2c1
+def _with_the_same_side(page: Page, first: int) -> list[dict]:
+    "Return the rows of a contrast, and of others that hold the same side against other values; `place` then names these."
+    sides = page.spec["contrasts"][first]
+    alike = {
+        k for k, c in enumerate(page.spec["contrasts"]) if c["a"] == sides["a"] and c["b"].keys() == sides["b"].keys()
+    }
+    rows = [r for r in page.compared[0] if r["contrast"] in alike]
+    if len({r["labels"] for r in rows}) > 1:
+        rows = [r | {"place": ", ".join(filter(None, (r["place"], r["labels"][1])))} for r in rows]
+    return rows
+
+
 def finding_rows(
     page: Page,
 ) -> tuple[list[dict], list[dict], list[str]]:  # at equal rates, at other rates, names of reports that are not there
@@ -49,7 +61,7 @@ def finding_rows(
     rows = [r for r in page.compared[0] if r["contrast"] == first]
     sides = page.spec["contrasts"][first] if "contrasts" in page.spec else None
     if sides and (sides["a"], sides["b"]) != METHODS_APART:
-        return rows, [], []
+        return _with_the_same_side(page, first), [], []
     borrowed, missing = _borrowed(page)
     equal, chosen = ([r for r in rows if r["equal_rates"] is same] for same in (True, False))
     if borrowed:  # the rate tells the rows of several reports apart
@@ -86,9 +98,15 @@ def _points(*ends: float) -> str:
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in ends))
 
 
+def _sides(rows: list[dict]) -> tuple[str, str]:
+    "Return what the two sides of rows are called together."
+    a, b = rows[0]["labels"]
+    return a, b if {r["labels"][1] for r in rows} == {b} else "the other side"
+
+
 def _more_cells(row: dict, rows: list[dict]) -> dict[str, str]:
     "Return the cells of a row for what only some comparisons have, such as AUC; none for columns that no row has."
-    (a, b), cells = row["labels"], {}
+    (a, b), cells = _sides(rows), {}
     for column, (name, words) in _BESIDE.items():
         if any(_has(r, column) for r in rows):
             ends = [row.get(k, math.nan) for k in (column, f"{name}_low", f"{name}_high")]
@@ -100,7 +118,7 @@ def finding_table(
     rows: list[dict],  # of one contrast
 ) -> pd.DataFrame:  # text
     "Return a row per comparison: both accuracies, baseline, difference with interval, items and seeds, and the conclusion; AUC and the parts of generated answers where there are any."
-    a, b = rows[0]["labels"]
+    a, b = _sides(rows)
     cells = lambda r: {
         "where": r["place"],
         f"{a}, %": f"{100 * r['acc_a']:.1f}",
@@ -157,7 +175,7 @@ def findings_section(
     equal, chosen, missing = finding_rows(page)
     if not equal and not chosen:
         return []
-    a, b = (equal or chosen)[0]["labels"]
+    a, b = _sides(equal or chosen)
     points = [in_points(r) for r in equal or chosen]
     figure = plot_forest({"": points}, _limit(points), xlabel=f"{b} − {a} (points of accuracy)")
     lines = [page.picture(figure, "differences.png", f"{b} − {a} with 95 % intervals, a line per comparison")]

@@ -27,10 +27,11 @@ from .text import markdown_table, markdown_text
 
 # %% ../../nbs/7_results/71_sections.ipynb #74986349
 def _normed(found: Results, metric: str) -> set[str]:
-    "Return the runs that are judged by length-normalised log-likelihood."
+    "Return the runs that are judged by length-normalised log-likelihood, on tasks where that is another accuracy."
     of = lambda task: metric or (TASKS[task].primary if task in TASKS else "acc")
-    each = [r for r in found.results if "acc_norm" in r["metrics"]]
-    return {r["run"] for r in each if of(r["params"]["task"]) == "acc_norm"}
+    each = [(r["run"], r["params"]["task"], r["metrics"]) for r in found.results if "acc_norm" in r["metrics"]]
+    apart = {task for _, task, m in each if m["acc_norm"] != m["acc"]}  # not where all scored words are equal
+    return {run for run, task, _ in each if task in apart and of(task) == "acc_norm"}
 
 
 def judged(
