@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from dora_nb.results.compare import compare
-from dora_nb.results.findings import lead_table
+from dora_nb.results.findings import finding_rows, finding_table, lead_table, load_page
 from dora_nb.results.forest import plot_forest
 from dora_nb.results.overview import FOREST, check_overview, overview
 from dora_nb.results.power import _errors_needed, detectable_difference
@@ -86,3 +86,15 @@ def test_an_interval_is_held_against_the_posters_lead():
     ]
     assert list(found["the poster's lead"]) == ["+2.3", "+2.3", "+10.0", "+10.0", "+4.8"]
     assert not len(lead_table(rows[-1:]))
+
+
+def test_one_side_is_held_against_several():
+    page = load_page(REPORTS / "allocation" / "large")
+    rows, chosen, missing = finding_rows(page)
+    assert {r["contrast"] for r in rows} == {0, 2} and not chosen and not missing  # 1 and 3 begin with another side
+    assert {r["labels"][1] for r in rows} == {"ranks by curvature", "ranks by gates"}
+    assert all(r["place"].endswith(r["labels"][1]) for r in rows)
+    table = finding_table(rows)
+    assert "the other side, %" in table and len(table) == len(rows)
+    main = finding_rows(load_page(REPORTS / "main" / "large"))[0]  # LoRA against DoRA
+    assert {r["labels"] for r in main} == {("LoRA", "DoRA")} and "DoRA, %" in finding_table(main)
