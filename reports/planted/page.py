@@ -14,6 +14,7 @@ from scipy import stats
 from benchmarks.common import table, write_text
 from dora_nb.curvature.recovery import recovery
 from dora_nb.curvature.spectra import effective_rank
+from dora_nb.results.compare import holm
 
 WORDS = {
     "oracle": "the planted ranks (oracle)",
@@ -99,7 +100,8 @@ def training_rows(r: Results) -> str:
             row["against own shuffle, %"] = spelled(r.less(what, f"{what}, shuffled"))
         rows.append(row)
     rows.append({"ranks from": "the wide student, rank 16 everywhere", "left, %": f"{r.left('wide').mean():.1f}"})
-    for what, words in (("wide", "the wide student"), ("uniform", "the same rank everywhere")):
+    slow = dict(wide="the wide student", uniform="the same rank everywhere", oracle="the planted ranks")
+    for what, words in slow.items():
         if all(f"slow {what}" in c for c in r.cells.values()):
             rows.append({"ranks from": f"{words}, at half the rate", "left, %": f"{r.left(f'slow {what}').mean():.1f}"})
     return table(rows, ["ranks from", "left, %", "against uniform, %", "against own shuffle, %"])
@@ -121,12 +123,27 @@ def recovery_rows(r: Results, scores=SCORES, cell: str = "scores") -> str:
     return table(rows, ["score", "Spearman", "AUC", "error of the rank", "error without the budget"])
 
 
-def found_by(r: Results) -> str:
-    "Return which scores find the planted ranks: those whose rank correlation is above 0."
-    order = {s: interval([recovery(*pair)["spearman"] for pair in r.ranks(s)]) for s in SCORES}
-    good = sorted((s for s in SCORES if order[s][1] > 0), key=lambda s: -order[s][0])
-    words = [f"{WORDS[s]} ({order[s][0]:+.2f} [{order[s][1]:+.2f}, {order[s][2]:+.2f}])" for s in good]
-    return ", ".join(words) or "no score"
+def by_chance(pairs: list[tuple[dict, dict]], draws: int = 5000) -> float:
+    "Return how often ranks that are dealt anew within each kind of layer are at least as well in order: a p-value."
+    rng, kinds, names = np.random.default_rng(0), {}, list(pairs[0][1])
+    for i, name in enumerate(names):
+        kinds.setdefault(name.rpartition(".")[2], []).append(i)
+    order = lambda ranks: stats.zscore(stats.rankdata([ranks[n] for n in names]))  # Spearman's is a product of these
+    sides = [(order(estimated), order(planted)) for estimated, planted in pairs]
+    found, dealt = sum(e @ p for e, p in sides), np.zeros(draws)
+    for e, p in sides:
+        for places in kinds.values():
+            dealt += rng.permuted(np.tile(p[places], (draws, 1)), axis=1) @ e[places]
+    return (1 + (dealt >= found - 1e-9).sum()) / (1 + draws)
+
+
+def found_by(r: Results, scores, cell: str = "scores") -> str:
+    "Return which scores put the layers into the order of the planted ranks, with p corrected for all scores (Holm)."
+    pairs = {s: r.ranks(s, cell) for s in scores}
+    p = dict(zip(scores, holm(np.array([by_chance(pairs[s]) for s in scores]))))
+    mean = {s: np.mean([recovery(*pair)["spearman"] for pair in pairs[s]]) for s in scores}
+    good = sorted((s for s in scores if p[s] < 0.05), key=lambda s: -mean[s])
+    return ", ".join(f"{WORDS[s]} ({mean[s]:+.2f}, p = {p[s]:.2g})" for s in good) or "no score"
 
 
 def answer(r: Results, smallest: float) -> list[str]:
@@ -134,24 +151,20 @@ def answer(r: Results, smallest: float) -> list[str]:
     gap = interval(oracle := r.less("oracle", "uniform"))
     if gap[2] < 0:
         lines = [
-            f"**Knowing the ranks pays here.** At equal parameters the planted ranks leave {-gap[0]:.0f} % less divergence than the same rank everywhere."
+            f"**By the plan, knowing the ranks pays.** At equal parameters the planted ranks leave {-gap[0]:.0f} % less divergence than rank 4 everywhere."
         ]
     elif gap[1] > -smallest:
         lines = [
-            f"**Not even the true ranks pay here**: a gain of {smallest:g} % or more over the same rank everywhere lies outside the interval. No score of ranks can help in this setting, and the question is closed for it."
+            f"**By the plan, not even the true ranks pay**: a gain of {smallest:g} % or more over rank 4 everywhere lies outside the interval."
         ]
     else:
         lines = [
-            "**Undecided**: the planted ranks are not shown to beat the same rank everywhere, and a gain that matters is not excluded."
+            "**By the plan, undecided**: the planted ranks are not shown to beat rank 4 everywhere, and a gain that matters is not excluded."
         ]
-    wins = [s for s in SCORES if interval(r.less(s, f"{s}, shuffled"))[2] < 0]
-    beats = [s for s in SCORES if interval(r.less(s, "uniform"))[2] < 0]
-    named = lambda found: ", ".join(WORDS[s] for s in found) if found else "no score"
+    p = dict(zip(SCORES, holm(np.array([stats.ttest_1samp(r.less(s, "uniform"), 0).pvalue for s in SCORES]))))
+    beats = [WORDS[s] for s in SCORES if p[s] < 0.05 and np.mean(r.less(s, "uniform")) < 0]
     lines.append(
-        f"Better than the same rank everywhere: {named(beats)}. Better than its own shuffle: {named(wins)}. ({len(SCORES)} scores, not corrected for their number.)"
-    )
-    lines.append(
-        f"In the order of the planted ranks (Spearman's correlation, whose interval lies above 0): {found_by(r)}."
+        f"Corrected for {len(SCORES)} scores (Holm), {', '.join(beats) or 'no score'} beats rank 4 everywhere. In the order of the planted ranks (Spearman's correlation; p by dealing the ranks anew within each kind of layer, corrected too): {found_by(r, SCORES)}."
     )
     lines.append(
         f"With {len(r.cells)} plantings, the difference between oracle and uniform would be shown with 80 % power from {detectable(oracle):.1f} % on; {smallest:g} % were named beforehand as the smallest that matters."
@@ -178,31 +191,53 @@ def later_rows(r: Results) -> str:
     return table(rows, list(rows[0]))
 
 
-def later_answer(r: Results, smallest: float) -> list[str]:
+def later_answer(r: Results, plan: dict) -> list[str]:
     "Return what the later plantings say, in sentences."
+    total, smallest = len(plan["seeds"]) + len(plan["more"]["seeds"]), plan["smallest_difference"]
     mean, low, high = interval(r.less("oracle", "uniform"))
-    if high < 0 and low > -smallest:
-        verdict = f"The true ranks help, by less than the {smallest:g} % that were named as worth a search."
+    new = [x for seed, x in zip(r.cells, r.less("oracle", "uniform")) if seed not in plan["seeds"]]
+    if len(r.cells) < total:
+        verdict = f"Under way: {len(r.cells)} of {total} plantings, and no verdict before the last."
+    elif high < 0 and low > -smallest:
+        verdict = (
+            f"The true ranks help at this rate, by less than the {smallest:g} % that were named as worth a search."
+        )
     elif high < 0:
-        verdict = f"The true ranks help; whether by the {smallest:g} % that were named as worth a search is open."
+        verdict = f"The true ranks help at this rate; whether by the {smallest:g} % that were named as worth a search is open."
     elif low > -smallest:
         verdict = f"A gain of {smallest:g} % or more is excluded."
     else:
         verdict = "The question stays open."
-    order = {s: interval([recovery(*pair)["spearman"] for pair in r.ranks(s, "slow scores")]) for s in FROM_SLOW}
-    found = ", ".join(f"{WORDS[s]} {m:+.2f} [{lo:+.2f}, {hi:+.2f}]" for s, (m, lo, hi) in order.items())
+    alone = f" (on the {len(new)} new ones alone {spelled(new)})" if len(new) > 1 else ""
     return [
-        f"**Post hoc, on {len(r.cells)} plantings, with a wide student at half the rate**: the true ranks leave {mean:+.1f} % [{low:+.1f}, {high:+.1f}] against the same rank everywhere. {verdict} Spearman's correlation of found and planted ranks: {found}."
+        f"**After the plan, on {len(r.cells)} plantings**: the true ranks leave {mean:+.1f} % [{low:+.1f}, {high:+.1f}] against rank 4 everywhere{alone}. {verdict} Scores of a wide student at half the rate, in the order of the planted ranks: {found_by(r, FROM_SLOW, 'slow scores')}."
     ]
+
+
+def paired_rows(r: Results) -> str:
+    "Return the table of rank correlations of both wide students, on the plan's plantings."
+    mean = lambda s, cell: np.mean([recovery(*pair)["spearman"] for pair in r.ranks(s, cell)])
+    rows = [
+        {
+            "score": WORDS[s],
+            "at the plan's rate": f"{mean(s, 'scores'):+.2f}",
+            "at half of it": f"{mean(s, 'slow scores'):+.2f}",
+        }
+        for s in FROM_SLOW
+    ]
+    return table(rows, list(rows[0]))
 
 
 def later_part(r: Results, plan: dict) -> list[str]:
     "Return the section on what was done after the plan."
+    first = Results({s: c for s, c in r.cells.items() if s in plan["seeds"]}, r.chosen)
     return [
         "## After the plan: a better wide student, and more plantings",
-        f"The wide student of the plan was trained at {r.chosen['rate']:g}, which is too high for its rank. Here it has {plan['more']['slow']:g}, and its scores are those of that student. Students at the budget have the plan's rate. n: {len(r.cells)} plantings, of which the first {len(plan['seeds'])} are the plan's. None of this was planned, and intervals are not corrected for their number.",
+        f"The wide student of the plan was trained at {r.chosen['rate']:g}, which is too high for its rank. Here it has {plan['more']['slow']:g}, and its scores are those of that student. Students at the budget have the plan's rate. n: {len(r.cells)} plantings, of which the first {len(plan['seeds'])} are the plan's. None of this was planned, plantings were added after the first had been looked at, and intervals are not corrected.",
         later_rows(r),
         recovery_rows(r, FROM_SLOW, "slow scores"),
+        f"A better student does not give better scores. Spearman's correlation on the plan's {len(first.cells)} plantings, for both wide students:",
+        paired_rows(first),
     ]
 
 
@@ -258,7 +293,8 @@ def write_page(plan: dict, out: Path, here: Path, chosen: dict):
     hours = sum(cell["cpu_seconds"] for c in (cells | more.cells).values() for cell in c.values()) / 3600
     layers = len(next(iter(cells.values()))["planting"]["ranks"])
     parameters = next(iter(cells.values()))["fit oracle"]["parameters"]
-    least = min(cell["parameters"] for c in cells.values() for name, cell in c.items() if name.startswith("fit "))
+    fits = [cell for c in (more.cells | cells).values() for name, cell in c.items() if name.startswith("fit ")]
+    least = min(cell["parameters"] for cell in fits)
     n = f"{len(cells)} plantings × {plan['held_out_items']} held-out texts"
     complete = (
         "" if len(cells) == len(plan["seeds"]) else f" **{len(cells)} of {len(plan['seeds'])} plantings are complete.**"
@@ -266,19 +302,19 @@ def write_page(plan: dict, out: Path, here: Path, chosen: dict):
     parts = [
         "# Planted ranks: is a known rank found, and does it help?",
         *answer(r, plan["smallest_difference"]),
-        *(later_answer(more, plan["smallest_difference"]) if added else []),
+        *(later_answer(more, plan) if added else []),
         "![Divergence left by each candidate and by its shuffle, a point per planting](trained.png)",
-        f"*n: {n}.{complete} Lines of the table are means over plantings; intervals are 95 %, Student's t over plantings, whose texts, directions and starts all differ.*",
+        f"*n: {n}.{complete} Left: a student's divergence from the teacher, in per cent of the untrained model's. Shuffle: the same ranks, dealt anew among the layers of a kind. Lines are means over plantings; intervals are 95 %, Student's t over plantings, which differ in directions, starts and nearly all texts.*",
         training_rows(r),
         "## Are the planted ranks found?",
-        "Ranks from each score at the true budget, against the planted ones. AUC is the probability that a layer with an update gets more rank than one without (0.5 is chance). Without the budget, the rank is the number of components that make up 99 % of the score, or of gates that stay open.",
+        "Ranks from each score at the true budget, against the planted ones. AUC is the probability that a layer with an update gets more rank than one without (0.5 is chance; ties count half). Without the budget, the rank is the number of components that make up 99 % of the score, or of gates that stay open.",
         recovery_rows(r),
         "![Estimated against planted ranks, a panel a score](ranks.png)",
         *(later_part(more, plan) if added else []),
         "## What was done",
-        f"{plan['method']} {layers} weights are adapted; the budget is {parameters:,} parameters, of which whole components fill {100 * least / parameters:.1f} % or more. The untrained model is {base:.3f} nats a token from the teacher; leaving one planted update out costs it {min(worth):.4f} to {max(worth):.4f} nats (median {np.median(worth):.4f}). At the pilot's planting, the learning rate {chosen['rate']:g} and the price {chosen['price']:g} were chosen. All cells took {hours:.1f} hours of one core.",
+        f"{plan['method']} {layers} weights are adapted; the budget is {parameters:,} parameters, of which whole components fill {100 * least / parameters:.1f} % or more. The untrained model is {base:.3f} nats a token from the teacher; leaving one planted update out costs it {min(worth):.4f} to {max(worth):.4f} nats (median {np.median(worth):.4f}). At the pilot's planting, the learning rate {chosen['rate']:g} was chosen; the prices of a gate tied, and the smallest, {chosen['price']:g}, was taken. All cells took {hours:.1f} hours of one core.",
         "## Doubts",
         "\n".join(f"- {d}" for d in plan["doubts"]),
-        "---\n\nThe plan, with its question, primary metric and sizes, is [plan.toml](plan.toml), committed before the first run. Measured by `python -m reports.planted.planted run reports/planted/cells`; `python -m reports.planted.planted report reports/planted/cells` makes this page again.",
+        "---\n\nThe plan, with its question, primary metric and sizes, is [plan.toml](plan.toml). It was committed before the first run (09ee7e4) up to `doubts`; `[more]` and the doubts were written later. Measured by `python -m reports.planted.planted run reports/planted/cells`; `python -m reports.planted.planted report reports/planted/cells` makes this page again.",
     ]
     write_text(here / "report.md", "\n\n".join(parts) + "\n")

@@ -291,7 +291,8 @@ def run(plan: dict, out: Path):
         lab.cell("planting", lab.planting)
         if whole:
             lab.cell("wide", lambda lab=lab: lab.wide(plan["rate"]))
-            lab.cell("slow uniform", lambda lab=lab: lab.student(lab.ranks_of("uniform"), slow))
+            for what in ("uniform", "oracle"):
+                lab.cell(f"slow {what}", lambda lab=lab, what=what: lab.student(lab.ranks_of(what), slow))
         lab.cell("slow wide", lambda lab=lab: lab.wide(slow))
         for what in [*(candidates() if whole else []), *plan["more"]["candidates"]]:
             lab.cell(f"fit {what}", lambda lab=lab, what=what: lab.candidate(what))
