@@ -68,3 +68,21 @@ def test_too_few_plantings(tmp_path):
         shutil.copy(path, out)
     with pytest.raises(RuntimeError, match="two are needed"):
         pages.write_page(PLAN, out, tmp_path, choices(out, 100))
+
+
+def test_order_by_chance():
+    names = [f"{layer}.{kind}" for layer in range(4) for kind in ("v", "o", "up", "down")]
+    rng = np.random.default_rng(0)
+    planted = dict(zip(names, [0, 2, 6, 8, 2, 6, 8, 0, 6, 8, 0, 2, 8, 0, 2, 6]))
+    noisy = {n: r + int(rng.integers(-4, 5)) for n, r in planted.items()}
+    reversed_ = {n: 8 - r for n, r in planted.items()}
+    assert pages.by_chance([(planted, planted)]) < 0.001 < 0.99 < pages.by_chance([(reversed_, planted)])
+    rho = lambda e, p: stats.spearmanr([e[n] for n in names], [p[n] for n in names]).statistic
+    hits = []
+    for _ in range(1000):  # the same, one after the other
+        dealt = dict(planted)
+        for kind in ("v", "o", "up", "down"):
+            of = [n for n in names if n.endswith(f".{kind}")]
+            dealt |= dict(zip(of, rng.permutation([planted[n] for n in of])))
+        hits.append(rho(noisy, dealt) >= rho(noisy, planted) - 1e-12)
+    assert pages.by_chance([(noisy, planted)]) == pytest.approx(np.mean(hits), abs=0.03)
