@@ -85,14 +85,14 @@ def _measured(page: Page) -> list[str]:
     trained = [r for r in results if r["training"]]
     models = ", ".join(sorted({str(r["params"]["model"]) for r in results}))
     seeds = len({r["params"]["seed"] for r in trained or results})
-    items = f"{_counts(r['training']['items'] for r in trained)} training items, " if trained else ""
+    items = f", {_counts(r['training']['items'] for r in trained)} training items, {seeds} seed{'s' * (seeds > 1)}"
     scale = f" (scale {markdown_code(page.scale)})" if page.scale else ""
     asked = _counts(r["metrics"]["n"] for r in results)
     splits = ", ".join(sorted({r["params"]["eval_split"] for r in results}))
     tests, random = sum(map(len, page.compared)), "items and seeds" if seeds > 1 else "items, not seeds,"
     paired = " Every difference is paired: the same items, the same seeds." if tests else ""
     lines = [
-        f"- Trained: {markdown_text(models)}, {items}{seeds} seed{'s' * (seeds > 1)}{scale}.",
+        f"- {'Trained' if trained else 'Untrained'}: {markdown_text(models)}{items if trained else ''}{scale}.",
         f"- Evaluated: {asked} items of the {markdown_text(splits)} split.{paired}",
         *_by_sums(trained),
     ]
