@@ -193,7 +193,8 @@ def compare(
     """
     alike = lambda runs: dict(zip(("same", "same_seeds"), agreement(runs, predictions)))
     rate, rows = {r["run"]: r["params"].get("learning_rate") for r in results}, []
-    made = {r["run"]: r for r in results}
+    made, written = {r["run"]: r for r in results}, {r["run"] for r in results if names_choices(r)}
+    areas = {r["run"] for r in results if has_auc(r, predictions)}
     for where, runs in paired_runs(results, a, b):
         d = _apart(runs, predictions)
         unlike = {"unlike": _unlike(results, runs.values(), a.keys() | b.keys())}
@@ -201,9 +202,9 @@ def compare(
         equal = {"equal_rates": all(rate[one] == rate[two] for one, two in runs.values())}
         equal["rate"] = rates.pop() if len(rates) == 1 else math.nan
         beside = {"majority": _majority(made[next(iter(runs.values()))[0]], d.columns, predictions)}
-        each = [made[run] for run in itertools.chain(*runs.values())]
-        beside |= auc_difference(runs, predictions) if all(has_auc(r, predictions) for r in each) else {}
-        beside |= form_difference(runs, predictions) if all(map(names_choices, each)) else {}
+        each = set(itertools.chain(*runs.values()))
+        beside |= auc_difference(runs, predictions) if each <= areas else {}
+        beside |= form_difference(runs, predictions) if each <= written else {}
         rows.append(where | paired_statistics(d.to_numpy()) | d.attrs | alike(runs) | equal | unlike | beside)
     return factor_frame(rows, [k for k in factors(results) if k in rows[0]]) if rows else pd.DataFrame()
 

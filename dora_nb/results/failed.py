@@ -60,9 +60,11 @@ def failure_difference(
 
 # %% ../../nbs/7_results/72b_failed.ipynb #aa574d8a
 def _margins(predictions: pd.DataFrame) -> pd.Series:
-    "Return the mean difference between the two best choices of each run, in nats."
-    best = predictions.loglikelihood.map(lambda each: float(np.diff(np.sort(each)[-2:])[0]))
-    return best.groupby(predictions.run).mean()
+    "Return the mean difference between the two best choices of each run, in nats; NaN where choices were not ranked."
+    if "loglikelihood" not in predictions:
+        return pd.Series(np.nan, predictions.run.unique())
+    apart = lambda each: float(np.diff(np.sort(each)[-2:])[0]) if np.size(each) > 1 else np.nan
+    return predictions.loglikelihood.map(apart).groupby(predictions.run).mean()
 
 # %% ../../nbs/7_results/72b_failed.ipynb #f34f062c
 def symptom_table(
@@ -87,7 +89,7 @@ def symptom_table(
                     "largest gradient norm": f"{median(largest.grad_norm):.3g}",
                     "at step": f"{median(largest.step):.0f}",
                 }
-                rows.append(row | {"margin, nats": f"{median(margin):.2f}"})
+                rows.append(row | {"margin, nats": f"{median(margin):.2f}".replace("nan", "–")})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/7_results/72b_failed.ipynb #cb626c04

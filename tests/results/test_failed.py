@@ -95,3 +95,10 @@ def test_rows_that_differ_in_a_factor_are_named(tmp_path):
     lines = [line for line in failures_section(Page(tmp_path, found, {"failed_above": 0.673})) if "McNemar" in line]
     assert len(lines) == 2 and "rate 0.001: in the share" in lines[0] and "rate 0.01: in the share" in lines[1]
     assert not any(math.isnan(x) for x in failure_table(results + other, both[0], 0.673).failed)
+
+
+def test_answers_that_were_not_ranked_have_no_margin():
+    results, history, answers = made(ENDS)
+    for odd in (answers.drop(columns="loglikelihood"), answers.assign(loglikelihood=[[-1.0]] * len(answers))):
+        table = symptom_table(results, history, odd, 0.673)
+        assert set(table["margin, nats"]) == {"–"} and table.trainings.tolist() == [2, 8, 7, 3]
