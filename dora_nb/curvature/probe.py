@@ -14,10 +14,10 @@ import datasets
 import torch
 import torch.nn.functional as F
 from .components import canonical
-from .kronecker import Metric, update_metrics
+from .kronecker import Metric, gram_and_metrics
 from .lanczos import Eigenpairs, spectral_density, top_eigenpairs
 from .operators import Operator, Params, Part, gradients, hvp
-from .spectra import effective_rank, gram, gram_eigenvalues
+from .spectra import effective_rank, gram_eigenvalues
 from ..data.rows import Batch
 from ..messages import progress_bar
 from ..models.adapt import adapter_layers, adapter_state, trainable_parameters
@@ -112,6 +112,20 @@ def loss_parts(
     return [part(batch.to(device), gold.to(device)) for batch, gold in batches]
 
 # %% ../../nbs/5_curvature/40_probe.ipynb #f9b72325
+def _encode(model: nn.Module, tokenizer, items: datasets.Dataset, config: TrainConfig) -> tuple[list, list[int]]:
+    "Return the rows and the right choices of a probe set."
+    rows = encode_items(tokenizer, items, config, shares_prompts(model), context_length(model))
+    check_ids(model, (r.ids + r.target for item in rows for r in item))
+    return rows, [item["gold"] for item in items]
+
+
+def _in_parts(model: nn.Module, rows: list, gold: list[int], config: TrainConfig, alone: bool) -> list[Part]:
+    "Return the loss of encoded items in parts, as `item_parts` does."
+    limit = resolve_batch_tokens(config.batch_tokens, next(model.parameters()).device)
+    groups = [[i] for i in range(len(rows))] if alone else micro_batches(range(len(rows)), rows, limit)
+    return loss_parts(model, [make_batch(rows, gold, group) for group in groups], config.objective)
+
+
 def item_parts(
     model: nn.Module,  # a causal language model of transformers, inside `probing`
     tokenizer,  # its tokenizer
@@ -120,13 +134,7 @@ def item_parts(
     alone: bool = True,  # a part for every item, for `ggn_root` and `kfac`; otherwise as few as batch_tokens allows
 ) -> list[Part]:  # of the mean loss
     "Return the loss of a probe set in parts, from its items."
-    rows = encode_items(tokenizer, items, config, shares_prompts(model), context_length(model))
-    check_ids(model, (r.ids + r.target for item in rows for r in item))
-    device = next(model.parameters()).device
-    limit = resolve_batch_tokens(config.batch_tokens, device)
-    gold = [item["gold"] for item in items]
-    groups = [[i] for i in range(len(rows))] if alone else micro_batches(range(len(rows)), rows, limit)
-    return loss_parts(model, [make_batch(rows, gold, group) for group in groups], config.objective)
+    return _in_parts(model, *_encode(model, tokenizer, items, config), config, alone)
 
 # %% ../../nbs/5_curvature/40_probe.ipynb #836c8a40
 PARTS_OF_A_LAYER = {"lora_A": "A", "lora_B": "B", "magnitude": "m"}
@@ -167,9 +175,8 @@ def _summary(values: Tensor, damping: float) -> dict:
     )
 
 
-def _ggn_summaries(parts: Sequence[Part], params: Params, blocks: dict[str, list[str]]) -> tuple[dict, float]:
+def _ggn_summaries(grams: dict[str, Tensor], blocks: dict[str, list[str]]) -> tuple[dict, float]:
     "Return the summary of every block's Gauss-Newton spectrum, and the damping of its effective dimension."
-    grams = gram(parts, params)
     damping = 0.01 * gram_eigenvalues(grams)[0].item()
     return {name: _summary(gram_eigenvalues(grams, block), damping) for name, block in blocks.items()}, damping
 
@@ -254,11 +261,12 @@ def probe(
     params = {n: model.get_parameter(n).detach() for n in blocks["all"]}
     items = plain_items(items, unique=False)
     with probing(model):
-        alone, grouped = (item_parts(model, tokenizer, items, config, alone) for alone in (True, False))
+        rows, gold = _encode(model, tokenizer, items, config)
+        alone, grouped = (_in_parts(model, rows, gold, config, alone) for alone in (True, False))
         loss, norm = _loss_and_norm(grouped, params)
-        bar = lambda what: progress_bar(alone, what, "item", progress)
-        ggn, damping = _ggn_summaries(bar("Gauss-Newton spectrum"), params, blocks)
-        updates = _update_spectra(model, update_metrics(model, bar("curvature of the weights"), params))
+        with progress_bar(alone, "Gauss-Newton spectrum", "item", progress) as bar:
+            grams, metrics = gram_and_metrics(model, bar, params)
+        (ggn, damping), updates = _ggn_summaries(grams, blocks), _update_spectra(model, metrics)
         found = {n: dict(parameters=sum(params[p].numel() for p in b), ggn=ggn[n]) for n, b in blocks.items()}
         for name in hessian:
             keep = len(grouped) == 1 or name.startswith("layer ")  # the graph of one layer is small

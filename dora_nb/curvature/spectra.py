@@ -6,7 +6,7 @@
 __all__ = ['loss_roots', 'checked_outputs', 'ggn_root', 'gram', 'gram_eigenvalues', 'effective_rank']
 
 # %% ../../nbs/5_curvature/37_spectra.ipynb #d2db061f
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from .operators import Params, Part, leaves, vector_jacobian
@@ -40,7 +40,7 @@ def checked_outputs(part: Part, params: Params) -> Tensor:
 
 # %% ../../nbs/5_curvature/37_spectra.ipynb #9b6be015
 def ggn_root(
-    parts: Sequence[Part],  # few outputs a term; cheapest with one term a part
+    parts: Iterable[Part],  # few outputs a term; cheapest with one term a part
     params: Params,  # where the matrix is taken
 ) -> Params:  # parameter → (rows, *shape)
     "Return a root R of the Gauss-Newton matrix RᵀR, by C − 1 gradients for every term."
@@ -59,7 +59,7 @@ def ggn_root(
 
 # %% ../../nbs/5_curvature/37_spectra.ipynb #9a396309
 def gram(
-    parts: Sequence[Part],  # as for `ggn_root`
+    parts: Iterable[Part],  # as for `ggn_root`
     params: Params,  # where the matrix is taken
 ) -> dict[str, Tensor]:  # parameter → (rows, rows), float64
     "Return each parameter's Gram matrix R Rᵀ; their sum has the spectrum of the Gauss-Newton matrix."

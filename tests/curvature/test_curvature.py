@@ -10,7 +10,7 @@ from torch import nn
 
 from dora_nb.curvature import kronecker
 from dora_nb.curvature import probe as probing_chapter
-from dora_nb.curvature.kronecker import kfac, update_metrics
+from dora_nb.curvature.kronecker import gram_and_metrics, kfac, update_metrics
 from dora_nb.curvature.lanczos import spectral_density, top_eigenpairs, trace
 from dora_nb.curvature.operators import Operator, Part, efvp, ggnvp, gradients, hvp
 from dora_nb.curvature.probe import item_parts, loss_parts, probe, probe_blocks, probing
@@ -412,6 +412,23 @@ def test_the_trace_where_every_choice_has_a_row(name, alone):
         assert (factors[layer].S.trace() * factors[layer].C.trace()).item() == pytest.approx(true, rel=1e-5)
 
 
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("share", [True, False])
+def test_one_pass_gives_what_two_give(alone, share):
+    "The Gram matrices and the metrics, also where several items with other lengths lie in a part."
+    model, parts = unshared("mistral", share=share, alone=alone)
+    params = {n: p.detach() for n, p in trainable_parameters(model).items()}
+    with probing(model):
+        grams, metrics = gram_and_metrics(model, parts, params)
+        torch.testing.assert_close(grams, gram(parts, params))
+        alone_metrics = update_metrics(model, parts, params)
+    assert metrics.keys() == alone_metrics.keys() and len(metrics) == 4
+    for name, want in alone_metrics.items():
+        got = metrics[name]
+        torch.testing.assert_close((got.A, got.B), (want.A, want.B), rtol=1e-5, atol=1e-12)
+        assert (got.trace, got.scale) == pytest.approx((want.trace, want.scale), rel=1e-5) and got.felt == want.felt
+
+
 @pytest.mark.attack("silent error")
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_the_trace_is_that_of_a_and_b(name):
@@ -539,7 +556,7 @@ def test_a_probe_set_is_checked_before_work(tiny_model_dir, monkeypatch):
 
     model, tokenizer = load_model(str(tiny_model_dir))
     adapt(model, AdapterConfig("lora", rank=2))
-    monkeypatch.setattr(probing_chapter, "item_parts", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.setattr(probing_chapter, "encode_items", lambda *_: pytest.fail("work has begun"))
     data = load_task("winogrande", "train", limit=2)
     one = data.map(lambda i: {k: i[k][:1] for k in ("contexts", "continuations")} | {"gold": 0})
     for wrong in (one, data.select([])):

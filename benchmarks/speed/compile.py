@@ -1,0 +1,91 @@
+"Forward and backward under torch.compile: frozen, PEFT's LoRA and DoRA, our LoRA and DoRA, each compiled and not."
+
+import itertools
+
+import torch
+
+from benchmarks.common import (
+    DEVICE,
+    DTYPES,
+    arguments,
+    blocks,
+    finish,
+    interleave,
+    ours,
+    peft,
+    ratio,
+    seconds,
+    shape_of,
+)
+
+
+def models(shape, layers, dtype, rank, dropout):
+    "What is compared, in training mode."
+    new = lambda: blocks(shape, layers, dtype)
+    return {
+        "frozen": new(),
+        "PEFT LoRA": peft(new(), "lora", rank, dropout),
+        "PEFT DoRA": peft(new(), "dora", rank, dropout),
+        "our LoRA": ours(new(), "lora", rank, dropout=dropout),
+        "our DoRA": ours(new(), "dora", rank, dropout=dropout),
+    }
+
+
+def breaks():
+    "How many graph breaks there were since the last reset."
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+def main():
+    options = arguments(
+        __doc__,
+        rounds=9,
+        layers=4,
+        ranks="16",
+        dtypes="float32,bfloat16",
+        dropouts="0.0,0.05",
+        tokens=2048,
+        length=128,
+        shape="",
+    )
+    shape, rows = shape_of(options.shape), []
+    settings = options.dtypes.split(","), map(int, options.ranks.split(",")), map(float, options.dropouts.split(","))
+    for dtype, rank, dropout in itertools.product(*settings):
+        x = torch.randn(max(1, options.tokens // options.length), options.length, shape["hidden_size"], device=DEVICE)
+        x = x.to(DTYPES[dtype])
+        dy = torch.randn_like(x)
+
+        def step(model, x=x, dy=dy):
+            inputs = x.clone().requires_grad_()  # so that the frozen model has a backward pass, to its inputs
+            model(inputs_embeds=inputs, use_cache=False).last_hidden_state.backward(dy)
+            model.zero_grad()
+
+        plain, compiled, facts = {}, {}, {}
+        for name, model in models(shape, options.layers, DTYPES[dtype], rank, dropout).items():
+            torch._dynamo.utils.counters.clear()
+            plain[name] = lambda m=model: step(m)
+            fast = torch.compile(model)
+            compiled[f"{name}, compiled"] = lambda m=fast: step(m)
+            facts[name] = {
+                "seconds to compile": round(seconds(compiled[f"{name}, compiled"])),
+                "graph breaks": breaks(),
+            }
+        times = interleave(plain | compiled, options.rounds)
+        for name in plain:
+            told = lambda which, base: "{:.2f} [{:.2f}, {:.2f}]".format(*ratio(times, which, base))
+            rows.append(
+                {"dtype": dtype, "rank": rank, "dropout": dropout, "model": name}
+                | {
+                    "not compiled / frozen": told(name, "frozen"),
+                    "compiled / frozen": told(f"{name}, compiled", "frozen"),
+                    "compiled / frozen, compiled": told(f"{name}, compiled", "frozen, compiled"),
+                    "compiled / not compiled": told(f"{name}, compiled", name),
+                }
+                | facts[name]
+            )
+            print(rows[-1], flush=True)
+    finish("compile.py", rows, list(rows[0]), options.out, options=vars(options) | {"out": None})
+
+
+if __name__ == "__main__":
+    main()
