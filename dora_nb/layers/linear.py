@@ -27,7 +27,7 @@ from .decompose import row_norm
 from .dora import DROPOUT_FORMS
 from .fused import Operands
 from .lora import INITS, scaling
-from .plans import PLANS, autocast_dtype, product, seen_through
+from .plans import PLANS, autocast_dtype, gap_dropout, product, seen_through
 from .starts import Started
 from torch import Tensor, nn
 
@@ -79,6 +79,12 @@ class _Adapter(_Holder):
     def drops(self) -> float:
         "Return the probability with which an input is dropped now."
         return self.dropout.p if self.dropout.training and isinstance(self.dropout, nn.Dropout) else 0.0
+
+    def dropped(self, x: Tensor) -> Tensor:
+        "Return `x` after dropout, for the plain formula."
+        if torch.compiler.is_compiling() and x.is_cpu and (p := self.drops()):
+            return gap_dropout(x, p)
+        return self.dropout(x)
 
     def extra_repr(self) -> str:
         return f"rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"
@@ -148,7 +154,7 @@ class LoRALinear(_LowRank):
 
     def plain(self, x: Tensor) -> Tensor:
         "Return the output by the formula, (…, in) → (…, out)."
-        return self.without_start(base_output(self.base_layer, x), x) + self.update(self.dropout(x))
+        return self.without_start(base_output(self.base_layer, x), x) + self.update(self.dropped(x))
 
 # %% ../../nbs/1_layers/06_linear.ipynb #3a9f752e
 class SharedInput:
@@ -264,7 +270,7 @@ class DoRALinear(_Scaled):
         "Return the output by the formula, (…, in) → (…, out)."
         base, bias, g = self.base_layer, self.base_layer.bias, self.scale()
         frozen = lambda x: self.without_start(apply_weight(base, x), x)
-        y, dropped = frozen(x), self.dropout(x)
+        y, dropped = frozen(x), self.dropped(x)
         delta = self.dropout_form == "delta" and self.drops()
         z = y + (g - 1) * frozen(dropped) if delta else g * y
         z = (z + g * self.update(dropped)).to(y.dtype)

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dora_nb.layers.linear
 import dora_nb.layers.plans
 from dora_nb.layers.linear import DoRALinear, LoRALinear, cached_scales, constant_scale
-from dora_nb.layers.plans import choose_plan, draw_dropped, resolve_plan
+from dora_nb.layers.plans import choose_plan, draw_dropped, gap_dropout, resolve_plan
 from dora_nb.models.adapt import adapt, adapter_layers, trainable_parameters
 from dora_nb.models.merge import merge, remove_adapter
 from dora_nb.models.methods import AdapterConfig
@@ -377,6 +377,37 @@ def test_models_that_attend_elsewhere_have_no_siblings(llama):
 
 
 # What sees through the layers
+
+
+@pytest.mark.parametrize("cls, more", [(LoRALinear, {}), (DoRALinear, {}), (DoRALinear, dict(dropout_form="delta"))])
+def test_compiled_dropout_is_the_formula_with_the_mask_that_was_drawn(cls, more, monkeypatch):
+    layer = make(cls, dropout=0.4, **more).train()
+    x, dy = torch.randn(6, 8, dtype=torch.float64), torch.randn(6, 12).double()
+    dropped = draw_dropped(x.shape, 0.4, x.device)
+    keep = torch.ones(48, dtype=torch.float64).index_fill(0, dropped, 0).view(6, 8) / 0.6
+    monkeypatch.setattr(dora_nb.layers.plans, "draw_dropped", lambda shape, p, device: dropped)
+    torch._dynamo.reset()
+    params = [p for p in layer.parameters() if p.requires_grad]
+    inputs = x.clone().requires_grad_()
+    y = torch.compile(layer, backend="aot_eager", fullgraph=True)(inputs)
+    got = dict(y=y, x=None) | dict(zip(("x", *range(3)), torch.autograd.grad(y, (inputs, *params), dy)))
+    layer.dropout.forward = lambda x: x * keep
+    want = results(layer, "plain", x, dy)
+    for a, b in zip(got.values(), [want[n] for n in ("y", "x", *(n for n in want if n not in "yx"))], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_operator_for_dropout_keeps_the_rules_of_operators():
+    rules = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for x in (torch.randn(5, 7, requires_grad=True), torch.randn(2, 3, 4).bfloat16(), torch.randn(6, 4).T):
+        torch.library.opcheck(dora_nb.layers.plans._gap_dropout, (x, 0.25), test_utils=rules)
+    x = torch.randn(2000, 50, requires_grad=True)
+    first, second = gap_dropout(x, 0.1), gap_dropout(x, 0.1)
+    assert ((first == 0) != (second == 0)).any() and abs((first == 0).float().mean() - 0.1) < 0.01
+    first.sum().backward()
+    torch.testing.assert_close(x.grad * x, first)
+    y = torch.randn(6, 4).T.requires_grad_()  # not contiguous
+    torch.testing.assert_close(torch.autograd.grad(gap_dropout(y, 0.5).sum(), y)[0].unique().max().item(), 2.0)
 
 
 @pytest.mark.parametrize("method", ("lora", "dora"))
