@@ -48,7 +48,7 @@ test-slow: $(READY) ## faults at many moments, minutes each
 	$(BIN)/python -m pytest tests -m slow
 
 speed: $(READY) ## every benchmark, an hour on two cores, and reports/speed/report.md
-	for name in step where memory train evaluate inference scales growth curvature; do \
+	for name in step where roofline compile memory train evaluate inference scales growth curvature; do \
 	  $(BIN)/python -W ignore -m benchmarks.speed.$$name --out reports/speed/$$name.json || exit 1; done
 	$(BIN)/python -m benchmarks.speed.report
 

@@ -17,6 +17,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SMALL = ("--rounds", "1", "--layers", "1", "--dtypes", "float32", "--tokens", "128")
 QUICK = {name: (*SMALL, "--ranks", "4") for name in ("step", "scales")} | {"where": (*SMALL, "--rank", "4")}
+QUICK["roofline"] = QUICK["where"]
+QUICK["compile"] = (*QUICK["step"], "--dropouts", "0.05", "--backend", "eager")
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -28,6 +30,7 @@ def test_it_runs_and_leaves_its_rows(name, tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "rows.json").read_text())
     assert result["rows"] and result["machine"]["torch"] in capsys.readouterr().out
     assert all(set(r) <= set(result["columns"]) for r in result["rows"])
+    assert all(r.get("one graph") != "no" for r in result["rows"] if r.get("model", "").startswith("our"))
 
 
 def test_memory_runs_and_leaves_its_rows(tmp_path):

@@ -14,6 +14,8 @@ HERE = Path(__file__).parents[2] / "reports" / "speed"
 TITLES = {
     "step": "Forward and backward of a Llama-shaped model",
     "where": "Where the time of a step goes",
+    "roofline": "The useful arithmetic, as a share of what the machine can do",
+    "compile": "Under torch.compile",
     "memory": "What is kept for the backward pass, and the peak",
     "train": "Training on real items",
     "evaluate": "Evaluation on real items",
@@ -161,13 +163,14 @@ def figure(rows, path):
     fig.savefig(path, metadata={"Software": None})
 
 
-def section(data):
-    "How a benchmark was called, and its tables."
+def section(data, where):
+    "How a benchmark was called, on what if not on the machine that the page names, and its tables."
     options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in data["options"].items() if v not in (None, ""))
-    parts = [
-        f"`python -m benchmarks.speed.{data['name'].removesuffix('.py')} {options}`",
-        table(data["rows"], data["columns"]),
-    ]
+    parts = [f"`python -m benchmarks.speed.{data['name'].removesuffix('.py')} {options}`"]
+    own = data["machine"]
+    if (own["count"], own["device"]) != (where["count"], where["device"]):
+        parts[0] += f", on {own['count']} {own['unit'][: -1 if own['count'] == 1 else None]} of {own['device']}"
+    parts.append(table(data["rows"], data["columns"]))
     for heading, rows in data.get("tables", {}).items():
         parts += [f"### {heading}", table(rows, list(dict.fromkeys(k for r in rows for k in r)))]
     return parts
@@ -182,7 +185,7 @@ def on_a_gpu():
     for name, data in found.items():
         (kind, _, shape), where = name.split("-"), data["machine"]
         packages = ", ".join(f"{p} {where[p]}" for p in PACKAGES if p in where)
-        parts += [f"### {TITLES[kind]}, {SHAPES[shape]}", f"{where['device']}, {packages}.", *section(data)]
+        parts += [f"### {TITLES[kind]}, {SHAPES[shape]}", f"{where['device']}, {packages}.", *section(data, where)]
     return parts
 
 
@@ -204,7 +207,7 @@ def main():
     for name, title in TITLES.items():
         if name not in data:
             continue
-        parts += [f"## {title}", *section(data[name])]
+        parts += [f"## {title}", *section(data[name], where)]
         if name == "growth":
             parts.append("![Cost of one layer against tokens, rank and width](growth.png)")
     parts += on_a_gpu()
