@@ -67,6 +67,19 @@ def shaken(model):
     return model.train()
 
 
+def training_pass(shape, tokens, length, dtype):
+    "Random inputs, (rows, length, width), and a call that takes a model forward and backward through them."
+    x = torch.randn(max(1, tokens // length), length, shape["hidden_size"], device=DEVICE).to(dtype)
+    dy = torch.randn_like(x)
+
+    def step(model):
+        inputs = x.clone().requires_grad_()  # so that the frozen model has a backward pass, to its inputs
+        model(inputs_embeds=inputs, use_cache=False).last_hidden_state.backward(dy)
+        model.zero_grad()
+
+    return x, step
+
+
 def seconds(f):
     "How long a call takes."
     if DEVICE.type == "cuda":
@@ -121,9 +134,13 @@ def interleave(candidates, rounds, warm_up=1):
 
 def ratio(times, name, base):
     "Median over the rounds of one candidate's time over another's, and the quartiles of these."
-    ratios = [a / b for a, b in zip(times[name], times[base])]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return statistics.median(ratios), low, high
+    return quartiles([a / b for a, b in zip(times[name], times[base])])
+
+
+def quartiles(values):
+    "The median of some values, and their quartiles."
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return statistics.median(values), low, high
 
 
 def machine():

@@ -5,7 +5,6 @@ import itertools
 import torch
 
 from benchmarks.common import (
-    DEVICE,
     DTYPES,
     arguments,
     blocks,
@@ -15,6 +14,7 @@ from benchmarks.common import (
     peft,
     ratio,
     shape_of,
+    training_pass,
 )
 
 
@@ -51,21 +51,13 @@ def main():
     shape, rows = shape_of(options.shape), []
     settings = options.dtypes.split(","), map(int, options.ranks.split(",")), map(float, options.dropouts.split(","))
     for dtype, rank, dropout in itertools.product(*settings):
-        x = torch.randn(max(1, options.tokens // options.length), options.length, shape["hidden_size"], device=DEVICE)
-        x = x.to(DTYPES[dtype])
-        dy = torch.randn_like(x)
-
-        def step(model, x=x, dy=dy):
-            inputs = x.clone().requires_grad_()  # so that the frozen model has a backward pass, to its inputs
-            model(inputs_embeds=inputs, use_cache=False).last_hidden_state.backward(dy)
-            model.zero_grad()
-
+        _, step = training_pass(shape, options.tokens, options.length, DTYPES[dtype])
         plain, compiled, facts = {}, {}, {}
         for name, model in models(shape, options.layers, DTYPES[dtype], rank, dropout).items():
             torch._dynamo.utils.counters.clear()
-            plain[name] = lambda m=model: step(m)
+            plain[name] = lambda m=model, step=step: step(m)
             fast = torch.compile(model, backend=options.backend)
-            compiled[f"{name}, compiled"] = lambda m=fast: step(m)
+            compiled[f"{name}, compiled"] = lambda m=fast, step=step: step(m)
             compiled[f"{name}, compiled"]()
             facts[name] = {"one graph": "no" if breaks() else "yes"}
         times = interleave(plain | compiled, options.rounds)

@@ -14,7 +14,9 @@ from benchmarks.common import (
     interleave,
     ours,
     peft,
+    quartiles,
     shape_of,
+    training_pass,
 )
 
 SIDE = 2048  # of the square product that stands for the machine's rate
@@ -44,14 +46,8 @@ def main():
             name = {"lora": "LoRA", "dora": "DoRA"}[method]
             models[f"PEFT {name}"] = peft(new(), method, options.rank)
             models[f"our {name}"] = ours(new(), method, options.rank)
-        x = torch.randn(max(1, options.tokens // options.length), options.length, shape["hidden_size"], device=DEVICE)
-        x = x.to(DTYPES[dtype])
-        dy, a = torch.randn_like(x), torch.randn(SIDE, SIDE, device=DEVICE).to(DTYPES[dtype])
-
-        def step(model):
-            inputs = x.clone().requires_grad_()  # so that the frozen model has a backward pass, to its inputs
-            model(inputs_embeds=inputs, use_cache=False).last_hidden_state.backward(dy)
-            model.zero_grad()
+        x, step = training_pass(shape, options.tokens, options.length, DTYPES[dtype])
+        a = torch.randn(SIDE, SIDE, device=DEVICE).to(DTYPES[dtype])
 
         @torch.inference_mode()
         def score(model):
@@ -66,11 +62,10 @@ def main():
             needed = arithmetic(shape, options.layers, rank, x.shape[0] * x.shape[1], x.shape[1], kind == "step")
             pairs = zip(times[name, kind], times["a product"])
             shares = [needed / t / (2 * SIDE**3 / product) for t, product in pairs]
-            low, middle, high = statistics.quantiles(shares, n=4) if len(shares) > 1 else shares * 3
             rate = 2 * SIDE**3 / statistics.median(times["a product"])
             rows.append(
                 {"dtype": dtype, "work": kind, "model": name}
-                | {"share of the machine's rate": f"{middle:.2f} [{low:.2f}, {high:.2f}]"}
+                | {"share of the machine's rate": "{:.2f} [{:.2f}, {:.2f}]".format(*quartiles(shares))}
                 | {"the machine's rate, GFLOP/s": f"{rate / 1e9:.0f}"}
             )
             print(rows[-1], flush=True)

@@ -3,8 +3,6 @@
 import itertools
 import statistics
 
-import torch
-
 from benchmarks.common import (
     DEVICE,
     DTYPES,
@@ -17,6 +15,7 @@ from benchmarks.common import (
     peft,
     ratio,
     shape_of,
+    training_pass,
 )
 
 
@@ -36,14 +35,7 @@ def candidates(shape, layers, dtype, rank, dropout, checkpointing, tokens, lengt
     }
     if dropout:
         models["our DoRA, delta"] = ours(new(), "dora", rank, dropout=dropout, dropout_form="delta")
-    x = torch.randn(max(1, tokens // length), length, shape["hidden_size"], device=DEVICE, dtype=dtype)
-    dy = torch.randn_like(x)
-
-    def step(model):
-        inputs = x.clone().requires_grad_()  # so that the frozen model has a backward pass, to its inputs
-        model(inputs_embeds=inputs, use_cache=False).last_hidden_state.backward(dy)
-        model.zero_grad()
-
+    _, step = training_pass(shape, tokens, length, dtype)
     for model in models.values():
         if checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -397,6 +397,20 @@ def test_compiled_dropout_is_the_formula_with_the_mask_that_was_drawn(cls, more,
         torch.testing.assert_close(a, b)
 
 
+def test_compiled_checkpointing_recomputes_the_same_dropout():
+    torch._dynamo.reset()
+    x, zero = (
+        torch.randn(64, 64, dtype=torch.float64, requires_grad=True),
+        torch.cos(torch.ones((), dtype=torch.float64)),
+    )
+    block = lambda x: gap_dropout(x.sin(), 0.25).exp().cos()
+    run = lambda x: torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+    y = torch.compile(run, backend="aot_eager", fullgraph=True)(x)
+    keep = ((y - zero).abs() > 1e-12).double() / 0.75  # seen in the output of the forward pass
+    z = (x.sin() * keep).exp()
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], -z.sin() * z * x.cos() * keep)
+
+
 def test_the_operator_for_dropout_keeps_the_rules_of_operators():
     rules = ("test_schema", "test_autograd_registration", "test_faketensor")
     for x in (torch.randn(5, 7, requires_grad=True), torch.randn(2, 3, 4).bfloat16(), torch.randn(6, 4).T):
