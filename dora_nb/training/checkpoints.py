@@ -38,10 +38,12 @@ def _sum_of_bits(
         return sum(_sum_of_bits(getattr(t, name), first) for name in t.__tensor_flatten__()[0]) % 2**64
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits, total = t.detach().contiguous().view(-1).view(kinds.get(t.element_size(), torch.uint8)), 0
-    for start, part in enumerate(bits.split(2**22)):  # in pieces, because 64-bit integers need memory
-        place = first + 2**22 * start + torch.arange(1, len(part) + 1, device=part.device)
-        factor = place * -7046029254386353131  # odd and large: neighbours get unlike factors
-        total += int((part * (factor ^ (factor >> 32))).sum())
+    for start, part in enumerate(bits.split(2**20)):  # in pieces that fit into a cache as 64-bit integers
+        place = first + 2**20 * start
+        factor = torch.arange(place + 1, place + len(part) + 1, device=part.device)
+        factor *= -7046029254386353131  # odd and large: neighbours get unlike factors
+        factor ^= factor >> 32
+        total += int(factor.mul_(part).sum())
     return total % 2**64
 
 # %% ../../nbs/4_training/29_checkpoints.ipynb #07bf41d6

@@ -16,10 +16,22 @@ import torch
 from ..data.rows import Batch, Row
 from ..models.adapt import trainable_parameters
 from .batches import make_batch, micro_batches, resolve_batch_tokens
-from .config import OVER_CHOICES, TrainConfig, autocast
+from .config import OVER_CHOICES, TrainConfig, autocast, resolve_precision
 from .distributed import Distributed, shares
 from .objectives import summed_loss
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# %% ../../nbs/4_training/31_step.ipynb #df1b6b09
+def _attention(
+    config: TrainConfig,  # the precision
+    device: torch.device,  # of the model
+    batch: Batch,  # a micro-batch
+) -> contextlib.AbstractContextManager:
+    "Return a context for a forward and a backward pass, in which attention is not fused if that is faster."
+    on_cpu, length = device.type == "cpu", batch.input_ids.shape[1]
+    low = on_cpu and resolve_precision(config.precision, device) == "bfloat16"
+    return sdpa_kernel(SDPBackend.MATH) if low and length < 192 else contextlib.nullcontext()
 
 # %% ../../nbs/4_training/31_step.ipynb #0f50b5ee
 def _part_of_loss(
@@ -48,11 +60,12 @@ def train_step(
     idle: Sequence[tuple[Batch, Tensor]] = (),  # of weight 0, to keep a sharded model in step
 ) -> float:  # this process's part of the mean loss
     "Add the gradient of a step's mean loss, or of this process's part of it, to the parameters."
-    total = 0.0
+    device, total = next(model.parameters()).device, 0.0
     for batches, terms in ((groups, n), (idle, math.inf)):
         for batch, gold in batches:
-            loss = _part_of_loss(model, batch, gold, terms, config)
-            loss.backward()
+            with _attention(config, device, batch):
+                loss = _part_of_loss(model, batch, gold, terms, config)
+                loss.backward()
             total += loss.item()
     return total
 
@@ -90,7 +103,7 @@ def kept_bytes(
 
     devices = [device] if device.type == "cuda" else []
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda t: t)
-    with torch.random.fork_rng(devices), autocast(config.precision, device), hooks:
+    with torch.random.fork_rng(devices), autocast(config.precision, device), _attention(config, device, batch), hooks:
         summed_loss(model, batch.to(device), gold.to(device), config.objective)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     return sum(n for place, n in kept.items() if place not in own)

@@ -288,8 +288,9 @@ def test_out_of_memory_halves_the_micro_batches_and_changes_nothing(tiny, monkey
 
 
 @pytest.mark.parametrize("method", ("lora", "dora", "full"))
-def test_gradient_checkpointing_changes_memory_only(tiny, method):
-    config, results = TrainConfig(batch_size=8, precision="float32"), []
+@pytest.mark.parametrize("precision", ("float32", "bfloat16"))
+def test_gradient_checkpointing_changes_memory_only(tiny, method, precision):
+    config, results = TrainConfig(batch_size=8, precision=precision), []
     for checkpointing in (False, True):
         model, tokenizer = tiny(method)
         train(model, tokenizer, items(), replace(config, gradient_checkpointing=checkpointing), progress=False)
@@ -904,6 +905,18 @@ def test_sums_of_bits_of_parts_add_up_and_know_their_places():
     assert sum(parts) % 2**64 == _sum_of_bits(whole) != _sum_of_bits(whole.flip(0))
     for dtype in (torch.bfloat16, torch.float64, torch.bool, torch.uint8):
         assert _sum_of_bits(whole.to(dtype)) == _sum_of_bits(whole.to(dtype).clone())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_a_sum_of_bits_is_the_same_in_integers_of_python(dtype):
+    "Also where a tensor is summed in pieces; checkpoints of earlier versions hold these sums."
+    values, known = torch.zeros(2**20 + 3, dtype=dtype), {0: 3, 7: -5, 2**20 - 1: 2, 2**20: 11, 2**20 + 2: -1}
+    total, kind = 0, {4: torch.int32, 2: torch.int16, 8: torch.int64}[dtype.itemsize]
+    for place, value in known.items():
+        values[place] = value
+        factor = (-7046029254386353131 * (place + 1) + 2**63) % 2**64 - 2**63
+        total += values[place].view(kind).item() * (factor ^ (factor >> 32))
+    assert _sum_of_bits(values) == total % 2**64
 
 
 @pytest.mark.attack("silent error")
