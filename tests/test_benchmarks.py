@@ -33,6 +33,17 @@ def test_it_runs_and_leaves_its_rows(name, tmp_path, monkeypatch, capsys):
     assert all(r.get("one graph") != "no" for r in result["rows"] if r.get("model", "").startswith("our"))
 
 
+def test_the_gpu_s_script_for_kernels_runs(tmp_path, monkeypatch):
+    "In Triton's interpreter where there is no GPU: tests/conftest.py turns it on."
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(ROOT)
+    options = "--rounds 1 --layers 1 --ranks 4 --dtypes float32 --tokens 64 --shapes small".split()
+    monkeypatch.setattr(sys, "argv", ["time_kernels", *options, "--out", str(tmp_path / "rows.json")])
+    runpy.run_module("benchmarks.gpu.time_kernels", run_name="__main__")
+    first, *_, last = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert all(float(v) < 2 for k, v in first.items() if k.startswith("error")) and "our DoRA, triton / frozen" in last
+
+
 def test_memory_runs_and_leaves_its_rows(tmp_path):
     "In a process of its own, which starts others."
     command = [sys.executable, "-m", "benchmarks.speed.memory", *SMALL, "--ranks", "4", "--out", tmp_path / "rows.json"]

@@ -65,8 +65,13 @@ def _products(x: Tensor, seen: Tensor, operands: Sequence[Operands], plan: str) 
         return [x @ _dense(t, x.dtype).T for t in operands], None
     h, outputs = _low(seen, operands), []
     for t, part in zip(operands, _parts(h, operands)):
-        y = torch.mm(part, t.B.to(x.dtype).T).addmm_(x, t.W0.to(x.dtype).T, beta=t.s)
-        outputs.append(_scaled(y, t, out=y))
+        if plan == "triton":
+            from dora_nb.layers.kernels import scaled_output  # Triton is optional
+
+            outputs.append(scaled_output(x, t.W0.to(x.dtype), part, (t.s * t.B).to(x.dtype), t.scale))
+        else:
+            y = torch.mm(part, t.B.to(x.dtype).T).addmm_(x, t.W0.to(x.dtype).T, beta=t.s)
+            outputs.append(_scaled(y, t, out=y))
     return outputs, h
 
 # %% ../../nbs/1_layers/04_fused.ipynb #ce8b9e29
@@ -97,12 +102,20 @@ def _times(s: float, a: Tensor, b: Tensor) -> Tensor:
 def _gradients(h: Tensor, t: Operands, y: Tensor, dy: Tensor, plan: str) -> tuple[Tensor | None, ...]:
     "Return ∂L/∂v (for the dense plan ∂L/∂z), ∂L/∂h, ∂L/∂B, ∂L/∂m and ∂L/∂n of one operand."
     g = None if t.scale is None else t.magnitude / t.norm  # exactly 0 where m is
-    dv = dy if plan == "dense" else _scaled(dy, t._replace(scale=g))
-    rows = lambda M: M if plan == "factored" or g is None else g[:, None] * M
-    dB, dh = rows(_times(t.s, dv.T, h).to(t.B.dtype)), _times(t.s, dv, rows(t.B).to(dv.dtype))
+    rows = lambda M: M if plan != "dense" or g is None else g[:, None] * M
+    if plan == "triton" and g is not None:
+        from dora_nb.layers.kernels import output_gradient
+
+        dv, total, dB = output_gradient(dy, y, g, h)
+        dB = t.s * dB
+    else:
+        dv = dy if plan == "dense" else _scaled(dy, t._replace(scale=g))
+        dB = rows(_times(t.s, dv.T, h).to(t.B.dtype))
+        total = None if g is None else _dot_columns(dy, y, g.dtype)
+    dh = _times(t.s, dv, rows(t.B).to(dv.dtype))
     if g is None:
         return dv, dh, dB, None, None
-    dm = _dot_columns(dy, y, g.dtype) / (t.scale * t.norm)
+    dm = total / (t.scale * t.norm)
     return dv, dh, dB, dm, -g * dm if t.norm.requires_grad else None
 
 # %% ../../nbs/1_layers/04_fused.ipynb #bbd95677
@@ -111,7 +124,7 @@ def _input_gradient(
 ) -> Tensor:
     "Return ∂L/∂x, (tokens, in)."
     dx = None
-    if plan == "factored":
+    if plan != "dense":
         dx = dh @ _stacked(operands, dh.dtype)
         dx = dx if dropped is None else _drop_(dx, dropped)
     for t, dv in zip(operands, dvs):
@@ -137,7 +150,7 @@ def _unflatten(flat: Sequence[Tensor | None], factors: Sequence[float]) -> list[
 # %% ../../nbs/1_layers/04_fused.ipynb #368908b4
 def _with_weights(operands: Sequence[Operands], makers: Sequence, plan: str, dtype: torch.dtype) -> list[Operands]:
     "Return the operands with the weight of each base layer in `makers` (None: not compressed) computed again."
-    weight = lambda maker: maker.weight.to(dtype) if plan == "factored" else maker.weight
+    weight = lambda maker: maker.weight.to(dtype) if plan != "dense" else maker.weight
     return [t if m is None else t._replace(W0=weight(m)) for t, m in zip(operands, makers)]
 
 
@@ -161,7 +174,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dropped, plan, factors, makers, *flat):
         operands = _unflatten(flat, factors)
-        if plan == "factored":  # under autocast, keep the cast weight for the backward pass, as PyTorch does
+        if plan != "dense":  # under autocast, keep the cast weight for the backward pass, as PyTorch does
             operands = [t._replace(W0=t.W0.to(x.dtype)) for t in operands]
         seen = x if dropped is None else _drop_(x.clone(memory_format=torch.contiguous_format), dropped)
         with torch.autocast(x.device.type, enabled=False):
@@ -199,8 +212,8 @@ class _Product(torch.autograd.Function):
 def fused_product(
     rows: Tensor,  # (tokens, in), in the dtype of the product
     operands: Sequence[Operands],  # of the layers that share `rows`
-    plan: str,  # factored or dense
-    dropped: Tensor | None = None,  # positions or a mask of the dropped inputs; the factored plan only
+    plan: str,  # factored, dense or triton
+    dropped: Tensor | None = None,  # positions or a mask of the dropped inputs; not in the dense plan
     makers: Sequence[nn.Module | None] | None = None,  # compressed base layers, and None for the others
     backward: bool = True,  # whether there may be a backward pass
 ) -> Sequence[Tensor]:  # (tokens, out) each

@@ -9,6 +9,8 @@ __all__ = ['LoRALinear', 'SharedInput', 'DoRALinear', 'cached_scales', 'constant
 import contextlib
 import threading
 import weakref
+from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ from .fused import Operands
 from .lora import INITS, scaling
 from .plans import PLANS, autocast_dtype, gap_dropout, product, seen_through
 from .starts import Started
+from .stored import StoredLinear
 from torch import Tensor, nn
 
 # %% ../../nbs/1_layers/06_linear.ipynb #f76d5cde
@@ -98,6 +101,8 @@ def _check(base_layer: nn.Module, plan: str, dropout: float):
         )
     if plan not in PLANS:
         raise ValueError(f"plan={plan!r} does not exist; choose one of {', '.join(PLANS)}")
+    if plan == "triton" and find_spec("triton") is None:
+        raise ValueError("plan='triton' needs the package triton; install it with `pip install triton`")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout!r} is not possible; it must be at least 0 and below 1")
 
@@ -281,6 +286,22 @@ class DoRALinear(_Scaled):
         return super().fast() and not (self.dropout_form == "delta" and self.drops())
 
 # %% ../../nbs/1_layers/06_linear.ipynb #ebe8a380
+def _scale_together(layers: Sequence["DoRALinear"]):
+    "Cache the scales of layers, with one launch of a kernel for each dtype and device."
+    from dora_nb.layers.kernels import adapted_norms, runs_on  # Triton is optional
+
+    groups, plain = {}, (Tensor, nn.Parameter)  # sharded weights are not
+    for m in layers:
+        W, (A, B) = frozen_weight(m.base_layer), m.factors()
+        if runs_on(W) and all(type(t) in plain for t in (W, A, B)):
+            groups.setdefault((W.dtype, W.device), []).append((m, W, A, B, m.scaling))
+    for owners, *given in (zip(*group) for group in groups.values()):
+        with torch.inference_mode(False), torch.no_grad():
+            norms = adapted_norms(*given)
+        for m, norm in zip(owners, norms):
+            constant_scale(m, norm)
+
+# %% ../../nbs/1_layers/06_linear.ipynb #03f17c57
 @contextlib.contextmanager
 def cached_scales(
     model: nn.Module,  # with DoRA layers; their parameters and W₀ must not change inside
@@ -289,6 +310,9 @@ def cached_scales(
     layers = [m for m in model.modules() if isinstance(m, DoRALinear) and m not in _scales]
     _scales.update(dict.fromkeys(layers))
     try:
+        whole = [m for m in layers if not isinstance(m.base_layer, StoredLinear)]  # not compressed
+        if ours := [m for m in whole if m.plan == "triton" and m.fast()]:
+            _scale_together(ours)
         yield
     finally:
         for layer in layers:
@@ -297,13 +321,14 @@ def cached_scales(
 # %% ../../nbs/1_layers/06_linear.ipynb #b1d1118a
 def constant_scale(
     layer: "DoRALinear",
+    norm: Tensor | None = None,  # n, if it is known
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # (out,) each
     "Return n, g = m/n and g − 1 (None unless it is small), in float32 or better, without a graph."
     if (cached := _scales.get(layer)) is not None:
         return cached
     m = layer.magnitude
     with torch.inference_mode(False), torch.no_grad():
-        n = layer.fresh_norm()
+        n = layer.fresh_norm() if norm is None else norm
         g = torch.where(m == 0, 1e-18, m / n)  # the gradient of m divides by it
         # on a GPU, reading the maximum would wait for all work in progress
         change = g - 1 if g.is_cpu and (g - 1).abs().max() < 0.5 else None

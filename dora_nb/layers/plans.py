@@ -17,7 +17,7 @@ from .fused import Operands, fused_product
 from torch import Tensor, nn
 
 # %% ../../nbs/1_layers/05_plans.ipynb #100cb0d1
-PLANS = ("auto", "factored", "dense", "plain")
+PLANS = ("auto", "factored", "dense", "triton", "plain")
 PASS = 15  # multiply-adds that cost as much as a pass over memory, per number
 
 
@@ -37,8 +37,12 @@ def resolve_plan(
     rows: Tensor,  # (tokens, in), in the dtype of the product
     operands: Sequence[Operands],  # of the layers that share `rows`
     backward: bool,  # whether there will be a backward pass
-) -> str:  # factored or dense
-    "Return `plan`, or for auto the cheaper plan that loses no precision."
+) -> str:  # factored, dense or triton
+    "Return `plan`, or for auto the cheaper plan that loses no precision; triton is auto where its kernels do not run."
+    if plan == "triton":
+        from dora_nb.layers.kernels import runs_on  # Triton is optional
+
+        plan = "triton" if runs_on(rows) else "auto"
     if plan != "auto":
         return plan
     if rows.dtype.itemsize < 4:
@@ -135,8 +139,9 @@ def product(
     operands = [layer.operands(x) for layer in layers]
     learns = lambda t: t.A.requires_grad or t.B.requires_grad or (t.scale is not None and t.magnitude.requires_grad)
     backward = torch.is_grad_enabled() and (x.requires_grad or any(map(learns, operands)))
-    # with dropout, every row would need a W' of its own, so the dense plan is impossible
-    plan = "factored" if p else resolve_plan(layers[0].plan, rows, operands, backward)
+    plan = resolve_plan(layers[0].plan, rows, operands, backward)
+    if p and plan == "dense":  # with dropout, every row would need a W' of its own
+        plan = "factored"
     dropped = draw_dropped(rows.shape, p, rows.device) if p else None
     if p:
         operands = [t._replace(s=t.s / (1 - p)) for t in operands]

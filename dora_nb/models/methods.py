@@ -234,7 +234,7 @@ class AdapterConfig:
     rslora: bool = False  # scale by α/√r instead of α/r
     detach_norm: bool = True  # DoRA: no gradient through the norm (§4.3); False for the exact gradient
     dropout_form: str = "lowrank"  # DoRA: which term takes the dropped-out input, lowrank (torchtune's) or delta (the authors' and PEFT's)
-    plan: str = "auto"  # how the product is computed: auto (the cheapest), factored, dense, or plain (the formula)
+    plan: str = "auto"  # how the product is computed: auto (the cheapest), factored, dense, triton (kernels for a GPU), or plain (the formula)
     rank_pattern: dict[str, int] = field(default_factory=dict, hash=False)  # end of a name, or regular expression → r
     alpha_pattern: dict[str, float] = field(default_factory=dict, hash=False)  # the same → α
     exclude_modules: str | Sequence[str] = ()  # targets to leave out: ends of names, or one regular expression

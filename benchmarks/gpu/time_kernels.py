@@ -1,0 +1,133 @@
+"""The Triton kernels on a GPU, in under three minutes: are they right, which tiles are fast, and what a step takes.
+
+    python -m benchmarks.gpu.time_kernels --out kernels.json
+
+Without a GPU, Triton's interpreter shows that the script runs: TRITON_INTERPRET=1, few tokens, `--shapes small`.
+"""
+
+import itertools
+import statistics
+
+import torch
+
+from benchmarks.common import (
+    DEVICE,
+    DTYPES,
+    LARGE,
+    SMALL,
+    arguments,
+    blocks,
+    finish,
+    interleave,
+    ours,
+    peft,
+    ratio,
+    training_pass,
+)
+from dora_nb.layers.fused import Operands, _gradients, _products
+from dora_nb.layers.kernels import GRADIENT_TILES, INTERPRETED, OUTPUT_TILES, Tiles, output_gradient, scaled_output
+
+OUTPUTS = [OUTPUT_TILES, *(Tiles(*t) for t in ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (64, 256, 64, 4, 4)))]
+OUTPUTS += [Tiles(128, 128, 64, 4, 4), Tiles(128, 128, 32, 4, 4), Tiles(256, 128, 64, 8, 3)]
+GRADIENTS = [GRADIENT_TILES, *(Tiles(r, c, 64, w, 3) for r, c, w in ((32, 64, 4), (64, 128, 4), (128, 64, 8)))]
+
+if INTERPRETED:  # its times say nothing
+    OUTPUTS, GRADIENTS = OUTPUTS[:1], GRADIENTS[:1]
+
+
+def layer(shape, rank, tokens, dtype):
+    "An input of the widest layer, h = Ax, the gradient of its output, and its operands."
+    torch.manual_seed(0)
+    ins, outs = shape["hidden_size"], shape["intermediate_size"]
+    new = lambda *size: torch.randn(size, device=DEVICE) / size[-1] ** 0.5
+    W, A, B, m = (
+        new(outs, ins).to(dtype),
+        new(rank, ins),
+        new(outs, rank) / 9,
+        1 + 0.1 * torch.rand(outs, device=DEVICE),
+    )
+    n = torch.linalg.vector_norm(W.float() + 2 * B @ A, dim=1)
+    x = ins**0.5 * new(tokens, ins).to(dtype)
+    return x, x @ A.T.to(dtype), new(tokens, outs).to(dtype), Operands(W, A, B, 2.0, m, n, m / n)
+
+
+def errors(x, h, dz, t):
+    "The kernels' relative distances from float64, as multiples of PyTorch's; about 1 or below."
+    W, B, g = t.W0.double(), 2 * t.B.double(), t.scale.double()
+    exact = (x.double() @ W.T + h.double() @ B.T) * g
+    far = lambda a, b: ((a.double() - b).norm() / b.norm()).item()
+    ((z,), _), (ours_, _) = _products(x, x, [t], "factored"), _products(x, x, [t], "triton")
+    rows = {"z": far(ours_[0], exact) / far(z, exact)}
+    wanted = g * dz.double(), None, 2 * (g * dz.double()).T @ h.double(), (dz.double() * z.double()).sum(0) / m_of(t)
+    both = [_gradients(h, t, z, dz, plan) for plan in ("triton", "factored")]
+    for i, name in ((0, "∂v"), (2, "∂B"), (3, "∂m")):
+        rows[name] = far(both[0][i], wanted[i]) / max(far(both[1][i], wanted[i]), 1e-9)
+    return {f"error in {name} / PyTorch's": f"{value:.2f}" for name, value in rows.items()}
+
+
+def m_of(t):
+    "The magnitude as the gradient uses it, g·n, in float64."
+    return t.scale.double() * t.norm.double()
+
+
+def best(calls, rounds):
+    "The fastest of some calls, and the median ratios of all to the first."
+    times = interleave(calls, rounds, warm_up=2)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    return min(list(calls)[1:], key=medians.get), {name: ratio(times, name, next(iter(calls)))[0] for name in calls}
+
+
+def tiles(x, h, dz, t, rounds):
+    "Rows of each kernel against PyTorch's operations, for each choice of tiles."
+    sB, z = (2 * t.B).to(x.dtype), _products(x, x, [t], "factored")[0][0]
+    plain = {
+        "output": lambda: _products(x, x, [t], "factored"),
+        "gradient": lambda: _gradients(h, t, z, dz, "factored"),
+    }
+    kernels = {
+        "output": {c: lambda c=c: scaled_output(x, t.W0, h, sB, t.scale, c) for c in OUTPUTS},
+        "gradient": {c: lambda c=c: output_gradient(dz, z, t.scale, h, c) for c in GRADIENTS},
+    }
+    for name in plain:
+        fastest, ratios = best({"PyTorch": plain[name], **kernels[name]}, rounds)
+        for c in kernels[name]:
+            yield dict(kernel=name, tiles=str(tuple(c)), fastest="yes" if c is fastest else "") | {
+                "time / PyTorch": f"{ratios[c]:.2f}"
+            }
+
+
+def step(shape, layers, rank, tokens, dtype, rounds):
+    "A forward and backward pass of some blocks: frozen, PEFT's, ours by PyTorch and by the kernels."
+    new = lambda: blocks(shape, layers, dtype)
+    models = {"frozen": new(), "PEFT LoRA": peft(new(), "lora", rank), "PEFT DoRA": peft(new(), "dora", rank)}
+    models |= {f"our DoRA, {plan}": ours(new(), "dora", rank, plan=plan) for plan in ("auto", "triton")}
+    _, run = training_pass(shape, tokens, min(128, tokens), dtype)
+    times = interleave({name: lambda m=m: run(m) for name, m in models.items()}, rounds, warm_up=2)
+    words = lambda name: "{:.2f} [{:.2f}, {:.2f}]".format(*ratio(times, name, "frozen"))
+    return {f"{name} / frozen": words(name) for name in list(models)[1:]}
+
+
+def main():
+    options = arguments(
+        __doc__, rounds=15, layers=2, ranks="16,64", dtypes="bfloat16", tokens=8192, shapes="large,small"
+    )
+    if DEVICE.type != "cuda" and not INTERPRETED:
+        raise SystemExit("the kernels need a GPU; TRITON_INTERPRET=1 runs them on a CPU, slowly")
+    rows, shapes = [], {"large": LARGE, "small": SMALL}
+    for name, dtype, rank in itertools.product(
+        options.shapes.split(","), options.dtypes.split(","), map(int, options.ranks.split(","))
+    ):
+        where, given = (
+            dict(shape=name, dtype=dtype, rank=rank),
+            layer(shapes[name], rank, options.tokens, DTYPES[dtype]),
+        )
+        rows.append(where | errors(*given))
+        rows += [where | row for row in tiles(*given, options.rounds)]
+        rows.append(where | step(shapes[name], options.layers, rank, options.tokens, DTYPES[dtype], options.rounds))
+        print(rows[-1], flush=True)
+    columns = list(dict.fromkeys(k for r in rows for k in r))
+    finish("time_kernels.py", rows, columns, options.out, options=vars(options) | {"out": None})
+
+
+if __name__ == "__main__":
+    main()
