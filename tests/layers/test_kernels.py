@@ -1,6 +1,12 @@
 "The Triton kernels give what PyTorch gives: on a GPU where there is one, and in Triton's interpreter elsewhere."
 
 import copy
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,3 +200,24 @@ def test_a_model_is_trained_by_kernels(llama):
         losses[plan] = [loss.detach(), *[p.grad for p in trainable_parameters(model).values()]]
     for a, b in zip(losses["triton"], losses["plain"], strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="Triton brings its assembler there"
+)
+def test_the_kernels_compile_for_gpus(tmp_path):
+    "Triton's interpreter takes more than its compiler does. No GPU is needed to compile."
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", Path(__file__).parent / "compiled_kernels.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = json.loads(done.stdout)
+    assert len(made) == 16 and all(k["shared"] <= 163_000 and not k["spills"] for k in made), (
+        made
+    )  # an A100 has so much
+    for kernel in made:
+        if kernel["dtype"] == "bf16":
+            small = kernel["kernel"] == "_norm_kernel"  # its rows are too few for a Hopper's instruction
+            assert kernel["products"] == ("mma.sync" if small or kernel["capability"] < 90 else "wgmma"), kernel
+            assert kernel["ahead"] or small, kernel
