@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = ("--rounds", "1", "--layers", "1", "--dtypes", "float32", "--tokens", "128")
 QUICK = {name: (*SMALL, "--ranks", "4") for name in ("step", "scales")} | {"where": (*SMALL, "--rank", "4")}
 QUICK["roofline"] = QUICK["where"]
+QUICK["peers"] = QUICK["step"]
 QUICK["compile"] = (*QUICK["step"], "--dropouts", "0.05", "--backend", "eager")
 
 

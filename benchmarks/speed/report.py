@@ -13,6 +13,7 @@ from benchmarks.common import PACKAGES, table, write_text
 HERE = Path(__file__).parents[2] / "reports" / "speed"
 TITLES = {
     "step": "Forward and backward of a Llama-shaped model",
+    "peers": "DoRA layers of several libraries",
     "where": "Where the time of a step goes",
     "roofline": "The useful arithmetic, as a share of what the machine can do",
     "compile": "Under torch.compile",
