@@ -9,6 +9,7 @@ import itertools
 import statistics
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from benchmarks.common import (
     DEVICE,
@@ -24,8 +25,18 @@ from benchmarks.common import (
     ratio,
     training_pass,
 )
-from dora_nb.layers.fused import Operands, _gradients, _products
-from dora_nb.layers.kernels import GRADIENT_TILES, INTERPRETED, OUTPUT_TILES, Tiles, output_gradient, scaled_output
+from dora_nb.layers.dora import factored_norm
+from dora_nb.layers.fused import Operands, _dot_columns, _gradients, _products, _scaled, _times
+from dora_nb.layers.kernels import (
+    GRADIENT_TILES,
+    INTERPRETED,
+    OUTPUT_TILES,
+    Tiles,
+    adapted_norms,
+    output_gradient,
+    scaled_output,
+)
+from dora_nb.layers.linear import cached_scales
 
 OUTPUTS = [OUTPUT_TILES, *(Tiles(*t) for t in ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (64, 256, 64, 4, 4)))]
 OUTPUTS += [Tiles(128, 128, 64, 4, 4), Tiles(128, 128, 32, 4, 4), Tiles(256, 128, 64, 8, 3)]
@@ -77,21 +88,46 @@ def best(calls, rounds):
     return min(list(calls)[1:], key=medians.get), {name: ratio(times, name, next(iter(calls)))[0] for name in calls}
 
 
-def tiles(x, h, dz, t, rounds):
-    "Rows of each kernel against PyTorch's operations, for each choice of tiles."
-    sB, z = (2 * t.B).to(x.dtype), _products(x, x, [t], "factored")[0][0]
-    plain = {
-        "output": lambda: _products(x, x, [t], "factored"),
-        "gradient": lambda: _gradients(h, t, z, dz, "factored"),
-    }
+def fits(call):
+    "Whether a kernel's tiles fit into the GPU's shared memory."
+    try:
+        call()
+    except OutOfResources:
+        return False
+    return True
+
+
+def operations(x, h, dz, t):
+    "What the kernels replace, as PyTorch's operations; no more, and no less."
+    sB, z = (t.s * t.B).to(x.dtype), _products(x, x, [t], "factored")[0][0]
+
+    def output():
+        y = torch.mm(h, sB.T).addmm_(x, t.W0.T)
+        return _scaled(y, t, out=y)
+
+    def gradient():
+        dv = _scaled(dz, t)
+        return dv, _dot_columns(dz, z, torch.float32), _times(t.s, dv.T, h)
+
     kernels = {
         "output": {c: lambda c=c: scaled_output(x, t.W0, h, sB, t.scale, c) for c in OUTPUTS},
         "gradient": {c: lambda c=c: output_gradient(dz, z, t.scale, h, c) for c in GRADIENTS},
+        "norms of eight layers": {None: lambda: adapted_norms([t.W0] * 8, [t.A] * 8, [t.B] * 8, [t.s] * 8)},
     }
-    for name in plain:
-        fastest, ratios = best({"PyTorch": plain[name], **kernels[name]}, rounds)
-        for c in kernels[name]:
-            yield dict(kernel=name, tiles=str(tuple(c)), fastest="yes" if c is fastest else "") | {
+    norms = lambda: [factored_norm(t.W0, t.A, t.B, t.s) for _ in range(8)]
+    return {"output": output, "gradient": gradient, "norms of eight layers": norms}, kernels
+
+
+def tiles(x, h, dz, t, rounds):
+    "Rows of each kernel against PyTorch's operations, for each choice of tiles."
+    plain, kernels = operations(x, h, dz, t)
+    for name, choices in kernels.items():
+        choices = {c: call for c, call in choices.items() if fits(call)}
+        if not choices:
+            continue
+        fastest, ratios = best({"PyTorch": plain[name], **choices}, rounds)
+        for c in choices:
+            yield dict(kernel=name, tiles=str(tuple(c or ())), fastest="yes" if c is fastest else "") | {
                 "time / PyTorch": f"{ratios[c]:.2f}"
             }
 
@@ -102,7 +138,12 @@ def step(shape, layers, rank, tokens, dtype, rounds):
     models = {"frozen": new(), "PEFT LoRA": peft(new(), "lora", rank), "PEFT DoRA": peft(new(), "dora", rank)}
     models |= {f"our DoRA, {plan}": ours(new(), "dora", rank, plan=plan) for plan in ("auto", "triton")}
     _, run = training_pass(shape, tokens, min(128, tokens), dtype)
-    times = interleave({name: lambda m=m: run(m) for name, m in models.items()}, rounds, warm_up=2)
+
+    def call(model):
+        with cached_scales(model):  # as a training step does
+            run(model)
+
+    times = interleave({name: lambda m=m: call(m) for name, m in models.items()}, rounds, warm_up=2)
     words = lambda name: "{:.2f} [{:.2f}, {:.2f}]".format(*ratio(times, name, "frozen"))
     return {f"{name} / frozen": words(name) for name in list(models)[1:]}
 

@@ -29,7 +29,7 @@ from .decompose import row_norm
 from .dora import DROPOUT_FORMS
 from .fused import Operands
 from .lora import INITS, scaling
-from .plans import PLANS, autocast_dtype, gap_dropout, product, seen_through
+from .plans import PLANS, autocast_dtype, gap_dropout, kernels_run, product, seen_through
 from .starts import Started
 from .stored import StoredLinear
 from torch import Tensor, nn
@@ -287,15 +287,16 @@ class DoRALinear(_Scaled):
 
 # %% ../../nbs/1_layers/06_linear.ipynb #ebe8a380
 def _scale_together(layers: Sequence["DoRALinear"]):
-    "Cache the scales of layers, with one launch of a kernel for each dtype and device."
-    from dora_nb.layers.kernels import adapted_norms, runs_on  # Triton is optional
-
-    groups, plain = {}, (Tensor, nn.Parameter)  # sharded weights are not
+    "Cache the scales of layers whose tensors a kernel can read, with one launch for each dtype and device."
+    fits = lambda t: type(t) in (Tensor, nn.Parameter) and t.ndim == 2 and t.untyped_storage().nbytes()  # not sharded
+    groups = {}
     for m in layers:
         W, (A, B) = frozen_weight(m.base_layer), m.factors()
-        if runs_on(W) and all(type(t) in plain for t in (W, A, B)):
+        if all(map(fits, (W, A, B))) and A.dtype == B.dtype == torch.float32 and kernels_run(W):
             groups.setdefault((W.dtype, W.device), []).append((m, W, A, B, m.scaling))
     for owners, *given in (zip(*group) for group in groups.values()):
+        from dora_nb.layers.kernels import adapted_norms  # Triton is optional
+
         with torch.inference_mode(False), torch.no_grad():
             norms = adapted_norms(*given)
         for m, norm in zip(owners, norms):

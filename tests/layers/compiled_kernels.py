@@ -2,15 +2,39 @@
 
 import json
 import re
+import subprocess
+import tempfile
+from pathlib import Path
 
+import triton.backends.nvidia
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from dora_nb.layers.kernels import GRADIENT_TILES, OUTPUT_TILES, _gradient_kernel, _norm_kernel, _output_kernel
+from dora_nb.layers.kernels import (
+    GRADIENT_TILES,
+    NORM_TILES,
+    OUTPUT_TILES,
+    WIDEST,
+    _gradient_kernel,
+    _norm_kernel,
+    _output_kernel,
+)
 
 NUMBERS = {"tokens", "outs", "ins", "rank", "part", "x_row", "W_row", "h_row", "dz_row"}  # multiples of 16 here
 FLOATS = {"g", "sums", "products", "factors", "norms"}  # float32 whatever the model's dtype
+
+
+TOOL = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+
+
+def resources(code):
+    "The registers and the bytes of stack of a thread, from the finished program: PTX does not know them yet."
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        said = subprocess.run([TOOL, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return {k: int(v) for k, v in re.findall(r"\b(REG|STACK):(\d+)", said.stdout)}
 
 
 def compiled(kernel, dtype, capability, warps, stages, **constants):
@@ -30,22 +54,26 @@ def compiled(kernel, dtype, capability, warps, stages, **constants):
         shared=made.metadata.shared,
         products=next((word for word in ("wgmma", "mma.sync") if word in code), None),
         ahead="cp.async.cg" in code,  # whole rows of tiles are read ahead
-        spills=len(re.findall(r"(?:st|ld)\.local", code)),
+        **resources(made.asm["cubin"]),
     )
 
 
 def main():
-    found, shared = [], dict(PRECISION="ieee", WIDE=False)
-    for dtype, element in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
+    found, o, g = [], OUTPUT_TILES, GRADIENT_TILES
+    kinds = (("bf16", tl.bfloat16, "ieee"), ("fp16", tl.float16, "ieee"), ("fp32", tl.float32, "ieee"))
+    for dtype, element, precision in (*kinds, ("fp32", tl.float32, "tf32")):
+        wide = dtype == "fp32"
         for capability in (80, 90):
-            o, g = OUTPUT_TILES, GRADIENT_TILES
-            sizes = dict(ROWS=o.rows, COLUMNS=o.columns, DEPTH=o.depth, GROUP=8)
-            found.append(compiled(_output_kernel, dtype, capability, o.warps, o.stages, SCALED=True, **sizes, **shared))
-            for rank in (16, 64):
-                sizes = dict(ROWS=g.rows, COLUMNS=g.columns, RANK=rank)
-                found.append(compiled(_gradient_kernel, dtype, capability, g.warps, g.stages, **sizes, **shared))
-            sizes = dict(ENTRIES=10, DTYPE=element, ROWS=32, DEPTH=128, RANK=16)
-            found.append(compiled(_norm_kernel, dtype, capability, 4, 3, PRECISION="tf32x3", **sizes))
+            shared = dict(PRECISION=precision, WIDE=False)
+            sizes = dict(ROWS=o.rows, COLUMNS=o.columns, DEPTH=o.depth // (2 if wide else 1), GROUP=8, **shared)
+            for scaled in (True, False):
+                found.append(compiled(_output_kernel, dtype, capability, o.warps, o.stages, SCALED=scaled, **sizes))
+            for rank in {16, WIDEST[4 if wide else 2]}:
+                sizes = dict(ROWS=g.rows, COLUMNS=g.columns, RANK=rank, **shared)
+                found.append(compiled(_gradient_kernel, dtype, capability, g.warps, g.stages, **sizes))
+            if precision == "ieee":
+                sizes = dict(ENTRIES=9, DTYPE=element, PRECISION="tf32x3", **NORM_TILES)
+                found.append(compiled(_norm_kernel, dtype, capability, 4, 3, **sizes))
     print(json.dumps(found))
 
 

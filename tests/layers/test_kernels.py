@@ -18,7 +18,7 @@ from dora_nb.layers.plans import resolve_plan
 from dora_nb.models.adapt import adapt, trainable_parameters
 from dora_nb.models.methods import AdapterConfig
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") else "cuda")  # tests/conftest.py decides
 pytest.importorskip("triton")
 from dora_nb.layers.kernels import Tiles, adapted_norms, output_gradient, runs_on, scaled_output
 
@@ -154,6 +154,63 @@ def test_below_float32_it_is_near_the_exact_result(cls, dtype):
         assert kernel[0] < 0.9 * factored[0]
 
 
+def test_a_row_of_zeros_stays_finite():
+    "As the plain norm does, the kernel's has a floor: 0/0 would spread to every gradient."
+    layer, x, dy = layer_and_input(DoRALinear)
+    layer.base_layer.weight.data[3] = 0
+    layer.lora_B.data[3] = 0
+    layer.magnitude.data[3] = 0
+    want = results(layer, "plain", x, dy)
+    layer.plan = "triton"
+    with cached_scales(layer):
+        for a, b in zip(results(layer, "triton", x, dy), want, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["bfloat16", "float64", "empty"])
+def test_what_the_kernel_cannot_read_is_left_to_pytorch(change):
+    layer, *_ = layer_and_input(DoRALinear, plan="triton")
+    if change == "empty":  # as a sharded weight is between two passes
+        layer.base_layer.weight.data = torch.empty(0, device=DEVICE)
+        with cached_scales(layer):
+            pass
+        return
+    for p in (layer.lora_A, layer.lora_B):
+        p.data = p.data.to(getattr(torch, change))
+    want = row_norm(layer.base_layer.weight + layer.scaling * layer.lora_B.float() @ layer.lora_A.float())
+    with cached_scales(layer):
+        torch.testing.assert_close(constant_scale(layer)[0].float(), want, atol=0.01, rtol=0.01)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    x, W, h, B, g, dz = tensors(70, 24, 40, 5, torch.float32)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        scaled_output(x[:, :20], W, h, B, g)
+    with pytest.raises(ValueError, match="contiguous"):
+        output_gradient(dz, dz.T.contiguous().T, g, h)
+
+
+def test_pytorch_s_settings_of_tf32_are_followed():
+    from dora_nb.layers.kernels import _products
+
+    one, matmul = torch.ones(1), torch.backends.cuda.matmul
+    assert _products(one)[0] == "ieee"
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        assert _products(one)[0] == "tf32" and _products(one.half())[0] == "ieee"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_without_triton_at_run_time_the_plan_is_auto(monkeypatch):
+    layer, x, dy = layer_and_input(DoRALinear)
+    monkeypatch.setitem(sys.modules, "dora_nb.layers.kernels", None)  # its import fails
+    with cached_scales(layer):
+        for a, b in zip(results(layer, "triton", x, dy), results(layer, "auto", x, dy), strict=True):
+            torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
 def test_dropout_draws_what_the_factored_plan_draws():
     layer, x, dy = layer_and_input(DoRALinear, dropout=0.3)
     got = []
@@ -213,11 +270,11 @@ def test_the_kernels_compile_for_gpus(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     made = json.loads(done.stdout)
-    assert len(made) == 16 and all(k["shared"] <= 163_000 and not k["spills"] for k in made), (
-        made
-    )  # an A100 has so much
+    assert {k["kernel"] for k in made} == {"_output_kernel", "_gradient_kernel", "_norm_kernel"}
     for kernel in made:
-        if kernel["dtype"] == "bf16":
+        assert kernel["shared"] <= 99_000 and kernel["STACK"] <= 128, kernel  # small GPUs have so much
+        if kernel["dtype"] in ("bf16", "fp16"):
+            assert not kernel["STACK"], kernel
             small = kernel["kernel"] == "_norm_kernel"  # its rows are too few for a Hopper's instruction
             assert kernel["products"] == ("mma.sync" if small or kernel["capability"] < 90 else "wgmma"), kernel
             assert kernel["ahead"] or small, kernel
