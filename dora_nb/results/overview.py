@@ -60,7 +60,8 @@ def equal_rows(
     page: Page,
 ) -> list[dict]:  # of `Page.compared`
     "Return the comparisons of LoRA with DoRA at equal learning rates, with two seeds or more."
-    every, _ = dataclasses.replace(page, spec={}).compared  # whatever the page itself compares
+    metric = {k: v for k, v in page.spec.items() if k == "metric"}
+    every, _ = dataclasses.replace(page, spec=metric).compared  # whatever else the page itself compares
     return [r for r in every if r["equal_rates"] and r["seeds"] > 1]
 
 
