@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU, in under three minutes: are they right, which tiles are fast, and what a step takes.
+"""The Triton kernels on a GPU: are they right, which tiles are fast, and what a step takes. Sized for three minutes.
 
     python -m benchmarks.gpu.time_kernels --out kernels.json
 
@@ -51,34 +51,24 @@ def layer(shape, rank, tokens, dtype):
     torch.manual_seed(0)
     ins, outs = shape["hidden_size"], shape["intermediate_size"]
     new = lambda *size: torch.randn(size, device=DEVICE) / size[-1] ** 0.5
-    W, A, B, m = (
-        new(outs, ins).to(dtype),
-        new(rank, ins),
-        new(outs, rank) / 9,
-        1 + 0.1 * torch.rand(outs, device=DEVICE),
-    )
-    n = torch.linalg.vector_norm(W.float() + 2 * B @ A, dim=1)
-    x = ins**0.5 * new(tokens, ins).to(dtype)
+    W, A, B, x = new(outs, ins).to(dtype), new(rank, ins), new(outs, rank) / 9, ins**0.5 * new(tokens, ins).to(dtype)
+    n, m = factored_norm(W, A, B, 2.0), 1 + 0.1 * torch.rand(outs, device=DEVICE)
     return x, x @ A.T.to(dtype), new(tokens, outs).to(dtype), Operands(W, A, B, 2.0, m, n, m / n)
 
 
 def errors(x, h, dz, t):
     "The kernels' relative distances from float64, as multiples of PyTorch's; about 1 or below."
-    W, B, g = t.W0.double(), 2 * t.B.double(), t.scale.double()
+    W, B, g = t.W0.double(), t.s * t.B.double(), t.scale.double()
     exact = (x.double() @ W.T + h.double() @ B.T) * g
     far = lambda a, b: ((a.double() - b).norm() / b.norm()).item()
-    ((z,), _), (ours_, _) = _products(x, x, [t], "factored"), _products(x, x, [t], "triton")
-    rows = {"z": far(ours_[0], exact) / far(z, exact)}
-    wanted = g * dz.double(), None, 2 * (g * dz.double()).T @ h.double(), (dz.double() * z.double()).sum(0) / m_of(t)
+    kernel, z = (_products(x, x, [t], plan)[0][0] for plan in ("triton", "factored"))
+    rows = {"z": far(kernel, exact) / far(z, exact)}
+    dv, dm = g * dz.double(), (dz.double() * z.double()).sum(0) / (g * t.norm.double())
+    wanted = dv, None, t.s * dv.T @ h.double(), dm
     both = [_gradients(h, t, z, dz, plan) for plan in ("triton", "factored")]
     for i, name in ((0, "∂v"), (2, "∂B"), (3, "∂m")):
         rows[name] = far(both[0][i], wanted[i]) / max(far(both[1][i], wanted[i]), 1e-9)
     return {f"error in {name} / PyTorch's": f"{value:.2f}" for name, value in rows.items()}
-
-
-def m_of(t):
-    "The magnitude as the gradient uses it, g·n, in float64."
-    return t.scale.double() * t.norm.double()
 
 
 def best(calls, rounds):
@@ -158,10 +148,8 @@ def main():
     for name, dtype, rank in itertools.product(
         options.shapes.split(","), options.dtypes.split(","), map(int, options.ranks.split(","))
     ):
-        where, given = (
-            dict(shape=name, dtype=dtype, rank=rank),
-            layer(shapes[name], rank, options.tokens, DTYPES[dtype]),
-        )
+        where = dict(shape=name, dtype=dtype, rank=rank)
+        given = layer(shapes[name], rank, options.tokens, DTYPES[dtype])
         rows.append(where | errors(*given))
         rows += [where | row for row in tiles(*given, options.rounds)]
         rows.append(where | step(shapes[name], options.layers, rank, options.tokens, DTYPES[dtype], options.rounds))

@@ -287,10 +287,12 @@ class DoRALinear(_Scaled):
 
 # %% ../../nbs/1_layers/06_linear.ipynb #ebe8a380
 def _scale_together(layers: Sequence["DoRALinear"]):
-    "Cache the scales of layers whose tensors a kernel can read, with one launch for each dtype and device."
+    "Cache the scales of layers with plan='triton' whose tensors a kernel can read, with one launch for each dtype and device."
     fits = lambda t: type(t) in (Tensor, nn.Parameter) and t.ndim == 2 and t.untyped_storage().nbytes()  # not sharded
     groups = {}
     for m in layers:
+        if m.plan != "triton" or not m.fast() or isinstance(m.base_layer, StoredLinear):  # or compressed
+            continue
         W, (A, B) = frozen_weight(m.base_layer), m.factors()
         if all(map(fits, (W, A, B))) and A.dtype == B.dtype == torch.float32 and kernels_run(W):
             groups.setdefault((W.dtype, W.device), []).append((m, W, A, B, m.scaling))
@@ -311,9 +313,7 @@ def cached_scales(
     layers = [m for m in model.modules() if isinstance(m, DoRALinear) and m not in _scales]
     _scales.update(dict.fromkeys(layers))
     try:
-        whole = [m for m in layers if not isinstance(m.base_layer, StoredLinear)]  # not compressed
-        if ours := [m for m in whole if m.plan == "triton" and m.fast()]:
-            _scale_together(ours)
+        _scale_together(layers)
         yield
     finally:
         for layer in layers:

@@ -88,6 +88,13 @@ def test_the_committed_overview_is_what_the_code_makes(tmp_path):
     assert new.shape == old.shape and abs(new - old).mean() < 0.01, "run `make report`"
 
 
+def test_the_overview_judges_by_the_metric_of_a_page():
+    "SIQA in the magnitude's experiment is judged by acc_norm, -6.7 points at 100 times the rate; by sums it would be -5.7."
+    page = findings.load_page(REPORTS / "magnitude" / "medium")
+    (row,) = [r for r in front.equal_rows(page) if r["task"] == "social_iqa" and r["magnitude_lr"] == 100]
+    assert round(100 * row["difference"], 1) == -6.7
+
+
 def test_the_answer_s_chapter_shows_the_figure_of_the_overview():
     "The one that is stored now."
     chapter = json.loads((REPORTS.parent / "nbs/7_results/75_answer.ipynb").read_text(encoding="utf-8"))
