@@ -62,8 +62,9 @@ def spelled(values: list[float], digits: int = 1) -> str:
 class Results:
     "Hold what is left of the divergence, in per cent of the untrained model's, and the ranks, for all plantings."
 
-    def __init__(self, cells: dict[int, dict[str, dict]], chosen: dict):
+    def __init__(self, cells: dict[int, dict[str, dict]], plan: dict, chosen: dict):
         self.cells, self.chosen = cells, chosen  # what the pilot chose
+        self.uniform = sum(plan["ranks"]) // len(plan["ranks"])  # the rank of every layer, at the same budget
 
     def left(self, cell: str) -> np.ndarray:
         "Return the divergence that a student leaves, in per cent of the untrained model's, a number per planting."
@@ -118,7 +119,7 @@ def recovery_rows(r: Results, scores=SCORES, cell: str = "scores") -> str:
         row = {"score": WORDS[score], "Spearman": spelled([f["spearman"] for f in found], 2)}
         row |= {"AUC": f"{mean['auc']:.2f}", "error of the rank": f"{mean['error']:.2f}"}
         rows.append(row | {"error without the budget": f"{np.mean(free):.2f}"})
-    even = np.mean([recovery(dict.fromkeys(p, 4), p)["error"] for _, p in r.ranks("singular", cell)])
+    even = np.mean([recovery(dict.fromkeys(p, r.uniform), p)["error"] for _, p in r.ranks("singular", cell)])
     rows.append({"score": "the same rank everywhere", "error of the rank": f"{even:.2f}"})
     return table(rows, ["score", "Spearman", "AUC", "error of the rank", "error without the budget"])
 
@@ -148,23 +149,23 @@ def found_by(r: Results, scores, cell: str = "scores") -> str:
 
 def answer(r: Results, smallest: float) -> list[str]:
     "Return the sentences that answer first: does the oracle win, who comes near, and who finds the ranks?"
-    gap = interval(oracle := r.less("oracle", "uniform"))
+    gap, even = interval(oracle := r.less("oracle", "uniform")), f"rank {r.uniform} everywhere"
     if gap[2] < 0:
         lines = [
-            f"**By the plan, knowing the ranks pays.** At equal parameters the planted ranks leave {-gap[0]:.0f} % less divergence than rank 4 everywhere."
+            f"**By the plan, knowing the ranks pays.** At equal parameters the planted ranks leave {-gap[0]:.0f} % less divergence than {even}."
         ]
     elif gap[1] > -smallest:
         lines = [
-            f"**By the plan, not even the true ranks pay**: a gain of {smallest:g} % or more over rank 4 everywhere lies outside the interval."
+            f"**By the plan, not even the true ranks pay**: a gain of {smallest:g} % or more over {even} lies outside the interval."
         ]
     else:
         lines = [
-            "**By the plan, undecided**: the planted ranks are not shown to beat rank 4 everywhere, and a gain that matters is not excluded."
+            f"**By the plan, undecided**: the planted ranks are not shown to beat {even}, and a gain that matters is not excluded."
         ]
     p = dict(zip(SCORES, holm(np.array([stats.ttest_1samp(r.less(s, "uniform"), 0).pvalue for s in SCORES]))))
     beats = [WORDS[s] for s in SCORES if p[s] < 0.05 and np.mean(r.less(s, "uniform")) < 0]
     lines.append(
-        f"Corrected for {len(SCORES)} scores (Holm), {', '.join(beats) or 'no score'} beats rank 4 everywhere. In the order of the planted ranks (Spearman's correlation; p by dealing the ranks anew within each kind of layer, corrected too): {found_by(r, SCORES)}."
+        f"Corrected for {len(SCORES)} scores (Holm), {', '.join(beats) or 'no score'} beats {even}. In the order of the planted ranks (Spearman's correlation; p by dealing the ranks anew within each kind of layer, corrected too): {found_by(r, SCORES)}."
     )
     lines.append(
         f"With {len(r.cells)} plantings, the difference between oracle and uniform would be shown with 80 % power from {detectable(oracle):.1f} % on; {smallest:g} % were named beforehand as the smallest that matters."
@@ -210,7 +211,7 @@ def later_answer(r: Results, plan: dict) -> list[str]:
         verdict = "The question stays open."
     alone = f" (on the {len(new)} new ones alone {spelled(new)})" if len(new) > 1 else ""
     return [
-        f"**After the plan, on {len(r.cells)} plantings**: the true ranks leave {mean:+.1f} % [{low:+.1f}, {high:+.1f}] against rank 4 everywhere{alone}. {verdict} Scores of a wide student at half the rate, in the order of the planted ranks: {found_by(r, FROM_SLOW, 'slow scores')}."
+        f"**After the plan, on {len(r.cells)} plantings**: the true ranks leave {mean:+.1f} % [{low:+.1f}, {high:+.1f}] against rank {r.uniform} everywhere{alone}. {verdict} Scores of a wide student at half the rate, in the order of the planted ranks: {found_by(r, FROM_SLOW, 'slow scores')}."
     ]
 
 
@@ -230,7 +231,7 @@ def paired_rows(r: Results) -> str:
 
 def later_part(r: Results, plan: dict) -> list[str]:
     "Return the section on what was done after the plan."
-    first = Results({s: c for s, c in r.cells.items() if s in plan["seeds"]}, r.chosen)
+    first = Results({s: c for s, c in r.cells.items() if s in plan["seeds"]}, plan, r.chosen)
     return [
         "## After the plan: a better wide student, and more plantings",
         f"The wide student of the plan was trained at {r.chosen['rate']:g}, which is too high for its rank. Here it has {plan['more']['slow']:g}, and its scores are those of that student. Students at the budget have the plan's rate. n: {len(r.cells)} plantings, of which the first {len(plan['seeds'])} are the plan's. None of this was planned, plantings were added after the first had been looked at, and intervals are not corrected.",
@@ -279,12 +280,12 @@ def write_page(plan: dict, out: Path, here: Path, chosen: dict):
     "Write report.md and its figures; RuntimeError without two complete plantings."
     cells = read(out, plan["seeds"], WHOLE)
     needed = {"planting", "slow wide", "slow scores"} | {f"fit {what}" for what in plan["more"]["candidates"]}
-    more = Results(read(out, [*plan["seeds"], *plan["more"]["seeds"]], needed), chosen)
+    more = Results(read(out, [*plan["seeds"], *plan["more"]["seeds"]], needed), plan, chosen)
     if len(cells) < 2:
         raise RuntimeError(
             f"{out} holds {len(cells)} complete plantings; two are needed at least. Run planted.py run first"
         )
-    r = Results(cells, chosen)
+    r = Results(cells, plan, chosen)
     added = len(more.cells) > 1
     trained_figure(r, here / "trained.png")
     ranks_figure(r, here / "ranks.png")
@@ -295,6 +296,7 @@ def write_page(plan: dict, out: Path, here: Path, chosen: dict):
     parameters = next(iter(cells.values()))["fit oracle"]["parameters"]
     fits = [cell for c in (more.cells | cells).values() for name, cell in c.items() if name.startswith("fit ")]
     least = min(cell["parameters"] for cell in fits)
+    tied = f" (the smallest of {chosen['equal']} that did equally well)" if chosen["equal"] > 1 else ""
     n = f"{len(cells)} plantings × {plan['held_out_items']} held-out texts"
     complete = (
         "" if len(cells) == len(plan["seeds"]) else f" **{len(cells)} of {len(plan['seeds'])} plantings are complete.**"
@@ -312,7 +314,7 @@ def write_page(plan: dict, out: Path, here: Path, chosen: dict):
         "![Estimated against planted ranks, a panel a score](ranks.png)",
         *(later_part(more, plan) if added else []),
         "## What was done",
-        f"{plan['method']} {layers} weights are adapted; the budget is {parameters:,} parameters, of which whole components fill {100 * least / parameters:.1f} % or more. The untrained model is {base:.3f} nats a token from the teacher; leaving one planted update out costs it {min(worth):.4f} to {max(worth):.4f} nats (median {np.median(worth):.4f}). At the pilot's planting, the learning rate {chosen['rate']:g} was chosen; the prices of a gate tied, and the smallest, {chosen['price']:g}, was taken. All cells took {hours:.1f} hours of one core.",
+        f"{plan['method']} {layers} weights are adapted; the budget is {parameters:,} parameters, of which whole components fill {100 * least / parameters:.1f} % or more. The untrained model is {base:.3f} nats a token from the teacher; leaving one planted update out costs it {min(worth):.4f} to {max(worth):.4f} nats (median {np.median(worth):.4f}). At the pilot's planting, the learning rate {chosen['rate']:g} and the price {chosen['price']:g} of a gate were chosen{tied}. All cells took {hours:.1f} hours of one core.",
         "## Doubts",
         "\n".join(f"- {d}" for d in plan["doubts"]),
         "---\n\nThe plan, with its question, primary metric and sizes, is [plan.toml](plan.toml). It was committed before the first run (09ee7e4) up to `doubts`; `[more]` and the doubts were written later. Measured by `python -m reports.planted.planted run reports/planted/cells`; `python -m reports.planted.planted report reports/planted/cells` makes this page again.",

@@ -277,9 +277,8 @@ def choices(out: Path, seed: int) -> dict:
             prices[float(value)] = cell["recovery"]["error"]
     if not rates:
         raise RuntimeError(f"{out} holds no pilot; run `planted.py pilot` first")
-    return {"rate": min(rates, key=lambda r: sum(rates[r]))} | (
-        {"price": min(prices, key=prices.get)} if prices else {}
-    )
+    best = [p for p in sorted(prices) if prices[p] == min(prices.values())]  # of equal ones the smallest is taken
+    return {"rate": min(rates, key=lambda r: sum(rates[r]))} | ({"price": best[0], "equal": len(best)} if best else {})
 
 
 def run(plan: dict, out: Path):
