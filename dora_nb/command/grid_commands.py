@@ -12,7 +12,9 @@ from pathlib import Path
 from .options import Parser, add_shared, check_counts
 
 # %% ../../nbs/8_command/79_grid_commands.ipynb #d99df8fe
-_WORKERS_HELP = "maximum number of runs at a time (default: one for each GPU, or for every four cores)"
+_WORKERS_HELP = (
+    "maximum number of runs at a time (default: one for each GPU, or for each core as far as the memory goes)"
+)
 _TIMEOUT_HELP = "time limit for a try of a run, which is then tried again (default: none)"
 _ENGINE_HELP = "local (processes of this machine) or ray (tasks of Ray) (default: local)"
 _ADDRESS_HELP = "address of a Ray cluster (default: a new one on this machine)"

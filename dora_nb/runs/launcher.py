@@ -23,7 +23,7 @@ from .execute import DIED, DONE, FULL, RAISED
 from .folder import CHECKPOINTS, ERROR, LOG, RESULT
 from .grid import Grid, gathered, load_grid
 from .identity import run_name
-from .jobs import Job, default_workers, gpus, log_of, need, waves
+from .jobs import Job, default_workers, gpus, log_of, need, run_memory, waves
 from .processes import check_processes
 from .progress import ProgressBoard, duration
 from ..training.checkpoints import forget_checkpoints, stoppable
@@ -201,6 +201,13 @@ def _jobs(grid: Grid, folder: Path, known: Sequence[str | Path]) -> list[Job]:
     return jobs
 
 
+def _default_workers(jobs: Sequence[Job], processes: int) -> int:
+    "Return the default number of runs at a time on this machine; no more than runs are missing, which share the cores."
+    missing = [job.config for job in jobs if not job.look()]
+    fitting = default_workers(processes, max(map(run_memory, missing), default=1))
+    return max(1, min(fitting, len(missing)))
+
+
 def _report_done(jobs: Sequence[Job], board: ProgressBoard, dry_run: bool):
     "Report the runs that are done; in a dry run, report the others too and change nothing."
     for job in jobs:
@@ -216,7 +223,7 @@ def run_grid(
     path: str | Path,  # a grid file
     out: str | Path = "runs",  # the folder that contains the grid's folder
     dry_run: bool = False,  # only print what would be done
-    workers: int | None = None,  # maximum number of runs at a time; by GPUs and cores if None
+    workers: int | None = None,  # maximum number of runs at a time; by GPUs, cores and memory if None
     timeout: float | None = None,  # maximum seconds for a try of a run; unlimited if None
     engine: str = "local",  # a name in `ENGINES`: local (processes on this machine) or ray (tasks of Ray)
     address: str | None = None,  # address of a Ray cluster; a new one on this machine if None
@@ -235,7 +242,7 @@ def run_grid(
     if engine == "local":
         with naming(str(path)):
             check_processes(processes, len(gpus()))
-        workers = workers or default_workers(processes)
+        workers = workers or _default_workers(jobs, processes)
     board = ProgressBoard(jobs, workers or 1, shared=engine == "local")  # nodes cannot reuse each other's trainings
     _report_done(jobs, board, dry_run)
     if not dry_run:

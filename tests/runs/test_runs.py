@@ -17,6 +17,7 @@ from dora_nb.files import MARKER, claim, owned, sha256
 from dora_nb.layers.linear import DoRALinear
 from dora_nb.messages import say
 from dora_nb.models.adapt import adapt
+from dora_nb.runs import jobs, launcher
 from dora_nb.runs.cluster import start_patiently
 from dora_nb.runs.config import RunConfig, config_from
 from dora_nb.runs.folder import (
@@ -1028,6 +1029,49 @@ def test_devices_that_do_not_exist_get_no_worker(monkeypatch, named, there, foun
     if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     assert gpus() == found
+
+
+@pytest.mark.parametrize(
+    "there,room,processes,devices,workers",
+    [
+        (2, 24, 1, 0, 2),
+        (2, 8, 1, 0, 1),
+        (8, 24, 1, 0, 3),
+        (8, 3, 1, 0, 1),  # a run that does not fit is tried nevertheless
+        (8, 64, 2, 0, 4),
+        (1, 64, 1, 0, 1),
+        (16, 8, 1, 4, 4),  # GPUs decide, whatever the cores and their memory
+        (16, 8, 2, 4, 2),
+    ],
+)
+def test_as_many_runs_at_a_time_as_fit(monkeypatch, there, room, processes, devices, workers):
+    monkeypatch.setattr(jobs, "gpus", lambda: ["0"] * devices)
+    monkeypatch.setattr(jobs, "cores", lambda: there)
+    monkeypatch.setattr(jobs, "free_memory", lambda: room * 2**30)
+    assert jobs.default_workers(processes, 7 * 2**30) == workers
+
+
+def test_a_single_run_gets_all_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "default_workers", lambda processes, memory: 4)
+    waiting = [jobs.Job(RunConfig(method="base", seed=seed), tmp_path / str(seed)) for seed in range(6)]
+    assert [launcher._default_workers(waiting[:n], 1) for n in (0, 1, 3, 6)] == [1, 1, 3, 4]
+
+
+def test_larger_models_need_more_memory(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(bytes(2**20))
+    small, large = (
+        jobs.run_memory(RunConfig(model=name)) for name in ("smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct")
+    )
+    assert small < large
+    assert jobs.run_memory(RunConfig(model=str(tmp_path))) == 5 * 2**30 + 8 * 2**20
+
+
+def test_a_container_limits_the_free_memory(monkeypatch):
+    group = {"/sys/fs/cgroup/memory.max": "3000", "/sys/fs/cgroup/memory.current": "1000"}
+    monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: group[str(path)])
+    assert jobs.free_memory() == 2000
+    group["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert jobs.free_memory() > 2**20
 
 
 @pytest.mark.attack("crash")
