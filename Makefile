@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 
@@ -11,12 +12,16 @@ PIP = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{ printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# One environment for everything, from pinned versions, made again only when they change.
-$(READY): constraints.txt settings.ini setup.py
+# One environment from pinned versions, made again only when they change; first what grids need, then all else.
+$(RUNS): constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) is what '$(PYTHON)' is. Try: make PYTHON=python3.12 ..."; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@# pip would compile twenty thousand modules, for nearly two minutes; few are ever imported, and they are compiled then
+	$(PIP) -e '.[runs]'
+	@touch $@
+
+$(READY): $(RUNS)
 	$(PIP) -e '.[dev,docs]'
 	@# an oracle of the tests; its own requirements bring a torchvision that is built for another torch
 	$(PIP) --no-deps \
@@ -27,7 +32,7 @@ $(READY): constraints.txt settings.ini setup.py
 	$(PIP) --no-deps --target $(VENV)/extras bitsandbytes torchao trl || echo "without these, their tests are skipped"
 	@touch $@
 
-reproduce: $(READY) ## LoRA against DoRA on three tasks, from nothing to reports/quick/report.md
+reproduce: $(RUNS) ## LoRA against DoRA on three tasks, from nothing to reports/quick/report.md
 	$(BIN)/dora-nb run reports/quick/grid.toml
 	$(BIN)/dora-nb report runs/quick --grid reports/quick/grid.toml --out reports/quick
 

@@ -57,6 +57,18 @@ def test_batches_do_not_change_scores(tiny_model_dir, batch_tokens):
     assert summary["n"] == 10 and summary["acc_low"] <= summary["acc"] <= summary["acc_high"]
 
 
+@pytest.mark.parametrize("task", ("boolq", "hellaswag", "winogrande"))
+def test_bfloat16_ranks_as_float32_does(smollm, task):
+    "`eval_precision='auto'` stands on this: choices that float32 parts clearly are ranked alike."
+    items = load_task(task, limit=12)
+    exact, rounded = (rank_choices(*smollm, items, precision=p, progress=False)[1] for p in ("float32", "bfloat16"))
+    for a, b in zip(exact, rounded):
+        assert a["loglikelihood"] != b["loglikelihood"]  # it was computed in another precision
+        assert a["loglikelihood"] == pytest.approx(b["loglikelihood"], abs=0.15, rel=0.01)
+        first, second = sorted(a["loglikelihood"])[:-3:-1]
+        assert a["pred"] == b["pred"] or first - second < 0.3
+
+
 def test_generation_does_not_depend_on_padding(smollm):
     model, tokenizer = smollm
     items = load_task("boolq", "validation", "instruction", limit=3)
