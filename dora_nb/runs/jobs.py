@@ -174,7 +174,7 @@ def run_memory(
     weights = 4 * known.parameters if known else 2 * sum(path.stat().st_size for path in files)  # files of 16 bits
     return 5 * 2**30 + 4 * weights
 
-
+# %% ../../nbs/6_runs/53_jobs.ipynb #5201adfa
 def default_workers(
     processes: int = 1,  # number of processes per run
     memory: int = 7 * 2**30,  # of a run, in bytes
