@@ -169,7 +169,7 @@ def free_memory() -> int:
 def run_memory(
     config: RunConfig,  # a run
 ) -> int:  # bytes
-    "Estimate the memory of a run on a CPU: four times the weights (full fine-tuning with AdamW), and 5 GiB for all else."
+    "Estimate the memory of a run's process on a CPU: four times the weights (full fine-tuning with AdamW), and 5 GiB for all else."
     known, files = MODELS.get(config.model), Path(config.model).glob("*.safetensors")
     weights = 4 * known.parameters if known else 2 * sum(path.stat().st_size for path in files)  # files of 16 bits
     return 5 * 2**30 + 4 * weights
@@ -177,10 +177,10 @@ def run_memory(
 # %% ../../nbs/6_runs/53_jobs.ipynb #5201adfa
 def default_workers(
     processes: int = 1,  # number of processes per run
-    memory: int = 7 * 2**30,  # of a run, in bytes
+    memory: int = 7 * 2**30,  # of each process, in bytes
 ) -> int:
     "Return the default number of runs at a time: one per GPU, or one per core as far as the free memory goes."
-    return len(gpus()) // processes or max(1, min(cores() // processes, free_memory() // memory))
+    return len(gpus()) // processes or max(1, min(cores(), free_memory() // memory) // processes)
 
 # %% ../../nbs/6_runs/53_jobs.ipynb #90869791
 def files_in(

@@ -1039,6 +1039,7 @@ def test_devices_that_do_not_exist_get_no_worker(monkeypatch, named, there, foun
         (8, 24, 1, 0, 3),
         (8, 3, 1, 0, 1),  # a run that does not fit is tried nevertheless
         (8, 64, 2, 0, 4),
+        (8, 24, 2, 0, 1),  # each process holds the weights
         (1, 64, 1, 0, 1),
         (16, 8, 1, 4, 4),  # GPUs decide, whatever the cores and their memory
         (16, 8, 2, 4, 2),
