@@ -162,7 +162,9 @@ def free_memory() -> int:
     found, group = [psutil.virtual_memory().available], Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no such group, or a limit of "max"
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(max(0, limit - used))
+        of = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(of["active_file"]) + int(of["inactive_file"])  # counts as used, and is released on demand
+        found.append(max(0, limit - used + cached))
     return min(found)
 
 
