@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
-PIP = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
+FREE = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
+PIP = $(FREE) -c constraints.txt
 
 .PHONY: help reproduce report test test-fast test-slow speed reliability notebooks readme docs clean
 .DEFAULT_GOAL := help
@@ -53,8 +54,11 @@ test-slow: $(READY) ## faults at many moments, minutes each
 	$(BIN)/python -m pytest tests -m slow
 
 speed: $(READY) ## every benchmark, an hour on two cores, and reports/speed/report.md
-	for name in step where roofline compile memory train evaluate inference scales growth curvature; do \
-	  $(BIN)/python -W ignore -m benchmarks.speed.$$name --out reports/speed/$$name.json || exit 1; done
+	$(FREE) --no-deps --target build/peers torchtune==0.6.1 torchao==0.13.0 omegaconf antlr4-python3-runtime==4.9.3 \
+	  tiktoken blobfile kagglehub sentencepiece
+	for name in step where roofline compile memory train evaluate inference scales growth curvature \
+	  "peers --torchtune build/peers"; do \
+	  $(BIN)/python -W ignore -m benchmarks.speed.$$name --out reports/speed/$${name%% *}.json || exit 1; done
 	$(BIN)/python -m benchmarks.speed.report
 
 reliability: $(READY) ## every fault and attack, a real grid that is killed, a soak, an hour; and reports/reliability/report.md

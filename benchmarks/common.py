@@ -18,6 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from dora_nb.files import write_whole
+from dora_nb.runs.source import source_state
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -144,7 +145,7 @@ def quartiles(values):
 
 
 def machine():
-    "Where this ran, in words and numbers."
+    "Where this ran, in words and numbers, and which revision of the package."
     if DEVICE.type == "cuda":
         name, count = torch.cuda.get_device_name(), torch.cuda.device_count()
     else:
@@ -152,9 +153,8 @@ def machine():
         name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
         count = torch.get_num_threads()
     packages = [p for p in PACKAGES if find_spec(p)]
-    return dict(device=name, count=count, unit="GPU" if DEVICE.type == "cuda" else "threads") | {
-        p: version(p) for p in packages
-    }
+    where = dict(device=name, count=count, unit="GPU" if DEVICE.type == "cuda" else "threads")
+    return where | dict(revision=source_state()[0]) | {p: version(p) for p in packages}
 
 
 def table(rows, columns):

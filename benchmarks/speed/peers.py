@@ -1,9 +1,7 @@
 """Forward and backward of a Llama-shaped model with DoRA layers of several libraries, ours last.
 
-torchtune is no requirement of this project, and PEFT refuses the torchao that it needs. So both are kept aside:
+torchtune is no requirement of this project, and PEFT refuses the torchao that it needs. So `make speed` keeps both aside, in build/peers, and calls
 
-    pip install --no-deps --target build/peers torchtune==0.6.1 torchao==0.13.0 omegaconf antlr4-python3-runtime==4.9.3 \
-      tiktoken blobfile kagglehub sentencepiece
     python -m benchmarks.speed.peers --torchtune build/peers --out reports/speed/peers.json
 
 Unsloth has no row: where DoRA is active it leaves its own kernels and runs PEFT's layers (unsloth 2026.10.9, fast_lora.py).

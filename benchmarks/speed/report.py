@@ -165,12 +165,14 @@ def figure(rows, path):
 
 
 def section(data, where):
-    "How a benchmark was called, on what if not on the machine that the page names, and its tables."
+    "How a benchmark was called, on what and at which revision if not as the page names them, and its tables."
     options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in data["options"].items() if v not in (None, ""))
     parts = [f"`python -m benchmarks.speed.{data['name'].removesuffix('.py')} {options}`"]
     own = data["machine"]
     if (own["count"], own["device"]) != (where["count"], where["device"]):
         parts[0] += f", on {own['count']} {own['unit'][: -1 if own['count'] == 1 else None]} of {own['device']}"
+    if own.get("revision") != where.get("revision"):
+        parts[0] += f", at revision {own['revision']}" if "revision" in own else ", at an earlier revision"
     parts.append(table(data["rows"], data["columns"]))
     for heading, rows in data.get("tables", {}).items():
         parts += [f"### {heading}", table(rows, list(dict.fromkeys(k for r in rows for k in r)))]
@@ -196,10 +198,11 @@ def main():
     }
     where = data["step"]["machine"]
     packages = ", ".join(f"{p} {where[p]}" for p in PACKAGES)
+    at = f" at revision {where['revision']}" if "revision" in where else ""
     figure(data["growth"]["rows"], HERE / "growth.png")
     parts = [
         "# Speed",
-        f"Measured on {where['count']} {where['unit']} of {where['device']} with {packages}. What was measured on a GPU stands at the end; the rest, and the table of targets, are of this CPU.",
+        f"Measured{at} on {where['count']} {where['unit']} of {where['device']} with {packages}. What was measured on a GPU stands at the end; the rest, and the table of targets, are of this CPU.",
         "Every table compares candidates that took turns, round by round, in one process, and gives the median over the rounds of their ratio in time (in brackets its quartiles). Timings here are noisy: two runs of one table differ by some 3 %.",
         "## Targets",
         table(targets(data), ["what", "target", "measured", "met"]),
