@@ -253,7 +253,7 @@ def verdict(
     a, b = labels
     head = head or ", ".join(value_label(k, row[k]) for k in ("task", "rank") if k in row)
     several = f" (McNemar, seeds taken for independent: {row['mcnemar']:.2g})" if row["seeds"] > 1 else ""
-    seeds = "" if math.isnan(row["same_seeds"]) else f", two seeds of one of them to {100 * row['same_seeds']:.1f} %"
+    seeds = "" if math.isnan(row["same_seeds"]) else f", two seeds of the same side to {100 * row['same_seeds']:.1f} %"
     made = _made_unlike(row, f"{a} and {b} were measured")
     text = (
         f"{head}: {b} − {a} is {100 * row['difference']:+.1f} points [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}] {_on(row)}; "

@@ -246,11 +246,13 @@ def _curve_panels(results: list[dict]) -> tuple[dict[str, dict], dict[str, list[
     names, panels, labels = factors(results), {}, {}
     trained = [(parameters(r), r["run"]) for r in own_trainings(results) if r["training"]]
     trained = sorted(trained, key=lambda t: (bool(t[0]["mixture"]), place(t[0], names)))
-    each = run_labels([params for params, _ in trained], names, (*ALWAYS[:3], *hidden_rank(names), "mixture"))
+    hidden = (*ALWAYS[:3], *hidden_rank(names), "mixture", "objective")
+    each = run_labels([params for params, _ in trained], names, hidden)
     mixtures = [params["mixture"] for params, _ in trained]
     for (params, run), label in zip(trained, each):
         mixture, method = params["mixture"], params["method"]
-        panel = value_label("mixture", mixture, mixtures) if mixture else task_label(params["task"])
+        data = value_label("mixture", mixture, mixtures) if mixture else task_label(params["task"])
+        panel = ", ".join([data, *([params["objective"]] if "objective" in names else [])])
         panels.setdefault(panel, {}).setdefault((method, label), []).append(run)
         labels.setdefault(method, {})[label] = None
     return panels, {method: list(each) for method, each in labels.items()}
@@ -281,7 +283,7 @@ def plot_learning_curves(
     results: list[dict],  # from `read_report`
     history: pd.DataFrame,  # of the same report
 ) -> matplotlib.figure.Figure:
-    "Draw the training loss by step: a panel per task or mixture, a line per kind of run, and a band over seeds where there is room."
+    "Draw the training loss by step: a panel per task or mixture and objective, a line per kind of run, and a band over seeds where there is room."
     panels, labels = _curve_panels(results)
     fig, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels) + 2.4, 2.6), dpi=110, squeeze=False)
     for ax, (panel, kinds) in zip(axes[0], panels.items()):

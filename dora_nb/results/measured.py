@@ -20,7 +20,7 @@ from dora_nb.results.geometry import (
     plot_geometry,
 )
 from .labels import factors, task_label
-from .sections import PLAIN, Page, table_lines
+from .sections import PLAIN, Page, of_sums, table_lines
 from dora_nb.results.sharpness import (
     curvature_rows,
     curvature_table,
@@ -44,6 +44,11 @@ def curves_section(
         return []
     fig = plot_learning_curves(page.found.results, page.found.history)
     words = "Mean over seeds, running mean over a tenth of the steps; a band, where there is room for one, reaches from the lowest seed to the highest."
+    words += (
+        " Different objectives are different losses: do not compare their sizes."
+        if "objective" in factors(page.found.results)
+        else ""
+    )
     picture = page.picture(fig, "learning-curves.png", "Training loss by step")
     return ["## Learning curves\n", words + "\n", picture]
 
@@ -52,13 +57,15 @@ def stability_section(
     page: Page,
 ) -> list[str]:  # of Markdown
     "Return the section on stability: losses by learning rate, and diverged seeds; none unless the experiment runs against the rate."
-    if page.spec.get("against") != "learning_rate":
+    found = of_sums(page)
+    if page.spec.get("against") != "learning_rate" or not found.results:
         return []
     broken = [p.partition(":")[0] for p in page.found.problems if "Diverged" in p]
     there = load_grid(page.grid, page.scale).configs if broken and page.grid else ()
-    broken = [dataclasses.asdict(c) for c in there if run_name(c) in broken]
+    left_out = {r["params"]["task"] for r in page.found.results} - {r["params"]["task"] for r in found.results}
+    broken = [dataclasses.asdict(c) for c in there if run_name(c) in broken and c.task not in left_out]
     words = "Cross-entropy over the choices after training (nats, mean over seeds), and seeds that diverged: that end above the base model.\n"
-    return ["## Stability\n", words, *table_lines(stability_table(page.found, "learning_rate", broken))]
+    return ["## Stability\n", words, *table_lines(stability_table(found, "learning_rate", broken))]
 
 # %% ../../nbs/7_results/72_measured.ipynb #f0ae9fe9
 GEOMETRY_NOTE = "ΔM is the mean change of the rows' lengths, ΔD the mean of 1 − cos between a row before and after, per weight. Pearson's correlation as in the paper, over all checkpoints and at the last one; the same with ΔM divided by the length of the rows; then Spearman's partial correlation at the last checkpoint, among weights of a kind and with the length of the rows held constant, averaged over kinds. The third is large for every method, as both sides are then shares of a row's length, and a step of a given size turns and lengthens a short row more; the last takes the length out. Intervals draw weights anew, with all their checkpoints and seeds; seeds are not drawn. A random step turns a row as far in a random direction, a random walk takes AdamW's steps up or down by chance (chapter geometry); the medians over weights at the last checkpoint are given. The paper's figures are of VL-BART, six layers and four checkpoints.\n"

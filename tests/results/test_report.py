@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -30,6 +30,7 @@ from dora_nb.results.accuracy import accuracies, accuracy_table, loss_table, maj
 from dora_nb.results.collect import collect, read_run_files
 from dora_nb.results.compare import agreement, change_verdict, changes, compare, holm, verdict
 from dora_nb.results.figures import plot_accuracy, plot_learning_curves, plot_sweep, sweep, sweep_table
+from dora_nb.results.findings import load_page
 from dora_nb.results.geometry import (
     correlation,
     geometry_differences,
@@ -40,6 +41,7 @@ from dora_nb.results.geometry import (
 from dora_nb.results.intervals import freedom, mean_interval, mean_squares, share_interval, standard_error
 from dora_nb.results.items import rights
 from dora_nb.results.labels import factors, in_order, parameters, run_labels, value_label
+from dora_nb.results.measured import stability_section
 from dora_nb.results.overview import check_overview, overview, reports_in
 from dora_nb.results.page import SECTIONS, _by_sums, render
 from dora_nb.results.sections import Page, accuracy_section, judged
@@ -232,7 +234,7 @@ def test_how_often_two_give_the_same_answer():
     unread = predictions.assign(pred=predictions.pred.where(predictions.pred < 3))  # generated, and no choice named
     assert agreement({0: ("boolq-lora-0", "boolq-lora-0")}, unread)[0] == 1
     row = compare([result(m, s) for m in ("lora", "dora") for s in (0, 1)], predictions).iloc[0]
-    assert "the same answer to 75.0 % of the items, two seeds of one of them to 62.5 %." in verdict(row.to_dict())
+    assert "the same answer to 75.0 % of the items, two seeds of the same side to 62.5 %." in verdict(row.to_dict())
 
 
 def test_the_base_model_stands_against_every_seed():
@@ -262,6 +264,29 @@ def test_who_diverged():
     lost = asdict(RunConfig("boolq", "lora", seed=2, learning_rate=1e-3))
     assert stability_table(found, "learning_rate", [lost]).to_numpy().tolist() == [["nan, 2 of 3"]]
     assert stability_table(found._replace(results=runs[1:]), "learning_rate").to_numpy().tolist() == [["1.70"]]
+
+
+def test_losses_of_sums_do_not_judge_a_training_on_means(tmp_path):
+    "Mean log-likelihoods may rise while sums part; the page said that its best objective had diverged."
+    page = replace(load_page(QUICK.parent / "objective" / "medium"), out=tmp_path)
+    text = "\n".join([*accuracy_section(page), *stability_section(page)])
+    assert "acc_norm" in text and "Cross-entropy" not in text and "diverged" not in text
+    of_one = lambda found, kept: found._replace(results=[r for r in found.results if r["params"]["objective"] in kept])
+    page = replace(page, found=of_one(page.found, ("choices", "answer")))
+    assert "19.58, 0 of 2" in "\n".join(stability_section(page))
+    plt.close("all")
+
+
+def test_learning_curves_of_objectives_have_their_own_panels():
+    found = read_report(QUICK.parent / "objective" / "medium")
+    fig = plot_learning_curves(found.results, found.history)
+    axes = {ax.get_title(): ax for ax in fig.axes}
+    assert list(axes) == ["HellaSwag, answer", "HellaSwag, choices", "HellaSwag, choices_mean"]
+    assert [ax.get_ylim()[1] > 10 for ax in axes.values()] == [False, True, False]
+    assert [t.get_text() for t in fig.axes[-1].get_legend().get_texts()] == [
+        f"LoRA, rate {rate}" for rate in ("0.0005", "0.001", "0.002")
+    ]
+    plt.close(fig)
 
 
 def test_learning_curves_of_mixtures_have_their_own_panel():
