@@ -124,9 +124,8 @@ def of_sums(
 ) -> Results:  # without tasks that are trained on mean log-likelihoods and judged by length-normalised ones
     "Return what was found on tasks for which a loss of summed log-likelihoods means something."
     results, normed = page.found.results, _normed(page.found, page.spec.get("metric", ""))
-    on_means = {
-        r["params"]["task"] for r in results if r["params"]["objective"] == "choices_mean" and r["run"] in normed
-    }
+    means = lambda r: r["run"] in normed and r["params"].get("objective") == "choices_mean"
+    on_means = {r["params"]["task"] for r in results if means(r)}
     return page.found._replace(results=[r for r in results if r["params"]["task"] not in on_means])
 
 # %% ../../nbs/7_results/71_sections.ipynb #99995d5f
