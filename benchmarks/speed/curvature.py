@@ -202,7 +202,7 @@ def cases():
 
 
 def main():
-    options = arguments(__doc__, rounds=7, items=8, k=10, tol=1e-3, methods="lora,dora")
+    options = arguments(__doc__, rounds=5, items=8, k=10, tol=1e-3, methods="lora,dora")
     methods, tables = options.methods.split(","), {}
     rows = []
     for method in methods:

@@ -74,7 +74,7 @@ def compare(model, tokenizer, task, precision, rounds, n):
 
 
 def main():
-    options = arguments(__doc__, rounds=5, items=64, dtypes="float32,bfloat16", tasks="boolq,hellaswag,winogrande")
+    options = arguments(__doc__, rounds=3, items=32, dtypes="float32,bfloat16", tasks="boolq,hellaswag,winogrande")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model, tokenizer = load_model("smollm2-135m-instruct", device=DEVICE)
     rows = []

@@ -53,7 +53,7 @@ def step(model, x, dy):
 
 
 def main():
-    options = arguments(__doc__, rounds=9, dtypes="float32,bfloat16")
+    options = arguments(__doc__, rounds=5, dtypes="float32,bfloat16")
     rows = []
     for dtype in options.dtypes.split(","):
         for varies, points in SERIES.items():

@@ -46,7 +46,7 @@ def extra_bytes(model, x):
 
 
 def main():
-    options = arguments(__doc__, rounds=15, layers=8, ranks="16,64", dtypes="float32,bfloat16", shape="")
+    options = arguments(__doc__, rounds=7, layers=8, ranks="16,64", dtypes="float32,bfloat16", shape="")
     shape, rows = shape_of(options.shape), []
     for dtype in options.dtypes.split(","):
         for rank in map(int, options.ranks.split(",")):

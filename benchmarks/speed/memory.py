@@ -63,7 +63,7 @@ def peak(name, dtype, rank, tokens, layers):
 
 
 def main():
-    options = arguments(__doc__, rounds=3, layers=4, ranks="16,64", dtypes="float32,bfloat16", tokens=2048)
+    options = arguments(__doc__, rounds=1, layers=4, ranks="16,64", dtypes="float32,bfloat16", tokens=2048)
     shape, rows = shape_of(), []
     for dtype, rank in itertools.product(options.dtypes.split(","), map(int, options.ranks.split(","))):
         row = {"dtype": dtype, "rank": rank, "tokens": options.tokens}

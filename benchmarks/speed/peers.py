@@ -61,7 +61,7 @@ def candidates(shape, layers, dtype, rank, folder):
 def main():
     options = arguments(
         __doc__,
-        rounds=9,
+        rounds=7,
         layers=2,
         ranks="16,64,256",
         dtypes="float32,bfloat16",

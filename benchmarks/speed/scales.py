@@ -45,7 +45,7 @@ def calls(model, width, dtype, tokens):
 
 def main():
     options = arguments(
-        __doc__, rounds=9, layers=4, ranks="16,64", dtypes="float32", tokens="256,1024,2048,8192", shape=""
+        __doc__, rounds=7, layers=4, ranks="16,64", dtypes="float32", tokens="256,1024,2048,8192", shape=""
     )
     shape, rows = shape_of(options.shape), []
     for dtype in options.dtypes.split(","):

@@ -45,7 +45,7 @@ def candidates(shape, layers, dtype, rank, dropout, checkpointing, tokens, lengt
 
 def main():
     options = arguments(
-        __doc__, rounds=11, layers=4, ranks="16,64", dtypes="float32,bfloat16", tokens=2048, length=128, shape=""
+        __doc__, rounds=7, layers=4, ranks="16,64", dtypes="float32,bfloat16", tokens=2048, length=128, shape=""
     )
     shape, ranks, rows = shape_of(options.shape), [int(r) for r in options.ranks.split(",")], []
     for dtype, rank, dropout, checkpointing in itertools.product(

@@ -118,10 +118,10 @@ def compare(base, tokenizer, task, objective, precision, rounds, steps, batch, f
 def main():
     options = arguments(
         __doc__,
-        rounds=5,
-        steps=4,
+        rounds=3,
+        steps=2,
         batch=8,
-        dtypes="float32,bfloat16",
+        dtypes="float32",
         tasks="boolq,hellaswag,winogrande",
         objectives="answer,choices",
     )
