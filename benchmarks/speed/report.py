@@ -107,18 +107,18 @@ def targets(data):
     for work in dict.fromkeys(r["work"] for r in inference):
         aims.append(
             (
-                f"inference: our DoRA / base, {work}, worst row",
+                f"inference: our DoRA, cached / base, {work}, worst row",
                 "≤",
                 1.10,
-                worst(inference, "our DoRA / base", work=work),
+                worst(inference, "our DoRA, cached / base", work=work),
             )
         )
         aims.append(
             (
-                f"inference: our DoRA / our LoRA, {work}, worst row",
+                f"inference: our DoRA, cached / our LoRA, {work}, worst row",
                 "≤",
                 1.03,
-                worst(inference, "our DoRA / our LoRA", work=work),
+                worst(inference, "our DoRA, cached / our LoRA", work=work),
             )
         )
     aims += curvature_targets(data["curvature"] if "curvature" in data else {"rows": [], "tables": {}})
