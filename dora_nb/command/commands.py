@@ -74,9 +74,7 @@ def _item_options(p: Parser):
 
 # %% ../../nbs/8_command/78_commands.ipynb #06c80080
 _PROTOCOL_HELP = "loglikelihood (rank the choices), or generate (and match) (default: loglikelihood)"
-_PRECISION_HELP = (
-    "precision of matrix products: {choices}; auto is bfloat16 where the hardware has it (default: float32)"
-)
+_PRECISION_HELP = "precision of matrix products: {choices}; auto is bfloat16 where it is faster (default: float32)"
 _TOKENS_HELP = "maximum number of input tokens per batch, padding included (default: 1024 on a CPU, 8192 on a GPU)"
 _ANSWERS_HELP = (
     "write a line per item: doc_index, loglikelihood (a list, one per choice, in nats), gold, pred, pred_norm"

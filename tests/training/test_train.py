@@ -94,6 +94,14 @@ def test_language_modelling_losses_are_transformers(tiny, objective):
     torch.testing.assert_close(loss, model(ids, labels=labels).loss)
 
 
+@pytest.mark.parametrize("matrix_units, found", [(True, "bfloat16"), (False, "float32")])
+def test_a_cpu_is_fast_in_bfloat16_with_matrix_units_only(monkeypatch, matrix_units, found):
+    "Vector instructions for bfloat16 alone made evaluations slower: half the rate of float32 products."
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
+    assert resolve_precision("auto", torch.device("cpu")) == found
+
+
 @pytest.mark.parametrize("objective", ("choices", "choices_mean"))
 def test_ranking_losses_by_hand(tiny, objective):
     model, tokenizer = tiny()
