@@ -157,6 +157,17 @@ def _update(training: Training, step: int):
     training.optimizer.zero_grad()
 
 # %% ../../nbs/4_training/32_train.ipynb #f74ac41b
+def _begin(training: Training, folder: str | Path | None, seconds: float, after_step) -> tuple[Checkpoints, History]:
+    "Restore a checkpoint if there is one; return the checkpoints and the history of a training."
+    # the identity reads every weight, and only checkpoints need it
+    what, team = _identity(training) if folder else "", training.team
+    kept = Checkpoints(folder, what, training.params, training.optimizer, seconds, team=team)
+    kept.by["precision"] = resolve_precision(training.config.precision, kept.device)
+    steps = History(kept, training.config.batch_tokens, after_step if team.rank == 0 else None)
+    training.config = replace(training.config, batch_tokens=steps.batch_tokens)
+    return kept, steps
+
+
 def _make_steps(training: Training, steps: History, kept: Checkpoints, signals: stoppable, progress: bool):
     "Make the steps that remain; `Stopped` if a signal arrived."
     team, total = training.team, len(training.batches)
@@ -200,16 +211,6 @@ def warn_of_idle(
         warnings.warn(f"{idle[0]!r} got no gradient{more}: {why}", kind, stacklevel=4)
 
 # %% ../../nbs/4_training/32_train.ipynb #fcf48dc9
-def _begin(training: Training, folder: str | Path | None, seconds: float, after_step) -> tuple[Checkpoints, History]:
-    "Restore a checkpoint if there is one; return the checkpoints and the history of a training."
-    what = _identity(training) if folder else ""  # only a checkpoint needs it, and it reads every weight
-    kept = Checkpoints(folder, what, training.params, training.optimizer, seconds, team=training.team)
-    kept.by["precision"] = resolve_precision(training.config.precision, kept.device)
-    steps = History(kept, training.config.batch_tokens, after_step if training.team.rank == 0 else None)
-    training.config = replace(training.config, batch_tokens=steps.batch_tokens)
-    return kept, steps
-
-
 @contextlib.contextmanager
 def _last_checkpoint(kept: Checkpoints, signals: stoppable):
     "Write a checkpoint at the end of a training, also if a signal stops it."
