@@ -53,7 +53,7 @@ test-fast: $(READY) ## what takes a minute: no real model, no other process
 test-slow: $(READY) ## faults at many moments, minutes each
 	$(BIN)/python -m pytest tests -m slow
 
-speed: $(READY) ## every benchmark, an hour on two cores, and reports/speed/report.md
+speed: $(READY) ## every benchmark, an hour and a half on two cores, and reports/speed/report.md
 	$(FREE) --no-deps --target build/peers torchtune==0.6.1 torchao==0.13.0 omegaconf antlr4-python3-runtime==4.9.3 \
 	  tiktoken blobfile kagglehub sentencepiece
 	for name in step where roofline compile memory train evaluate inference scales growth curvature \

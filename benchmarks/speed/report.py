@@ -172,7 +172,7 @@ def section(data, where):
     if (own["count"], own["device"]) != (where["count"], where["device"]):
         parts[0] += f", on {own['count']} {own['unit'][: -1 if own['count'] == 1 else None]} of {own['device']}"
     if own.get("revision") != where.get("revision"):
-        parts[0] += f", at revision {own['revision']}" if "revision" in own else ", at an earlier revision"
+        parts[0] += f", at revision {own['revision']}" if own.get("revision") else ", at an earlier revision"
     parts.append(table(data["rows"], data["columns"]))
     for heading, rows in data.get("tables", {}).items():
         parts += [f"### {heading}", table(rows, list(dict.fromkeys(k for r in rows for k in r)))]
@@ -198,7 +198,7 @@ def main():
     }
     where = data["step"]["machine"]
     packages = ", ".join(f"{p} {where[p]}" for p in PACKAGES)
-    at = f" at revision {where['revision']}" if "revision" in where else ""
+    at = f" at revision {where['revision']}" if where.get("revision") else ""
     figure(data["growth"]["rows"], HERE / "growth.png")
     parts = [
         "# Speed",

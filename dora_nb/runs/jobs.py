@@ -160,7 +160,7 @@ def gpus() -> list[str]:
 def free_memory() -> int:
     "Return the free memory in bytes; in a container no more than its limit (version 2 of Linux's control groups)."
     found, group = [psutil.virtual_memory().available], Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no such group, or a limit of "max"
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no such group, or a limit of "max"
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         of = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         cached = int(of["active_file"]) + int(of["inactive_file"])  # counts as used, and is released on demand
