@@ -94,6 +94,16 @@ def test_language_modelling_losses_are_transformers(tiny, objective):
     torch.testing.assert_close(loss, model(ids, labels=labels).loss)
 
 
+def test_only_checkpoints_need_the_identity(tiny, tmp_path, monkeypatch):
+    "It reads every weight of the model."
+    asked = []
+    monkeypatch.setattr(dora_nb.training.train, "_identity", lambda training: asked.append(training) or "a b")
+    for folder, times in ((None, 0), (tmp_path, 1)):
+        model, tokenizer = tiny()
+        train(model, tokenizer, items(), TrainConfig(batch_size=8), checkpoints=folder, progress=False)
+        assert len(asked) == times
+
+
 @pytest.mark.parametrize("matrix_units, found", [(True, "bfloat16"), (False, "float32")])
 def test_a_cpu_is_fast_in_bfloat16_with_matrix_units_only(monkeypatch, matrix_units, found):
     "Vector instructions for bfloat16 alone made evaluations slower: half the rate of float32 products."
