@@ -22,7 +22,8 @@ from ..runs.identity import LATER, MANNER, cut_of, ignored_parameters
 
 # %% ../../nbs/7_results/59_labels.ipynb #ecb3f37d
 ALWAYS = ("protocol", "eval_split", "task", "method")
-LOOKS = ("probe", "probe_items", "probe_blocks", "probe_products", "geometry")  # measurements that change no result
+# Measurements that change no result.
+LOOKS = ("probe", "probe_steps", "probe_items", "probe_blocks", "probe_products", "geometry")
 
 
 _LATER = {name: getattr(RunConfig(), name) for name in LATER}

@@ -270,10 +270,13 @@ def sharpness_table(
     share = {(r.task, r.label, r.eval_split): of(r) for r in table.itertuples()}
     found = []
     for key, group in rows.groupby(["task", "label", "eval_split"], sort=False):
-        top = lambda at: np.mean([p["blocks"]["all"]["ggn"]["eigenvalues"][0] for p in group.probe[group["at"] == at]])
+        largest = {
+            at: np.mean([p["blocks"]["all"]["ggn"]["eigenvalues"][0] for p in probed])
+            for at, probed in group.groupby("at", sort=False).probe
+        }
         found.append(
             {"task": task_label(key[0]), "kind": key[1]}
-            | {f"λmax, {at}": f"{top(at):.3g}" for at in ("warm-up", "middle", "end")}
+            | {f"λmax, {at}": f"{largest[at]:.3g}" if at in largest else "–" for at in dict.fromkeys(rows["at"])}
             | share.get(key, {"accuracy": "–", BASELINE: "–"})
         )
     return pd.DataFrame(found)

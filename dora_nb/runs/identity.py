@@ -25,7 +25,7 @@ import dora_nb
 
 # %% ../../nbs/6_runs/44_identity.ipynb #e5be314f
 _ADAPTER, _TRAIN = ({f.name for f in dataclasses.fields(t)} for t in (AdapterConfig, TrainConfig))
-_PROBE = {"probe", "probe_items", "probe_blocks", "probe_products"}
+_PROBE = {"probe", "probe_steps", "probe_items", "probe_blocks", "probe_products"}
 _UNTRAINED = {"format", "train_items", "mixture", "ranks", "allocate", "geometry"}
 
 
@@ -99,9 +99,9 @@ PLACES = ("model", "source", "ranks", "template", "columns")  # where its inputs
 LATER = (  # parameters that the first stored results lack
     *("compress", "allocate", "mixture", "eval_format", "geometry"),
     *("template", "columns"),
-    "magnitude_lr",
+    *("magnitude_lr", "probe_steps"),
 )
-_NEW = {"magnitude_lr": 1.0}  # parameters added within version 0.2: with these values a run keeps its earlier name
+_NEW = {"magnitude_lr": 1.0, "probe_steps": "warm-up, middle, end"}  # added within version 0.2: so a run keeps its name
 
 
 def _counted(config: RunConfig, aside: Collection[str]) -> dict:

@@ -19,7 +19,7 @@ from ..models.compress import parse_scheme
 from .base import load_base
 from .config import check_own, check_values, data_options
 from .folder import SCHEMA, describe_machine, library_versions
-from .observers import split_blocks, peak_memory
+from .observers import split_names, peak_memory
 from ..training.config import TrainConfig
 
 # %% ../../nbs/6_runs/51_probe_run.ipynb #fc1b04c2
@@ -71,7 +71,7 @@ def _measure(config: ProbeConfig, device: torch.device, progress: bool) -> dict:
     calibrate = config.calibrate or config.task
     model, tokenizer = load_base(config.model, config.compress, calibrate, device, **data_options(config, calibrate))
     load_adapter(model, config.adapter)
-    training, blocks = TrainConfig(config.objective, max_tokens=config.max_tokens), split_blocks(config.blocks)
+    training, blocks = TrainConfig(config.objective, max_tokens=config.max_tokens), split_names(config.blocks)
     return probe(model, tokenizer, items, training, blocks, config.eigenvalues, config.products, config.seed, progress)
 
 # %% ../../nbs/6_runs/51_probe_run.ipynb #9968ccb7

@@ -8,23 +8,40 @@ __all__ = ['PRECISIONS', 'OVER_CHOICES', 'OBJECTIVES', 'LARGEST', 'fast_bfloat16
 
 # %% ../../nbs/4_training/25_config.ipynb #24a55d76
 import contextlib
+import functools
+import time
 import typing
 from dataclasses import dataclass, fields
 
 import torch
+from torch import nn
 from ..messages import advice, describe
 
 # %% ../../nbs/4_training/25_config.ipynb #9003bef3
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
 
 
+def _product_seconds(dtype: torch.dtype) -> float:
+    "Return the time of a product on the CPU, of the size of a layer of SmolLM2-135M and 256 tokens."
+    x, W = torch.ones(256, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)  # random ones would move the generator
+    with torch.autocast("cpu", enabled=False):
+        start = time.perf_counter()
+        nn.functional.linear(x, W)
+        return time.perf_counter() - start
+
+
+@functools.cache
 def fast_bfloat16(
     device: torch.device,  # that computes the products
 ) -> bool:
-    "Return whether the hardware is faster in bfloat16 than in float32."
+    "Return whether the hardware is clearly faster in bfloat16 than in float32; a CPU is timed, in some 50 ms."
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # vector instructions are slower
+    if device.type != "cpu" or not torch.cpu._is_avx512_bf16_supported():  # an emulation is never faster
+        return False
+    rounds = [[_product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)] for _ in range(5)]
+    high, low = map(min, zip(*rounds))  # the fastest of each, as other processes can only slow one down
+    return low < high / 1.2
 
 # %% ../../nbs/4_training/25_config.ipynb #1f7b0b5a
 def resolve_precision(

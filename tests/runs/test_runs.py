@@ -63,6 +63,8 @@ from dora_nb.runs.run import run
         ({"dropout": 1.5}, "dropout=1.5"),
         ({"eval_split": "train"}, "validation"),
         ({"probe": True, "objective": "answer"}, "probe=true needs an objective over choices"),
+        ({"probe_steps": "start, end"}, "must be some of warm-up, middle, end"),
+        ({"probe_steps": ""}, "must be some of warm-up, middle, end"),
         ({"probe_items": 0}, "probe_items=0"),
         ({"ranks": "nowhere.json"}, "nowhere.json.* cannot be read"),
         pytest.param({"mixture": "boolq,boolq"}, "'boolq' is named twice", marks=pytest.mark.attack("crash")),
@@ -140,10 +142,11 @@ def test_a_run_with_a_probe_and_a_probe_of_its_adapter(tiny_model_dir, tmp_path)
         probe_items=3,
         probe_blocks="all, m",
         probe_products=8,
+        probe_steps="end, warm-up",
     )
     run(config, tmp_path / "run", progress=False)
     found = json.loads((tmp_path / "run" / CURVATURE).read_text())
-    assert [(p["at"], p["step"]) for p in found["points"]] == [("warm-up", 1), ("middle", 3), ("end", 5)]
+    assert [(p["at"], p["step"]) for p in found["points"]] == [("warm-up", 1), ("end", 5)]  # not the middle, at 3
     end = found["points"][-1]
     assert end["items"] == 3 and end["seconds"] > 0 and "hessian" in end["blocks"]["m"]
     again = run_probe(

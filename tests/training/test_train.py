@@ -21,6 +21,7 @@ import torch
 import transformers
 
 import dora_nb.training.checkpoints
+import dora_nb.training.config
 import dora_nb.training.step
 import dora_nb.training.train
 from dora_nb.data.rows import collate
@@ -31,7 +32,7 @@ from dora_nb.models.methods import AdapterConfig
 from dora_nb.models.scoring import _sees_masked_tokens, context_length, original_length, shares_prompts, token_logprobs
 from dora_nb.training.batches import epoch_batches, micro_batches
 from dora_nb.training.checkpoints import Checkpoints, Stopped, _sum_of_bits
-from dora_nb.training.config import TrainConfig, autocast, resolve_precision, tf32
+from dora_nb.training.config import TrainConfig, autocast, fast_bfloat16, resolve_precision, tf32
 from dora_nb.training.evaluate import generate_answers, rank_choices
 from dora_nb.training.objectives import count_terms, encode_for, summed_loss
 from dora_nb.training.step import memory_plan, train_step
@@ -104,12 +105,36 @@ def test_only_checkpoints_need_the_identity(tiny, tmp_path, monkeypatch):
         assert len(asked) == times
 
 
-@pytest.mark.parametrize("matrix_units, found", [(True, "bfloat16"), (False, "float32")])
-def test_a_cpu_is_fast_in_bfloat16_with_matrix_units_only(monkeypatch, matrix_units, found):
-    "Vector instructions for bfloat16 alone made evaluations slower: half the rate of float32 products."
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
-    assert resolve_precision("auto", torch.device("cpu")) == found
+@pytest.mark.parametrize(
+    "has_instructions, high, low, found",
+    [
+        (True, 2.2, 1.0, "bfloat16"),
+        (True, 1.0, 2.0, "float32"),
+        (True, 1.1, 1.0, "float32"),
+        (False, 2.2, 1.0, "float32"),
+    ],
+)
+def test_a_cpu_uses_bfloat16_only_where_its_products_are_clearly_faster(
+    monkeypatch, has_instructions, high, low, found
+):
+    "Of two CPUs with vector instructions for bfloat16, one was 2.2 times as fast in it and one half as fast."
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_instructions)
+    seconds = {torch.float32: high, torch.bfloat16: low}
+    monkeypatch.setattr(dora_nb.training.config, "_product_seconds", seconds.__getitem__)
+    fast_bfloat16.cache_clear()
+    try:
+        assert resolve_precision("auto", torch.device("cpu")) == found
+    finally:
+        fast_bfloat16.cache_clear()
+
+
+def test_timing_products_leaves_the_random_numbers_alone():
+    fast_bfloat16.cache_clear()
+    before = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dora_nb.training.config._product_seconds(torch.float32) > 0
+    fast_bfloat16(torch.device("cpu"))
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("objective", ("choices", "choices_mean"))
