@@ -92,7 +92,7 @@ class Eigenpairs(NamedTuple):
 
     values: Tensor  # (found,), float64: the top ones descending; or the bottom ones ascending
     vectors: Tensor  # (found, n), a row each
-    residuals: Tensor  # (found,), float64, ‖Hy − θy‖: an eigenvalue lies at most that far from θ
+    residuals: Tensor  # (found,), float64, ‖Hy − θy‖ without rounding: an eigenvalue lies that near θ, up to a few rounding errors of the largest
 
 # %% ../../nbs/5_curvature/35_lanczos.ipynb #f235c35d
 def _converged(values: Tensor, residuals: Tensor, k: int, tol: float, bottom: bool) -> Tensor:
@@ -120,7 +120,7 @@ def top_eigenpairs(
     max_products: int | None = None,  # 10k + 30 if None
     seed: int = 0,  # of the start vectors
 ) -> dict[str, Eigenpairs]:  # keys top, bottom; fewer than `k` pairs where not all converged
-    "Return the outermost eigenpairs, by block Lanczos with full reorthogonalisation."
+    "Return the outermost eigenpairs, by block Lanczos with full reorthogonalisation; ValueError for unknown `ends`, or a `k` or `block` outside 1 to n."
     n = matrix.shape[0]
     if ends not in ENDS:
         raise ValueError(f"ends={ends!r} does not exist; choose one of {', '.join(ENDS)}")
@@ -154,7 +154,9 @@ class Density(NamedTuple):
         return each.mean().item(), (each.std() / math.sqrt(len(each))).item() if len(each) > 1 else math.nan
 
     def effective_dimension(self, damping: float) -> tuple[float, float]:
-        "Return the sum of λ/(λ + damping) and its standard error, for a matrix without negative eigenvalues."
+        "Return the sum of λ/(λ + damping) and its standard error, for a matrix without negative eigenvalues; ValueError unless the damping is above 0."
+        if not damping > 0:
+            raise ValueError(f"damping={damping} must be above 0")
         return self.total(lambda x: x.clamp_min(0) / (x.clamp_min(0) + damping))
 
     def smoothed(self, grid: Tensor, width: float) -> Tensor:
@@ -187,7 +189,7 @@ def trace(
     samples: int = 16,  # random vectors of ±1, one product each
     seed: int = 0,  # of the vectors
 ) -> tuple[float, float]:  # the trace, and its standard error
-    "Return the sum of all eigenvalues, by Hutchinson's estimate."
+    "Return the sum of all eigenvalues, by Hutchinson's estimate; ValueError for fewer than two samples."
     if samples < 2:
         raise ValueError(f"samples={samples} gives no standard error; take at least 2")
     signs = torch.randint(2, (matrix.shape[0], samples), generator=seeded_generator(seed)) * 2 - 1

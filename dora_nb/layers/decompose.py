@@ -46,7 +46,7 @@ def recompose(
     m: Tensor,  # magnitude, (out,)
     V: Tensor,  # direction, (out, in); its rows need not have length one
 ) -> Tensor:  # (out, in)
-    "Return the weight whose row i has length |m[i]| and the direction of `V[i]`; zero where `V[i]` is zero."
+    "Return the weight whose row i is m[i] times the unit vector along `V[i]`; zero where `V[i]` is zero."
     return (m / safe_norm(row_norm(V)))[:, None] * V
 
 # %% ../../nbs/1_layers/00_decompose.ipynb #3d88317e

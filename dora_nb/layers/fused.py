@@ -28,7 +28,7 @@ class Operands(NamedTuple):
 
 # %% ../../nbs/1_layers/04_fused.ipynb #9fb7fb86
 def _scaled(y: Tensor, t: Operands, out: Tensor | None = None) -> Tensor:
-    "Return g ⊙ y, with g in float32 or better whatever the dtype of `y`."
+    "Return g ⊙ y, with g in float32 or better; on a CPU below float32, with a small g − 1 in the dtype of `y`."
     if t.scale is None:
         return y
     if y.is_cpu and y.dtype.itemsize < 4 and t.change is not None:  # a product of two dtypes is slow on a CPU
@@ -217,7 +217,9 @@ def fused_product(
     makers: Sequence[nn.Module | None] | None = None,  # compressed base layers, and None for the others
     backward: bool = True,  # whether there may be a backward pass
 ) -> Sequence[Tensor]:  # (tokens, out) each
-    "Return the outputs of layers that share an input."
+    "Return the outputs of layers that share an input; ValueError for dropped inputs in the dense plan."
+    if plan == "dense" and dropped is not None:
+        raise ValueError("the dense plan has no dropout; choose plan='factored'")
     device = rows.device.type
     if backward or dropped is not None:
         makers = makers or [None] * len(operands)

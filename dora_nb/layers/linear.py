@@ -93,12 +93,14 @@ class _Adapter(_Holder):
         return f"rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"
 
 # %% ../../nbs/1_layers/06_linear.ipynb #43e40697
-def _check(base_layer: nn.Module, plan: str, dropout: float):
-    "Refuse a base layer without values, an unknown plan and an impossible dropout: ValueError."
+def _check(base_layer: nn.Module, rank: int, plan: str, dropout: float):
+    "Refuse a base layer without values, an impossible rank or dropout, and an unknown plan: ValueError."
     if device_of(base_layer).type == "meta":
         raise ValueError(
             "the layer to adapt has no values yet (it is on the meta device); load the weights before adapting"
         )
+    if rank < 1:
+        raise ValueError(f"rank={rank!r} is not possible; it must be at least 1")
     if plan not in PLANS:
         raise ValueError(f"plan={plan!r} does not exist; choose one of {', '.join(PLANS)}")
     if plan == "triton" and find_spec("triton") is None:
@@ -142,15 +144,16 @@ class LoRALinear(_LowRank):
         plan: str = "auto",  # how to compute the product, one of `PLANS`
     ):
         super().__init__()
-        _check(base_layer, plan, dropout)
+        _check(base_layer, rank, plan, dropout)
         out_features, in_features = linear_shape(base_layer)
         dtype = torch.promote_types(input_dtype(base_layer), torch.float32)
         new = lambda *shape: nn.Parameter(torch.empty(shape, dtype=dtype, device=device_of(base_layer)))
-        self.base_layer = base_layer.requires_grad_(False)
+        self.base_layer = base_layer
         self.lora_A, self.lora_B = new(rank, in_features), new(out_features, rank)
         self.dropout = nn.Dropout(dropout)
         self.scaling, self.plan, self.shared_input = scaling(alpha, rank, rslora), plan, None
-        self.start(init, None if init in INITS else frozen_weight(base_layer))
+        self.start(init, None if init in INITS else frozen_weight(base_layer).detach())
+        base_layer.requires_grad_(False)  # last: a layer that is refused stays as it was
 
     @classmethod
     def parameter_shapes(cls, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -260,9 +263,9 @@ class DoRALinear(_Scaled):
         detach_norm: bool = True,  # §4.3: no gradient through the norm; False for the exact gradient
         dropout_form: str = "lowrank",  # what sees the dropped input, one of `DROPOUT_FORMS`
     ):
-        super().__init__(base_layer, rank, alpha, dropout, init, rslora, plan)
         if dropout_form not in DROPOUT_FORMS:
             raise ValueError(f"dropout_form={dropout_form!r} does not exist; choose one of {', '.join(DROPOUT_FORMS)}")
+        super().__init__(base_layer, rank, alpha, dropout, init, rslora, plan)
         self.detach_norm, self.dropout_form = detach_norm, dropout_form
         self.add_magnitude()
 

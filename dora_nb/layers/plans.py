@@ -122,6 +122,8 @@ def seen_through(
         )
         or base._forward_pre_hooks
         or base._forward_hooks
+        or base._backward_pre_hooks
+        or base._backward_hooks
         or "forward" in vars(base)  # as weight offloading replaces it
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/1_layers/03_stored.ipynb #5f0d0007
 class StoredLinear(nn.Module):
-    "Stand for a frozen linear layer whose weight is computed from stored tensors. Subclasses set `in_features`, `out_features` and `bias`."
+    "Stand for a frozen linear layer whose weight is computed from stored tensors. Subclasses set `in_features`, `out_features` and `bias`, and define `forward`."
 
     in_features: int
     out_features: int

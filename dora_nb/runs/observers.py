@@ -18,6 +18,7 @@ import torch
 from ..curvature.probe import check_blocks, probe
 from ..data.tasks import load_task
 from ..files import read_json, write_json
+from ..layers.base import frozen_weight, read_weight
 from ..layers.decompose import delta_direction, delta_magnitude, row_norm
 from ..messages import say
 from ..models.adapt import adapter_layers
@@ -71,10 +72,8 @@ def curvature_observer(config: RunConfig, model, tokenizer, run_dir: Path) -> Ca
         named = {step: name for name, step in at.items() if name in split_names(config.probe_steps)}
         if record["step"] not in named:
             return
-        start, point = (
-            time.perf_counter(),
-            dict(at=named[record["step"]], step=record["step"], train_loss=record["loss"]),
-        )
+        start = time.perf_counter()
+        point = dict(at=named[record["step"]], step=record["step"], train_loss=record["loss"])
         training = dataclasses.replace(config.training(), batch_tokens=record["batch_tokens"])
         try:
             point |= probe(model, tokenizer, items, training, wanted, products=config.probe_products)
@@ -90,13 +89,13 @@ def curvature_observer(config: RunConfig, model, tokenizer, run_dir: Path) -> Ca
 
 # %% ../../nbs/6_runs/48_observers.ipynb #1d9eb4b9
 def _moved(config: RunConfig, model) -> Callable[[], Iterable[tuple[str, torch.Tensor, torch.Tensor]]]:
-    "Return a function that yields each adapted weight's name, its initial value and its current value."
+    "Return a function that yields each adapted weight's name, its initial value and its current value, (out, in), before any rounding to the model's dtype."
     if config.method != "full":
         layers = adapter_layers(model)
-        return lambda: ((n, layer.base_layer.weight, layer.merged_weight()) for n, layer in layers.items())
+        return lambda: ((n, frozen_weight(layer.base_layer), layer.adapted_weight()) for n, layer in layers.items())
     targets = find_targets(model, PAPER_TARGETS)
-    before = {n: m.weight.detach().clone() for n, m in targets.items()}
-    return lambda: ((n, before[n], m.weight) for n, m in targets.items())
+    before = {n: read_weight(m).detach().clone() for n, m in targets.items()}
+    return lambda: ((n, before[n], read_weight(m)) for n, m in targets.items())
 
 
 def _is_due(step: int, steps: int, times: int) -> bool:

@@ -191,11 +191,22 @@ def test_an_update_that_cancels_the_weight(share):
     torch.testing.assert_close(F.linear(x, layer.merged_weight()), layer(x), atol=1e-3, rtol=1e-2)
 
 
-def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="init='zeros'.*kaiming"):
-        LoRALinear(nn.Linear(4, 4), init="zeros")
-    with pytest.raises(ValueError, match="dropout_form='both'.*delta"):
-        DoRALinear(nn.Linear(4, 4), dropout_form="both")
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (dict(init="zeros"), "init='zeros'.*kaiming"),
+        (dict(dropout_form="both"), "dropout_form='both'.*delta"),
+        (dict(init="orthogonal", rank=3), "3"),
+        (dict(rank=0), "rank=0 is not possible"),
+        (dict(rank=-1), "rank=-1 is not possible"),
+        (dict(dropout=1.0), "dropout=1.0"),
+    ],
+)
+def test_a_refused_layer_stays_trainable(options, named):
+    base = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=named):
+        DoRALinear(base, **options)
+    assert base.weight.requires_grad and base.bias.requires_grad
 
 
 class Detached(torch.nn.Linear):

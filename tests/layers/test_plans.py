@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dora_nb.layers.linear
 import dora_nb.layers.plans
+from dora_nb.layers.fused import fused_product
 from dora_nb.layers.linear import DoRALinear, LoRALinear, cached_scales, constant_scale
 from dora_nb.layers.plans import choose_plan, draw_dropped, gap_dropout, resolve_plan
 from dora_nb.models.adapt import adapt, adapter_layers, trainable_parameters
@@ -463,6 +464,17 @@ def test_a_base_that_learns_and_a_base_with_hooks_take_the_plain_way():
     layer.base_layer.register_forward_pre_hook(lambda *_: seen.append(1))
     layer(x)
     assert seen
+    for register in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+        layer, seen = make(LoRALinear), []
+        getattr(layer.base_layer, register)(lambda *_: seen.append(1))
+        layer(x.requires_grad_()).sum().backward()
+        assert seen, register
+
+
+def test_dropped_inputs_have_no_dense_plan():
+    operands = make(LoRALinear).operands(torch.randn(4, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match="choose plan='factored'"):
+        fused_product(torch.randn(4, 8, dtype=torch.float64), [operands], "dense", dropped=torch.tensor([0]))
 
 
 @pytest.mark.parametrize("cls", (LoRALinear, DoRALinear))

@@ -6,10 +6,11 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dora_nb.data.assets import load_model
 from dora_nb.layers.decompose import decompose
+from dora_nb.models.adapt import adapt, adapter_layers
 from dora_nb.models.adapter_files import load_adapter
 from dora_nb.models.merge import merge
 from dora_nb.runs.config import RunConfig, config_from
@@ -18,6 +19,7 @@ from dora_nb.runs.grid import load_grid
 from dora_nb.runs.identity import run_name, training_id
 from dora_nb.runs.jobs import Job, waves
 from dora_nb.runs.launcher import run_grid
+from dora_nb.runs.observers import geometry_observer
 from dora_nb.runs.progress import time_left
 from dora_nb.runs.run import run
 
@@ -122,6 +124,23 @@ def test_instruction_items_are_ranked_too(make):
     written, _ = make(format="instruction", objective="prompt", protocol="generate")
     assert written["training"]["trained_by"] == ranked["run"] and "unparsed" in written["metrics"]
     assert len(pd.read_parquet(folder / PREDICTIONS).loglikelihood[0]) == 4
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_an_untrained_weight_of_a_conv1d_has_not_moved(tmp_path, dtype):
+    "GPT-2 keeps its weights as (in, out); and a change that bfloat16 would round away is seen."
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).to(dtype)
+    config = RunConfig(rank=2, dropout=0.0, target_modules="c_attn,c_proj", geometry=1)
+    adapt(model, config.adapter())
+    observe = geometry_observer(config, model, tmp_path)
+    for factor, moved in ((1, 0.0), (1.0005, 5e-4)):
+        for layer in adapter_layers(model).values():
+            layer.magnitude.data *= factor
+        observe(dict(step=1, steps=1))
+        (point,) = json.loads((tmp_path / GEOMETRY).read_text())["points"]
+        assert [w["inputs"] for w in point["weights"]] == [16, 16, 64]  # c_attn, and both c_proj
+        for w in point["weights"]:
+            assert w["delta_m"] / w["m0"] == pytest.approx(moved, abs=1e-5) and abs(w["delta_d"]) < 1e-6
 
 
 @pytest.mark.parametrize("method", ("lora", "dora", "full"))
