@@ -114,6 +114,18 @@ def _check_tasks(config):
             raise ValueError(f"mixture: {task!r} is named twice; name every task once")
     check_own(config, config.task, *tasks)
 
+
+def _check_probe(config):
+    "Refuse a probe of another objective, and steps that are none of `PROBE_STEPS`: ValueError."
+    if not {step.strip() for step in config.probe_steps.split(",")} <= {*PROBE_STEPS}:
+        raise ValueError(
+            f"probe_steps={config.probe_steps!r} must be some of {', '.join(PROBE_STEPS)}, separated by commas"
+        )
+    if config.probe and config.objective not in OVER_CHOICES:
+        raise ValueError(
+            f"probe=true needs an objective over choices ({', '.join(OVER_CHOICES)}), not {config.objective!r}"
+        )
+
 # %% ../../nbs/6_runs/43_config.ipynb #b562c73c
 def _check_together(config):
     "Refuse values that cannot be combined in one run: ValueError."
@@ -142,14 +154,6 @@ def _check_together(config):
         (
             c.compress and (c.method == "full" or c.fsdp),
             "compress goes neither with method='full', which would train what is compressed, nor with fsdp",
-        ),
-        (
-            c.probe and c.objective not in OVER_CHOICES,
-            f"probe=true needs an objective over choices ({', '.join(OVER_CHOICES)}), not {c.objective!r}",
-        ),
-        (
-            not {step.strip() for step in c.probe_steps.split(",")} <= {*PROBE_STEPS},
-            f"probe_steps={c.probe_steps!r} must be some of {', '.join(PROBE_STEPS)}, separated by commas",
         ),
     )
     if message := next((message for wrong, message in cases if wrong), None):
@@ -267,6 +271,7 @@ class RunConfig(_Execution, _Measurement, _Training, _Adapter, _Subject):  # the
         self.adapter(), self.training()
         _check_tasks(self)
         _check_together(self)
+        _check_probe(self)
 
     def adapter(self) -> AdapterConfig | None:
         "Return the adapter's configuration; None for the base model."
