@@ -67,7 +67,7 @@ def _task_type(model: nn.Module) -> str | None:
     model = uncompiled(model)
     if is_classifier(model) and _takes(model, "input_ids"):
         heads, whole = {n for n in modules_by_name(model) if n.endswith(HEADS)}, whole_modules(model)
-        sequence = "ForSequenceClassification" in type(model).__name__
+        sequence = any("ForSequenceClassification" in cls.__name__ for cls in type(model).__mro__)
         return CLASSIFIERS[not sequence] if heads and heads <= whole.keys() else None
     if not hasattr(model, "prepare_inputs_for_generation") or not _takes(model, "input_ids"):
         return None

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from ..layers.stored import StoredLinear
 from .methods import HEADS, AdapterConfig
 from .names import shorten
-from .targets import modules_by_name
+from .targets import modules_by_name, uncompiled
 from torch import Tensor, nn
 
 # %% ../../nbs/3_models/18b_saved.ipynb #4c9ea315
 def is_classifier(
     model: nn.Module,  # of transformers, or not
 ) -> bool:
-    "Return whether a model classifies texts, tokens, images, sounds or films, so that its head is new."
-    kinds = ("Sequence", "Token", "Image", "Audio", "Video")
-    return type(model).__name__.endswith(tuple(f"For{kind}Classification" for kind in kinds))
+    "Return whether a model, or the class it extends, classifies texts, tokens, images, sounds or films, so that its head is new."
+    kinds = tuple(f"For{kind}Classification" for kind in ("Sequence", "Token", "Image", "Audio", "Video"))
+    return any(cls.__name__.endswith(kinds) for cls in type(uncompiled(model)).__mro__)
 
 # %% ../../nbs/3_models/18b_saved.ipynb #f4fa189b
 def saved_entries(
@@ -33,7 +33,8 @@ def saved_entries(
     if config.modules_to_save is not None:
         return config.modules_to_save
     names = modules_by_name(model) if is_classifier(model) else ()
-    return tuple(head for head in HEADS if any(name.endswith(head) for name in names))
+    heads = (*HEADS, "classification_head")  # the last, of T5 and BART, has to be named in PEFT
+    return tuple(head for head in heads if any(name.endswith(head) for name in names))
 
 # %% ../../nbs/3_models/18b_saved.ipynb #0d540686
 def _check_saved(name: str, module: nn.Module):

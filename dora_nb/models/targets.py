@@ -33,7 +33,7 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 # %% ../../nbs/3_models/18_targets.ipynb #12a00011
 def _is_head(model: nn.Module, name: str, m: nn.Module) -> bool:
     "Return whether a module is the vocabulary projection, or in a classifier's head."
-    head = not {"score", "classifier"}.isdisjoint(name.split("."))
+    head = not {"score", "classifier", "classification_head"}.isdisjoint(name.split("."))
     return head or m is getattr(model, "get_output_embeddings", lambda: None)()
 
 

@@ -30,6 +30,13 @@ _BLOCKS |= dict(encoder_ffn_dim=48, decoder_ffn_dim=48)
 _BOTH = _TEXT | dict(decoder_input_ids=torch.arange(3, 15).view(2, 6))
 _SOUND = dict(input_features=torch.randn(2, 8, 60, generator=torch.Generator().manual_seed(0)))
 
+_ENDED = dict(input_ids=torch.cat([torch.arange(3, 21).view(2, 9), torch.full((2, 1), 2)], 1))  # one end of text each
+
+
+class Extended(tf.BertForSequenceClassification):
+    "A class of one's own, whose head is as new as that of the class it extends."
+
+
 # name → class, configuration, inputs, modules to save, task type in PEFT
 MODELS = {
     "llama": (
@@ -49,6 +56,14 @@ MODELS = {
     "gpt-neox": (tf.GPTNeoXForCausalLM, tf.GPTNeoXConfig(**_SIZES), _TEXT, ["embed_in"], "CAUSAL_LM"),
     "bert": (tf.BertForSequenceClassification, tf.BertConfig(**_SIZES), _TEXT, ["pooler", "classifier"], "SEQ_CLS"),
     "bert tokens": (tf.BertForTokenClassification, tf.BertConfig(**_SIZES), _TEXT, None, "TOKEN_CLS"),
+    "extended bert": (Extended, tf.BertConfig(**_SIZES), _TEXT, None, "SEQ_CLS"),
+    "bart classifier": (  # PEFT does not train `classification_head` by itself
+        tf.BartForSequenceClassification,
+        tf.BartConfig(**_BLOCKS, vocab_size=64, max_position_embeddings=64, eos_token_id=2),
+        _ENDED,
+        None,
+        None,
+    ),
     "roberta": (tf.RobertaForSequenceClassification, tf.RobertaConfig(**_SIZES), _TEXT, None, "SEQ_CLS"),
     "distilbert": (
         tf.DistilBertForSequenceClassification,
@@ -201,6 +216,8 @@ BY_HAND = {
     "gpt-neox": "gpt_neox.final_layer_norm",
     "bert": "bert.embeddings.LayerNorm",
     "bert tokens": "bert.embeddings.word_embeddings",
+    "extended bert": "bert.embeddings.LayerNorm",
+    "bart classifier": "classification_head.out_proj",
     "roberta": "classifier.out_proj",  # a part of a head
     "distilbert": "pre_classifier",
     "bert without a head": "pooler",
@@ -272,6 +289,19 @@ def test_a_parameter_beside_adapted_layers_is_refused(tmp_path):
     model.vit.register_parameter("extra", nn.Parameter(torch.ones(2)))
     with pytest.raises(RuntimeError, match="'vit.extra'.*its module 'vit' holds adapted layers"):
         save_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, head", [("bert", "classifier"), ("extended bert", "classifier"), ("bart classifier", "classification_head")]
+)
+@pytest.mark.parametrize("compiled", (False, True))
+def test_a_new_head_is_trained_without_being_named(name, head, compiled):
+    model = make(name)
+    adapt(
+        torch.compile(model, backend="eager") if compiled else model, AdapterConfig(rank=2, target_modules="all-linear")
+    )
+    weights = {n: p for n, p in model.named_parameters() if n.startswith(f"{head}.")}
+    assert weights and all(p.requires_grad and "lora" not in n for n, p in weights.items())
 
 
 def test_modules_that_do_not_exist_and_targets_inside_them():
