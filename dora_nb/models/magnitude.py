@@ -24,12 +24,14 @@ def parameter_groups(
     learning_rate: float,  # of all parameters but the magnitudes
     magnitude_lr: float = 1.0,  # the magnitudes' rate is this times `learning_rate`
 ) -> list[dict]:  # one group, or a second one of the magnitudes
-    "Return the trainable parameters as groups for an optimiser, the magnitudes with a learning rate of their own."
+    "Return the trainable parameters as groups for an optimiser, the magnitudes with a learning rate of their own; ValueError if there are none."
     own = {id(m) for m in magnitudes(model).values()}
     others, scaled = [], []
     for p in trainable_parameters(model).values():
         (scaled if id(p) in own else others).append(p)
     groups = [dict(params=others, lr=learning_rate), dict(params=scaled, lr=learning_rate * magnitude_lr)]
+    if not (others or scaled):
+        raise ValueError("the model has nothing to train: adapt it first. A merged or disabled adapter is frozen")
     return [group for group in groups if group["params"]]
 
 # %% ../../nbs/3_models/19b_magnitude.ipynb #ab8172c3

@@ -27,6 +27,7 @@ import dora_nb.training.train
 from dora_nb.data.rows import collate
 from dora_nb.data.tasks import load_task
 from dora_nb.models.adapt import adapt, adapter_layers, trainable_parameters
+from dora_nb.models.disable import disable_adapter
 from dora_nb.models.merge import merge
 from dora_nb.models.methods import AdapterConfig
 from dora_nb.models.scoring import _sees_masked_tokens, context_length, original_length, shares_prompts, token_logprobs
@@ -218,6 +219,13 @@ def test_it_learns(tiny, method):
         progress=False,
     )
     assert records[-1]["loss"] < 0.3 * records[0]["loss"]
+
+
+@pytest.mark.parametrize("context", (lambda model: merge(model) and contextlib.nullcontext(), disable_adapter))
+def test_nothing_to_train_is_said(tiny, context):
+    model, tokenizer = tiny()
+    with context(model), pytest.raises(ValueError, match="nothing to train.*merged or disabled"):
+        train(model, tokenizer, items(), TrainConfig(batch_size=8), progress=False)
 
 
 def test_frozen_weights_stay(tiny):
