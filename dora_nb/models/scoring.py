@@ -145,7 +145,11 @@ def _some_tokens(model: nn.Module, count: int, first: int) -> list[int]:
 def check_causal(
     model: nn.Module,  # of transformers
 ):
-    "Refuse a model whose outputs depend on later tokens, such as an encoder: ValueError."
+    "Refuse a model that predicts no tokens, or whose outputs depend on later ones, such as an encoder: ValueError."
+    if getattr(model.config, "is_encoder_decoder", False) or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model, as is needed to score choices; train it with transformers' Trainer"
+        )
     ids = _some_tokens(model, 8, 5)
     ends = [[*ids[3:], ids[0], 0], [*ids[3:], ids[1], 0]]  # the last token is not an input
     with _evaluating(model):

@@ -1186,3 +1186,28 @@ def test_layers_that_the_model_does_not_use_are_named(toy_tokenizer, method):
     assert go(["self_attn.k_proj", "fc1"]) == []
     with pytest.raises(ValueError, match="the model uses none of the layers that are adapted"):
         go(["encoder_attn.k_proj"])
+
+
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+
+
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        (transformers.LlamaForSequenceClassification, transformers.LlamaConfig(vocab_size=64, **SIZES)),
+        (transformers.ViTForImageClassification, transformers.ViTConfig(image_size=16, patch_size=8, **SIZES)),
+        (
+            transformers.T5ForConditionalGeneration,
+            transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=2),
+        ),
+    ],
+)
+def test_a_model_that_predicts_no_tokens_is_named(tiny, kind, config):
+    _, tokenizer = tiny()
+    model = adapt(kind(config), AdapterConfig(rank=2, target_modules="all-linear"))
+    for use in (
+        lambda: train(model, tokenizer, items(), TrainConfig(), progress=False),
+        lambda: rank_choices(model, tokenizer, items()),
+    ):
+        with pytest.raises(ValueError, match=f"{kind.__name__} is no causal language model.*Trainer"):
+            use()
