@@ -31,7 +31,9 @@ def parameter_groups(
         (scaled if id(p) in own else others).append(p)
     groups = [dict(params=others, lr=learning_rate), dict(params=scaled, lr=learning_rate * magnitude_lr)]
     if not (others or scaled):
-        raise ValueError("the model has nothing to train: adapt it first. A merged or disabled adapter is frozen")
+        raise ValueError(
+            "the model has nothing to train: adapt it, or if its adapter is merged or disabled, unmerge it or leave disable_adapter"
+        )
     return [group for group in groups if group["params"]]
 
 # %% ../../nbs/3_models/19b_magnitude.ipynb #ab8172c3

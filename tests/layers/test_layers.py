@@ -196,7 +196,7 @@ def test_an_update_that_cancels_the_weight(share):
     [
         (dict(init="zeros"), "init='zeros'.*kaiming"),
         (dict(dropout_form="both"), "dropout_form='both'.*delta"),
-        (dict(init="orthogonal", rank=3), "3"),
+        (dict(init="orthogonal", rank=3), "needs an even rank, not 3"),
         (dict(rank=0), "rank=0 is not possible"),
         (dict(rank=-1), "rank=-1 is not possible"),
         (dict(dropout=1.0), "dropout=1.0"),
