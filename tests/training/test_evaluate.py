@@ -57,16 +57,19 @@ def test_batches_do_not_change_scores(tiny_model_dir, batch_tokens):
     assert summary["n"] == 10 and summary["acc_low"] <= summary["acc"] <= summary["acc_high"]
 
 
-@pytest.mark.parametrize("task", ("boolq", "hellaswag", "winogrande"))
-def test_bfloat16_ranks_as_float32_does(smollm, task):
+# Rounding noise of a choice's log-likelihood: on five sets of CPU kernels its root mean square is 0.03 to 0.06 on BoolQ and
+# WinoGrande, and 0.10 to 0.17 on HellaSwag, whose endings sum over some thirty tokens. The largest of 24 draws is no measure
+# of it: another CPU's kernels move it by half.
+@pytest.mark.parametrize(("task", "noise"), (("boolq", 0.1), ("hellaswag", 0.3), ("winogrande", 0.1)))
+def test_bfloat16_ranks_as_float32_does(smollm, task, noise):
     "`eval_precision='auto'` stands on this: choices that float32 parts clearly are ranked alike."
     items = load_task(task, limit=12)
     exact, rounded = (rank_choices(*smollm, items, precision=p, progress=False)[1] for p in ("float32", "bfloat16"))
+    shifts = [y - x for a, b in zip(exact, rounded) for x, y in zip(a["loglikelihood"], b["loglikelihood"])]
+    assert 0 < math.sqrt(sum(shift**2 for shift in shifts) / len(shifts)) < noise  # 0: not another precision
     for a, b in zip(exact, rounded):
-        assert a["loglikelihood"] != b["loglikelihood"]  # it was computed in another precision
-        assert a["loglikelihood"] == pytest.approx(b["loglikelihood"], abs=0.15, rel=0.01)
         first, second = sorted(a["loglikelihood"])[:-3:-1]
-        assert a["pred"] == b["pred"] or first - second < 0.3
+        assert a["pred"] == b["pred"] or first - second < 3 * noise
 
 
 def test_generation_does_not_depend_on_padding(smollm):
