@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'GAIN', 'TOLERANCE', 'is_conv1d', 'is_wrapped', 'reads_weight', 'read_weight', 'linear_shape', 'device_of',
-           'input_dtype', 'base_output', 'apply_weight', 'keep_unpacked', 'frozen_weight', 'frozen_squares',
-           'adapted_norm', 'check_linear']
+           'input_dtype', 'has_hooks', 'base_output', 'apply_weight', 'keep_unpacked', 'frozen_weight',
+           'frozen_squares', 'adapted_norm', 'check_linear']
 
 # %% ../../nbs/1_layers/03b_base.ipynb #58b35cfb
 import contextlib
@@ -76,12 +76,20 @@ def input_dtype(
     return getattr(base, "compute_dtype", None) or torch.float32
 
 # %% ../../nbs/1_layers/03b_base.ipynb #2d8e52f2
+def has_hooks(
+    base: nn.Module,  # any module
+) -> bool:
+    "Return whether hooks are registered on a module."
+    return bool(base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks)
+
+
 def base_output(
     base: nn.Module,  # a linear layer
     x: Tensor,  # (…, in)
+    hooks: bool = True,  # run the layer's hooks too
 ) -> Tensor:  # (…, out), with a graph
     "Return W₀x + b by the layer's own forward pass; RuntimeError if it passes no gradient where one is needed."
-    y = base(x)
+    y = base(x) if hooks else base.forward(x)
     if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
         raise RuntimeError(
             f"a layer of type {type(base).__name__} passes no gradient to its input: it is made for inference only"
@@ -92,11 +100,13 @@ def base_output(
 def apply_weight(
     base: nn.Module,  # a linear layer
     x: Tensor,  # (…, in)
+    hooks: bool = False,  # run the layer's hooks, if it has any
 ) -> Tensor:  # (…, out), with a graph
-    "Return W₀x: by the weight if it can be read, or else by the layer's own forward pass."
-    if reads_weight(base):
+    "Return W₀x: by the weight if it can be read and no hook is to run, or else by the layer's own forward pass."
+    replaced = "forward" in vars(base)  # as weight offloading does
+    if reads_weight(base) and not (hooks and (has_hooks(base) or replaced)):
         return F.linear(x, read_weight(base))
-    y = base_output(base, x)
+    y = base_output(base, x, hooks)
     return y if base.bias is None else y - base.bias.to(y.dtype)
 
 # %% ../../nbs/1_layers/03b_base.ipynb #02cdf953

@@ -277,8 +277,8 @@ class DoRALinear(_Scaled):
     def plain(self, x: Tensor) -> Tensor:
         "Return the output by the formula, (…, in) → (…, out)."
         base, bias, g = self.base_layer, self.base_layer.bias, self.scale()
-        frozen = lambda x: self.without_start(apply_weight(base, x), x)
-        y, dropped = frozen(x), self.dropped(x)
+        frozen = lambda x, **how: self.without_start(apply_weight(base, x, **how), x)
+        y, dropped = frozen(x, hooks=True), self.dropped(x)
         delta = self.dropout_form == "delta" and self.drops()
         z = y + (g - 1) * frozen(dropped) if delta else g * y
         z = (z + g * self.update(dropped)).to(y.dtype)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from .base import reads_weight
+from .base import has_hooks, reads_weight
 from .stored import StoredLinear
 from .fused import Operands, fused_product
 from torch import Tensor, nn
@@ -120,10 +120,7 @@ def seen_through(
             if weight is not None
             else not isinstance(base, StoredLinear) and base.weight.requires_grad
         )
-        or base._forward_pre_hooks
-        or base._forward_hooks
-        or base._backward_pre_hooks
-        or base._backward_hooks
+        or has_hooks(base)
         or "forward" in vars(base)  # as weight offloading replaces it
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()

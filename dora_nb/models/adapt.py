@@ -8,6 +8,7 @@ __all__ = ['FAMILIES', 'AdapterState', 'adapter_state', 'change_state', 'unshare
 
 # %% ../../nbs/3_models/19_adapt.ipynb #9fdf95b8
 import math
+import warnings
 from dataclasses import dataclass, field, replace
 
 from ..layers.base import check_linear, device_of, keep_unpacked, linear_shape, reads_weight
@@ -154,6 +155,10 @@ def _resolved(config, model: nn.Module) -> AdapterConfig:
 def _prepare(model: nn.Module, config: AdapterConfig, named: bool = True) -> tuple[dict, dict]:
     "Return the layers to adapt and the modules to train whole, with all checks made; both are empty for method full."
     if METHODS[config.method].layer is None:
+        if idle := next(
+            (o for o in ("target_modules", "modules_to_save", *narrowing(config)) if getattr(config, o)), ""
+        ):
+            warnings.warn(f"method {config.method!r} trains every weight; {idle} has no effect", stacklevel=3)
         return {}, {}
     saved = find_saved(model, saved_entries(model, config))
     targets = open_targets(model, config, saved)

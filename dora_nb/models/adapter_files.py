@@ -213,7 +213,7 @@ def _fitted(config: AdapterConfig, model: nn.Module, source: Path) -> AdapterCon
             else tuple(e for e in own if e not in keys)
         )
         changes[option] = kept
-        if not (keys := [key for key in keys if option != "modules_to_save" or key not in HEADS]):
+        if not (keys := [key for key in keys if option != "modules_to_save" or key not in HEADS["SEQ_CLS"]]):
             continue  # PEFT names both heads for every classifier
         more = f" (and {len(keys) - 1} more entries match none)" if keys[1:] else ""
         warnings.warn(f"{source}: {option}: {shorten(keys[0])} matches no layer{more}", stacklevel=3)

@@ -10,6 +10,7 @@ import contextlib
 
 from ..layers.linear import LoRALinear
 from .adapt import adapter_layers, adapter_state, change_state, unfrozen
+from .merge import check_original
 from .saved import swap_all
 from torch import nn
 
@@ -19,8 +20,7 @@ def _check_base(model: nn.Module):
     state = adapter_state(model)
     if state.config is None:
         raise RuntimeError("this model has no adapter to disable; adapt(model, config) adds one")
-    if not adapter_layers(model):
-        raise RuntimeError(f"method {state.config.method!r} trains the model's own weights; no base model is kept")
+    check_original(model)
     if strays := list(unfrozen(model)):
         raise RuntimeError(
             f"{strays[0]!r} was unfrozen after adapt, so its original value is not known; name it in modules_to_save"

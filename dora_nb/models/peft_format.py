@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'CONFIG', 'LARGEST', 'BIN', 'OURS', 'tensor_name', 'adapter_tensors', 'as_written', 'with_starts',
-           'to_peft', 'naming_file', 'weights_file', 'read_adapter']
+           'split_starts', 'to_peft', 'naming_file', 'weights_file', 'read_adapter']
 
 # %% ../../nbs/3_models/22_peft_format.ipynb #13e00004
 import contextlib
@@ -20,8 +20,8 @@ from ..layers.base import is_conv1d
 from ..layers.starts import SUBTRACTED
 from .adapt import adapter_layers
 from .methods import HEADS, METHODS, AdapterConfig, narrowing
-from .peft_config import CLASSIFIERS, from_peft
-from .saved import is_classifier, saved_entries
+from .peft_config import from_peft
+from .saved import saved_entries
 from .targets import modules_by_name, uncompiled
 from .trained import hand_entries, whole_modules
 from safetensors import safe_open
@@ -62,13 +62,16 @@ def _takes(model: nn.Module, *names: str) -> bool:
     return set(names) <= inspect.signature(type(model).forward).parameters.keys()
 
 
+_TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
+
+
 def _task_type(model: nn.Module) -> str | None:
     "Return the task type with which PEFT wraps this model, or None."
     model = uncompiled(model)
-    if is_classifier(model) and _takes(model, "input_ids"):
-        heads, whole = {n for n in modules_by_name(model) if n.endswith(HEADS)}, whole_modules(model)
-        sequence = any("ForSequenceClassification" in cls.__name__ for cls in type(model).__mro__)
-        return CLASSIFIERS[not sequence] if heads and heads <= whole.keys() else None
+    classes = " ".join(cls.__name__ for cls in type(model).__mro__)
+    if (task := next((task for word, task in _TASKS.items() if f"For{word}" in classes), None)) is not None:
+        heads, whole = {n for n in modules_by_name(model) if n.endswith(HEADS[task])}, whole_modules(model)
+        return task if _takes(model, "input_ids") and heads and heads <= whole.keys() else None
     if not hasattr(model, "prepare_inputs_for_generation") or not _takes(model, "input_ids"):
         return None
     return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
@@ -109,6 +112,20 @@ def with_starts(
             tensors[A] = torch.cat([tensors[A], layer.start_A.cpu()])
             tensors[B] = torch.cat([tensors[B], -layer.start_B.cpu()], 1)
     return tensors
+
+# %% ../../nbs/3_models/22_peft_format.ipynb #28602ff5
+def split_starts(
+    tensors: dict[str, Tensor],  # as `with_starts` returns them
+    model: nn.Module,  # its model
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # the adapter's tensors, and the starts by their names in the model
+    "Undo `with_starts`; tensors of another shape stay as they are."
+    tensors, starts = dict(tensors), {}
+    for name, layer in adapter_layers(model).items():
+        A, B, r = tensor_name(name, "lora_A"), tensor_name(name, "lora_B"), len(layer.lora_A)
+        if layer.start_A is not None and A in tensors and len(tensors[A]) == 2 * r == tensors[B].shape[1]:
+            starts |= {f"{name}.start_A": tensors[A][r:], f"{name}.start_B": -tensors[B][:, r:]}
+            tensors |= {A: tensors[A][:r], B: tensors[B][:, :r]}
+    return tensors, starts
 
 # %% ../../nbs/3_models/22_peft_format.ipynb #5152f30a
 def to_peft(

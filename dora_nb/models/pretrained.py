@@ -14,7 +14,7 @@ from pathlib import Path
 from .adapt import adapter_state
 from .adapter_files import save_adapter
 from .file_tensors import file_names
-from .peft_format import WEIGHTS
+from .peft_format import WEIGHTS, split_starts
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -92,6 +92,8 @@ def load_state_dict(
         return type(model).load_state_dict(model, state_dict, strict, assign)
     own = {in_file: name for name, in_file in file_names(model).items()}
     _check_complete(state_dict, own)
-    found = type(model).load_state_dict(model, {own[key]: t for key, t in state_dict.items()}, False, assign)
+    tensors, starts = split_starts(state_dict, model)
+    tensors = {own[key]: t for key, t in tensors.items()} | starts
+    found = type(model).load_state_dict(model, tensors, False, assign)
     found.missing_keys.clear()  # the frozen weights of the base model
     return found

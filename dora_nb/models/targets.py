@@ -125,7 +125,8 @@ def narrowed(
     if layers_to_transform is not None:
         wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else {*layers_to_transform}
         indices = layer_indices(left, layers_pattern)
-        left = {n for n in left if n in target_modules or indices.get(n) in wanted}
+        named = () if isinstance(target_modules, str) else target_modules  # in full: adapted in any case
+        left = {n for n in left if n in named or indices.get(n) in wanted}
     if not left:
         raise ValueError(
             f"exclude_modules and layers_to_transform leave none of the {len(found)} modules that target_modules matches, for instance {min(found)!r}"

@@ -6,6 +6,8 @@
 __all__ = ['hand_entries', 'whole_modules', 'embedding_tensors', 'is_resized', 'tensors_to_save']
 
 # %% ../../nbs/3_models/20c_trained.ipynb #0188a56b
+import warnings
+
 from .adapt import adapter_layers, adapter_state, unfrozen
 from .methods import AdapterConfig
 from .saved import module_tensors, saved_entries
@@ -76,13 +78,17 @@ def embedding_tensors(
 def is_resized(
     model: nn.Module,  # of transformers, or not
 ) -> bool:
-    "Return whether a model has another vocabulary than its base model on this machine; False if that is not known."
+    "Return whether a model has another vocabulary than its base model on this machine; warn and return False if that is not known."
     config = getattr(uncompiled(model), "config", None)
     if not getattr(config, "name_or_path", ""):
         return False
     try:
         base = type(config).from_pretrained(config.name_or_path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):  # no such folder, and not in the Hub's cache
+        warnings.warn(
+            f"the configuration of the base model {config.name_or_path!r} is not on this machine, so added tokens are not noticed; if you added some, name the embeddings in modules_to_save",
+            stacklevel=2,
+        )
         return False
     return len({getattr(c.get_text_config(), "vocab_size", None) for c in (base, config)}) > 1
 
@@ -91,6 +97,7 @@ def tensors_to_save(
     model: nn.Module,  # adapted, merged or not
 ) -> dict[str, Tensor]:  # the parameters and buffers themselves
     "Return what must be saved beside the adapters, by its names in the model; RuntimeError if PEFT's format cannot hold it."
-    found = module_tensors(whole_modules(model))
-    found |= {name: copied.current for name, copied in adapter_state(model).copies.items()}
+    state, found = adapter_state(model), module_tensors(whole_modules(model))
+    whole = tuple(f"{name}." for name in state.saved)  # in `found` already, also if they were replaced after `adapt`
+    found |= {name: copied.current for name, copied in state.copies.items() if not name.startswith(whole)}
     return found | (embedding_tensors(model) if is_resized(model) else {})

@@ -279,6 +279,7 @@ class RunConfig(_Execution, _Measurement, _Training, _Adapter, _Subject):  # the
         targets = "all-linear" if names == ("all-linear",) else names
         if self.method == "base":
             return None
+        targets = targets if METHODS[self.method].layer is not None else None
         return AdapterConfig(**_some(self, AdapterConfig) | {"target_modules": targets} | read_patterns(self.ranks))
 
     def training(self) -> TrainConfig:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 from ..messages import advice, describe
+from ..models.methods import plain_number
 
 # %% ../../nbs/4_training/25_config.ipynb #9003bef3
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
@@ -89,9 +90,10 @@ def tf32(
 def check_types(
     config,  # a dataclass whose fields are annotated with plain types, and None
 ):
-    "Refuse a field whose type is not the annotated one: ValueError. An int is accepted as a float; a bool is not a number."
+    "Refuse a field whose type is not the annotated one: ValueError. An int is accepted as a float; a bool is not a number, and NumPy's numbers become Python's."
     hints = typing.get_type_hints(type(config))
-    for name, value in ((f.name, getattr(config, f.name)) for f in fields(config)):
+    for name, value in ((f.name, plain_number(getattr(config, f.name))) for f in fields(config)):
+        object.__setattr__(config, name, value)
         allowed = typing.get_args(hints[name]) or (hints[name],)
         numbers = (int,) if float in allowed else ()
         if not isinstance(value, allowed + numbers) or isinstance(value, bool) and bool not in allowed:

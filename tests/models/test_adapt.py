@@ -11,9 +11,11 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.utils.prune
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification
 
 from dora_nb.models.adapt import adapt, adapter_layers, adapter_state, count_parameters, trainable_parameters
 from dora_nb.models.adapter_files import load_adapter, save_adapter
@@ -285,6 +287,64 @@ def test_full_saves_a_model(llama, ids, tmp_path):
     model = adapt(llama(), AdapterConfig("full"))
     save_adapter(model, tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_full_keeps_no_original(llama):
+    with pytest.warns(UserWarning, match="'full' trains every weight; target_modules has no effect"):
+        model = adapt(llama(), AdapterConfig("full", target_modules=["q_proj"]))
+    with pytest.raises(RuntimeError, match="no original is kept; load the base model again"):
+        remove_adapter(model)
+
+
+@pytest.mark.parametrize("method", ("lora", "dora"))
+@pytest.mark.parametrize("dropout_form", ("lowrank", "delta"))
+def test_hooks_on_a_layer_run_once(llama, ids, method, dropout_form):
+    "As in PEFT. A hook that was registered before `adapt` acts on the adapted model too."
+    model, calls = llama().train(), []
+
+    def ablate(module, args, output):
+        calls.append(module)
+        return 0 * output
+
+    model.model.layers[0].mlp.up_proj.register_forward_hook(ablate)
+    plain = model(ids).logits
+    calls.clear()
+    dropped = dict(dropout=0.5, dropout_form=dropout_form) if method == "dora" else {}
+    adapt(model, AdapterConfig(method, rank=2, **dropped))
+    torch.testing.assert_close(model(ids).logits, plain)
+    assert len(calls) == 1
+    with pytest.warns(UserWarning, match="hooks of 'model.layers.0.mlp.up_proj' do not run once it is merged"):
+        merge(model)
+
+
+@pytest.mark.parametrize("method", ("lora", "dora"))
+def test_a_pruned_layer_may_be_cast(llama, ids, method):
+    "PyTorch's pruning computes the weight in a hook of the layer."
+    model = llama()
+    torch.nn.utils.prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.5)
+    plain = model(ids).logits
+    adapt(model, AdapterConfig(method, rank=2))
+    torch.testing.assert_close(model(ids).logits, plain)
+    model.to(torch.bfloat16)
+    torch.testing.assert_close(model(ids).logits.float(), plain, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("targets", (None, "all-linear"))
+def test_layers_to_transform_without_a_list(targets, tmp_path):
+    "ViT has no targets of its own: all linear layers of the layers that are named."
+    config = ViTConfig(
+        image_size=16, patch_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    make = lambda: torch.manual_seed(0) and ViTForImageClassification(config)
+    model = adapt(make(), AdapterConfig(rank=2, layers_to_transform=[1], target_modules=targets))
+    assert adapter_layers(model) and all(".1." in name for name in adapter_layers(model))
+    save_adapter(model, tmp_path)
+    again = load_adapter(make(), tmp_path)
+    assert adapter_layers(again).keys() == adapter_layers(model).keys()
+    peft = PeftModel.from_pretrained(make(), tmp_path).base_model.model
+    assert {n.removesuffix(".lora_A") for n, _ in peft.named_modules() if n.endswith(".lora_A")} == adapter_layers(
+        model
+    ).keys()
 
 
 def test_nothing_to_save(llama, tmp_path):

@@ -1,6 +1,7 @@
 "Nothing that was trained is lost: over architectures, against PEFT, through Trainer."
 
 import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -61,6 +62,21 @@ MODELS = {
         tf.BartForSequenceClassification,
         tf.BartConfig(**_BLOCKS, vocab_size=64, max_position_embeddings=64, eos_token_id=2),
         _ENDED,
+        None,
+        None,
+    ),
+    "bert questions": (tf.BertForQuestionAnswering, tf.BertConfig(**_SIZES), _TEXT, None, "QUESTION_ANS"),
+    "bert choices": (  # PEFT has no such task type
+        tf.BertForMultipleChoice,
+        tf.BertConfig(**_SIZES),
+        dict(input_ids=torch.arange(3, 27).view(2, 3, 4)),
+        None,
+        None,
+    ),
+    "xlm": (  # its head is called `sequence_summary`, which PEFT does not know
+        tf.XLMForSequenceClassification,
+        tf.XLMConfig(vocab_size=64, emb_dim=32, n_layers=2, n_heads=2),
+        _TEXT,
         None,
         None,
     ),
@@ -218,6 +234,9 @@ BY_HAND = {
     "bert tokens": "bert.embeddings.word_embeddings",
     "extended bert": "bert.embeddings.LayerNorm",
     "bart classifier": "classification_head.out_proj",
+    "bert questions": "qa_outputs",
+    "bert choices": "bert.pooler",
+    "xlm": "sequence_summary",
     "roberta": "classifier.out_proj",  # a part of a head
     "distilbert": "pre_classifier",
     "bert without a head": "pooler",
@@ -292,7 +311,15 @@ def test_a_parameter_beside_adapted_layers_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, head", [("bert", "classifier"), ("extended bert", "classifier"), ("bart classifier", "classification_head")]
+    "name, head",
+    [
+        ("bert", "classifier"),
+        ("extended bert", "classifier"),
+        ("bart classifier", "classification_head"),
+        ("bert questions", "qa_outputs"),
+        ("bert choices", "classifier"),
+        ("xlm", "sequence_summary"),
+    ],
 )
 @pytest.mark.parametrize("compiled", (False, True))
 def test_a_new_head_is_trained_without_being_named(name, head, compiled):
@@ -593,6 +620,47 @@ def test_an_adapter_s_file_must_fit_to_be_resumed(tmp_path):
     with pytest.raises(RuntimeError, match="holds '.*lora_magnitude_vector'"):
         narrow.load_state_dict(tensors, False)
     assert model.load_state_dict(model.state_dict()).missing_keys == []
+
+
+@pytest.mark.parametrize("init", ("pissa", "olora"))
+@pytest.mark.parametrize("method", ("lora", "dora"))
+def test_a_start_that_is_subtracted_is_resumed(init, method, tmp_path):
+    "The file holds [A; A₀]: the layer takes both back, also if its own start came out otherwise."
+    model = adapt(make("bert"), configured("bert", method, init=init))
+    shake(model)
+    trained = outputs(model, "bert")
+    model.save_pretrained(tmp_path / "checkpoint-2")
+    again = adapt(make("bert"), configured("bert", method, init=init))
+    for layer in adapter_layers(again).values():
+        layer.start_A += 0.1
+    found = again.load_state_dict(load_file(tmp_path / "checkpoint-2" / "model.safetensors"), False)
+    assert found.unexpected_keys == [] and torch.equal(outputs(again, "bert"), trained)
+    wrong = adapt(make("bert"), dataclasses.replace(configured("bert", method, init=init), rank=2))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        wrong.load_state_dict(load_file(tmp_path / "checkpoint-2" / "model.safetensors"), False)
+
+
+def test_a_module_that_was_replaced_after_adapt_is_saved_as_it_is(tmp_path):
+    model = adapt(make("bert"), AdapterConfig(rank=2, target_modules=["query"]))
+    model.classifier = nn.Linear(*reversed(model.classifier.weight.shape))
+    shake(model)
+    save_adapter(model, tmp_path)
+    assert torch.equal(outputs(load_adapter(make("bert"), tmp_path), "bert"), outputs(model, "bert"))
+    for action in (lambda: remove_adapter(model), lambda: disable_adapter(model).__enter__()):
+        with pytest.raises(RuntimeError, match="the module of 'classifier.weight' was replaced after adapt"):
+            action()
+
+
+def test_new_tokens_of_a_base_model_that_is_gone(tmp_path):
+    make("llama").save_pretrained(tmp_path / "base")
+    model = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(70)
+    adapt(model, AdapterConfig(rank=2))
+    save_adapter(model, tmp_path / "one")
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "one" / WEIGHTS)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.warns(UserWarning, match="not on this machine.*name the embeddings in modules_to_save"):
+        save_adapter(model, tmp_path / "two")
 
 
 @pytest.mark.long

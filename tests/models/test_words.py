@@ -485,7 +485,6 @@ def test_what_leaves_out_nothing_is_named(llama):
         (dict(layers_to_transform="0"), "layers_to_transform='0'"),
         (dict(layers_to_transform=[0, True]), "layers_to_transform=True"),
         (dict(layers_to_transform=0.5), "layers_to_transform=0.5"),
-        (dict(layers_to_transform=0, target_modules="all-linear"), "needs a list of target_modules"),
         (dict(layers_to_transform=0, target_modules=r".*q_proj"), "needs a list of target_modules"),
         (dict(layers_pattern="layers"), "without layers_to_transform"),
         (dict(layers_pattern="la(yers", layers_to_transform=0), "no regular expression"),
