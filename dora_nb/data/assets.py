@@ -222,6 +222,8 @@ def _why(error: Exception, folder: Path) -> str:
         return f"{listed([str(p) for p in _weight_files(folder)])} holds more than weights, or is damaged; it was not loaded, as it could run code"
     if "trust_remote_code" in str(error):
         return f"{folder} needs code of its own, which is never run; use a model that transformers knows"
+    if "tokenizer" in str(error) and not any(p for g in ("*token*", "vocab*", "*.model") for p in folder.glob(g)):
+        return f"{folder} holds no tokenizer; save it beside the model: tokenizer.save_pretrained({str(folder)!r})"
     text = " ".join(str(error).split())[:400] or "no message"
     return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
 

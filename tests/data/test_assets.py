@@ -286,6 +286,13 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch, load):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_model_without_its_tokenizer(tmp_path):
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(FetchError, match=r"holds no tokenizer.*tokenizer\.save_pretrained\('.*'\)"):
+        load_model(str(tmp_path))
+
+
 @pytest.mark.attack("hostile input")
 def test_every_load_refuses_code_that_comes_with_a_model():
     loads = [
