@@ -144,7 +144,9 @@ def check_original(
     model: nn.Module,  # adapted
 ):
     "Refuse a model whose original values are lost: by a module that was replaced, as resizing token embeddings does, or by method full: RuntimeError."
-    state, modules = adapter_state(model), {id(m) for m in uncompiled(model).modules()}
+    state = adapter_state(model)
+    parts = (uncompiled(model), *state.merged.values())  # a merged model keeps its layers aside
+    modules = {id(m) for part in parts for m in part.modules()}
     if state.config is not None and not adapter_layers(model):
         raise RuntimeError(
             f"method {state.config.method!r} trains the model's own weights, and no original is kept; load the base model again"

@@ -17,7 +17,7 @@ import pandas as pd
 from ..models.methods import METHODS
 from ..data.own import is_own, own_label
 from ..data.tasks import TASKS
-from ..runs.config import RunConfig
+from ..runs.config import RunConfig, split_names, trained_tasks
 from ..runs.identity import LATER, MANNER, cut_of, ignored_parameters
 
 # %% ../../nbs/7_results/59_labels.ipynb #ecb3f37d
@@ -105,8 +105,7 @@ def ignored(
 # %% ../../nbs/7_results/59_labels.ipynb #9d906c56
 def _calibration(params: dict) -> dict:
     "Return the calibration task of Wanda, the first of a mixture, and an empty mixture for methods that ignore it."
-    first = (params["mixture"] or params["task"]).split(",")[0].strip()
-    found = {CALIBRATION: first} if params["compress"].startswith("wanda") else {}
+    found = {CALIBRATION: trained_tasks(params)[0]} if params["compress"].startswith("wanda") else {}
     return found | ({"mixture": ""} if "mixture" in ignored(params["method"]) else {})
 
 
@@ -213,7 +212,7 @@ def _short(name: str, value) -> str:
 def _long(name: str, value) -> str:
     "Return a longer name of a parameter's value, which fewer values share."
     if name == "mixture" and value:
-        return " + ".join(task_label(t.strip()) for t in value.split(",")) + " together"
+        return " + ".join(map(task_label, split_names(value))) + " together"
     if name == "learning_rate" and value is not None:
         return f"rate {value!r}"
     return _short(name, value)

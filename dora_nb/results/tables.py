@@ -33,6 +33,7 @@ from dora_nb.results.labels import (
 )
 from .stored import diff_name, source_diffs
 from .text import markdown_text
+from ..runs.config import trained_tasks
 
 # %% ../../nbs/7_results/67_tables.ipynb #27ee7658
 PUBLISHED = pd.DataFrame(
@@ -68,11 +69,6 @@ def _words(values: list) -> str:
     "Return values of a parameter as text."
     return ", ".join("all" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values)
 
-
-def _tasks_of(params: dict) -> list[str]:
-    "Return the tasks on which a run trains."
-    return params["mixture"].split(",") if params["mixture"] else [params["task"]]
-
 # %% ../../nbs/7_results/67_tables.ipynb #3b6ca0a7
 def _rates(params: list[dict]) -> str:
     "Return the learning rates as text: by method, and by task where they differ."
@@ -87,7 +83,7 @@ def _rates(params: list[dict]) -> str:
 # %% ../../nbs/7_results/67_tables.ipynb #0593bd7e
 def _training_items(params: list[dict]) -> str:
     "Return the number of training items by task as text."
-    items = {(t.strip(), p["train_items"]) for p in params if p["method"] != "base" for t in _tasks_of(p)}
+    items = {(t, p["train_items"]) for p in params if p["method"] != "base" for t in trained_tasks(p)}
     return ", ".join(f"{task_label(t)} {'all' if n is None else n}" for t, n in sorted(items, key=str))
 
 
@@ -96,7 +92,7 @@ def _dev_cuts(params: list[dict]) -> str:
     cuts = {}  # words → tasks
     for p in params:
         used = [p["task"]] if p["eval_split"] == "dev" else []
-        used = used + ([t.strip() for t in _tasks_of(p)] if p["method"] != "base" else [])
+        used = used + (trained_tasks(p) if p["method"] != "base" else [])
         for task in (TASKS[t] for t in used if t in TASKS and TASKS[t].groups):
             cut = "groups" if keeps_groups(task, p["dev_cut"]) else "items"
             cuts.setdefault(value_label("dev_cut", cut), set()).add(task.label)

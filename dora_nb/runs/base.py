@@ -73,7 +73,7 @@ def check_data(
     "Refuse a run whose data have a fault, or do not suit its objective: ValueError."
     own = lambda task: {k: v for k, v in data_options(config, task).items() if k in ("template", "columns")}
     find_task(config.task, **own(config.task))
-    for name in trained_tasks(config) if METHODS[config.method].trains else ():
+    for name in trained_tasks(vars(config)) if METHODS[config.method].trains else ():
         task = find_task(name, **own(name))
         if "train" not in task.counts:
             raise ValueError(f"{name} has no train items, but only {', '.join(task.counts)}")

@@ -57,7 +57,7 @@ def _training_items(config: RunConfig) -> datasets.Dataset:
     draw = lambda task: load_task(
         task, "train", config.format, config.train_items, config.seed, **data_options(config, task)
     )
-    return datasets.concatenate_datasets([draw(task) for task in trained_tasks(config)])
+    return datasets.concatenate_datasets([draw(task) for task in trained_tasks(vars(config))])
 
 # %% ../../nbs/6_runs/49_fit.ipynb #a555dd72
 def check_texts(
@@ -148,7 +148,7 @@ def fit(
 ) -> dict:  # the record of the training
     "Adapt and train a model, save the result, and merge it; return the record of the training."
     items = _training_items(config)
-    check_texts(config, trained_tasks(config), model, tokenizer, items)
+    check_texts(config, trained_tasks(vars(config)), model, tokenizer, items)
     adapt(model, _adapter_config(config, model, tokenizer, items, run_dir))
     with fixed_magnitudes(model, config.magnitude_lr == 0):
         trainable, total = count_parameters(model)

@@ -44,7 +44,7 @@ def cut_of(
     params: dict,  # of a run, perhaps stored by an earlier version
 ) -> str:  # items where a run does not say it, as in version 1; twins where no item depends on it
     "Return the name of the cut of dev on which a run's items depend."
-    trained = [t.strip() for t in (params.get("mixture") or params["task"]).split(",")]
+    trained = trained_tasks(params)
     trains = params["method"] != "base"
     used = trained if trains else []
     used = used + ([params["task"]] if params.get("eval_split") == "dev" or trains and params.get("probe") else [])
@@ -89,7 +89,7 @@ def checksums(
     "Return checksums of a run's inputs: its data, its model, and its file of ranks."
     found = {"data": data_checksum(config, config.task)}  # first: a fault in a file is found before a model is fetched
     if config.mixture:
-        found["mixture"] = _digest([data_checksum(config, task) for task in trained_tasks(config)])
+        found["mixture"] = _digest([data_checksum(config, task) for task in trained_tasks(vars(config))])
     found["model"] = model_digest(config.model, config.source)
     return found | ({"ranks": _digest(read_patterns(config.ranks))} if config.ranks else {})
 
@@ -107,8 +107,8 @@ _NEW = {"magnitude_lr": 1.0, "probe_steps": "warm-up, middle, end"}  # added wit
 def _counted(config: RunConfig, aside: Collection[str]) -> dict:
     "Return the effective parameters without some, and with the names of files in the place of their paths."
     params = {k: v for k, v in vars(effective(config)).items() if k not in aside and _NEW.get(k) != v}
-    names = {"task": task_name(config.task), "mixture": ",".join(map(task_name, trained_tasks(config)))}
-    own = any(map(is_own, (config.task, *trained_tasks(config))))
+    names = {"task": task_name(config.task), "mixture": ",".join(map(task_name, trained_tasks(vars(config))))}
+    own = any(map(is_own, (config.task, *trained_tasks(vars(config)))))
     return params | {k: v for k, v in names.items() if own and params.get(k)}
 
 
@@ -150,7 +150,7 @@ def names_of(
     names, away, made = [], set(), list(made)
     later = {k: v for k, v in vars(RunConfig()).items() if k in LATER}
     for config in configs:
-        place = config.model, config.source, *filter(is_own, (config.task, *trained_tasks(config)))
+        place = config.model, config.source, *filter(is_own, (config.task, *trained_tasks(vars(config))))
         try:
             if place not in away:  # each model is looked up once
                 names.append(run_name(config))

@@ -17,9 +17,9 @@ from ..files import check_replaceable, read_json, write_json
 from ..models.adapter_files import load_adapter
 from ..models.compress import parse_scheme
 from .base import load_base
-from .config import check_own, check_values, data_options
+from .config import check_own, check_values, data_options, split_names
 from .folder import SCHEMA, describe_machine, library_versions
-from .observers import split_names, peak_memory
+from .observers import peak_memory
 from ..training.config import TrainConfig
 
 # %% ../../nbs/6_runs/51_probe_run.ipynb #fc1b04c2

@@ -112,7 +112,7 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
     result["source_diff"] = keep_source(run_dir, patch) if team.rank == 0 else None
     format = config.eval_format or format_of(config.protocol)
     items = load_task(config.task, config.eval_split, format, config.eval_items, **data_options(config, config.task))
-    first_task, place = trained_tasks(config)[0], "cpu" if config.fsdp else device
+    first_task, place = trained_tasks(vars(config))[0], "cpu" if config.fsdp else device
     model, tokenizer = load_base(config.model, config.compress, first_task, place, **data_options(config, first_task))
     check_texts(config, (config.task,), model, tokenizer, items)
     if config.fsdp and config.method == "base":

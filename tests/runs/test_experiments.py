@@ -143,6 +143,17 @@ def test_an_untrained_weight_of_a_conv1d_has_not_moved(tmp_path, dtype):
             assert w["delta_m"] / w["m0"] == pytest.approx(moved, abs=1e-5) and abs(w["delta_d"]) < 1e-6
 
 
+def test_full_fine_tuning_records_the_layers_of_any_model(tmp_path):
+    "Those that `adapt` chooses by itself, as GPT-2 has none of the paper's."
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2))
+    observe = geometry_observer(RunConfig(method="full", geometry=1), model, tmp_path)
+    model.transformer.h[0].attn.c_attn.weight.data *= 1.5
+    observe(dict(step=1, steps=1))
+    (point,) = json.loads((tmp_path / GEOMETRY).read_text())["points"]
+    (weight,) = point["weights"]
+    assert weight["weight"].endswith("c_attn") and weight["delta_m"] / weight["m0"] == pytest.approx(0.5, rel=1e-5)
+
+
 @pytest.mark.parametrize("method", ("lora", "dora", "full"))
 def test_geometry(make, tiny_model_dir, method):
     result, folder = make(method=method, geometry=2, task="boolq")
