@@ -87,9 +87,11 @@ def base_output(
     base: nn.Module,  # a linear layer
     x: Tensor,  # (…, in)
     hooks: bool = True,  # run the layer's hooks too
-) -> Tensor:  # (…, out), with a graph
-    "Return W₀x + b by the layer's own forward pass; RuntimeError if it passes no gradient where one is needed."
+) -> Tensor:  # (…, out)
+    "Return W₀x + b by the layer's own forward pass; RuntimeError if it passes no gradient where one is needed, and has no hooks."
     y = base(x) if hooks else base.forward(x)
+    if hooks and has_hooks(base):  # which may return anything
+        return y
     if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
         raise RuntimeError(
             f"a layer of type {type(base).__name__} passes no gradient to its input: it is made for inference only"

@@ -276,9 +276,10 @@ class DoRALinear(_Scaled):
 
     def plain(self, x: Tensor) -> Tensor:
         "Return the output by the formula, (…, in) → (…, out)."
-        base, bias, g = self.base_layer, self.base_layer.bias, self.scale()
+        base, bias = self.base_layer, self.base_layer.bias
         frozen = lambda x, **how: self.without_start(apply_weight(base, x, **how), x)
-        y, dropped = frozen(x, hooks=True), self.dropped(x)
+        y = frozen(x, hooks=True)  # first: a hook may compute the weight, as torch's pruning does
+        g, dropped = self.scale(), self.dropped(x)
         delta = self.dropout_form == "delta" and self.drops()
         z = y + (g - 1) * frozen(dropped) if delta else g * y
         z = (z + g * self.update(dropped)).to(y.dtype)

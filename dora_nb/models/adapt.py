@@ -9,7 +9,7 @@ __all__ = ['FAMILIES', 'AdapterState', 'adapter_state', 'change_state', 'unshare
 # %% ../../nbs/3_models/19_adapt.ipynb #9fdf95b8
 import math
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from ..layers.base import check_linear, device_of, keep_unpacked, linear_shape, reads_weight
 from ..layers.linear import LoRALinear, SharedInput
@@ -18,7 +18,9 @@ from .methods import METHODS, AdapterConfig, narrowing
 from .peft_config import as_config
 from .names import match_names, shorten
 from .saved import Copied, copy_biases, copy_modules, find_saved, saved_entries, swap_all, trained_biases
-from .targets import default_targets, find_targets, uncompiled, warn_of_unmatched, warn_of_unreached
+from .saved import warn_of_frozen_head
+from .targets import default_targets, find_targets, modules_by_name, plain_name, put_modules, uncompiled
+from .targets import warn_of_unmatched, warn_of_unreached
 from .through import save_through
 from torch import Tensor, nn
 
@@ -85,7 +87,7 @@ def adapter_layers(
     model: nn.Module,  # adapted or not, merged or not
 ) -> dict[str, LoRALinear]:  # name of the adapted layer → its adapter
     "Return the adapters of a model; empty if it has none."
-    modules = adapter_state(model).merged or dict(uncompiled(model).named_modules())
+    modules = adapter_state(model).merged or modules_by_name(model)
     return {n: m for n, m in modules.items() if isinstance(m, LoRALinear)}
 
 # %% ../../nbs/3_models/19_adapt.ipynb #13b00006
@@ -133,12 +135,17 @@ def _new_layers(targets: dict[str, nn.Linear], config: AdapterConfig) -> dict[st
     "Return the adapters of the targets, by name."
     method, sizes = METHODS[config.method], config.each(targets)
     options = {option: getattr(config, option) for option in method.options}
-    return {n: method.layer(m, *sizes[n], **options).train(m.training) for n, m in targets.items()}
+    return {n: method.layer(m, *sizes[n], **options) for n, m in targets.items()}
 
 # %% ../../nbs/3_models/19_adapt.ipynb #aec6efbb
 def _check_free(model: nn.Module):
     "Refuse a model that has an adapter: RuntimeError."
-    if adapter_state(model).config or adapter_layers(model):
+    config = adapter_state(model).config
+    if config and METHODS[config.method].layer is None:
+        raise RuntimeError(
+            f"every weight of this model is trained, by method {config.method!r}; merge(model, keep_base=False) ends that and keeps their values"
+        )
+    if config or adapter_layers(model):
         raise RuntimeError(
             "this model is adapted already, and holds one adapter; remove_adapter(model) frees it. For several adapters on one model use PEFT, whose layers dora_nb.accelerate(peft_model) makes fast"
         )
@@ -155,13 +162,14 @@ def _resolved(config, model: nn.Module) -> AdapterConfig:
 def _prepare(model: nn.Module, config: AdapterConfig, named: bool = True) -> tuple[dict, dict]:
     "Return the layers to adapt and the modules to train whole, with all checks made; both are empty for method full."
     if METHODS[config.method].layer is None:
-        if idle := next(
-            (o for o in ("target_modules", "modules_to_save", *narrowing(config)) if getattr(config, o)), ""
-        ):
+        standard = AdapterConfig(config.method)
+        if idle := next((f.name for f in fields(config) if getattr(config, f.name) != getattr(standard, f.name)), ""):
             warnings.warn(f"method {config.method!r} trains every weight; {idle} has no effect", stacklevel=3)
         return {}, {}
     saved = find_saved(model, saved_entries(model, config))
     targets = open_targets(model, config, saved)
+    if config.modules_to_save is None:
+        warn_of_frozen_head(model, saved)
     keep_unpacked(model)
     _check_targets(targets, config)
     warn_of_unreached(model, config.target_modules if named else "all-linear")
@@ -189,8 +197,7 @@ def adapt(
             p.requires_grad_(required)
         raise
     swap_all(copies)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+    put_modules(model, layers)
     _share_inputs(model)
     if layers:
         save_through(uncompiled(model))
@@ -220,7 +227,7 @@ def unfrozen(
     "Return the trainable parameters that `adapt` did not make trainable."
     prefixes = tuple(f"{n}." for n in adapter_layers(model))
     known = {id(copied.current) for copied in adapter_state(model).copies.values()}
-    every = uncompiled(model).named_parameters(remove_duplicate=False)
+    every = ((plain_name(n), p) for n, p in uncompiled(model).named_parameters(remove_duplicate=False))
     own = lambda name: name.startswith(prefixes) and ".base_layer." not in name
     return {n: p for n, p in every if p.requires_grad and id(p) not in known and not own(n)}
 

@@ -27,8 +27,8 @@ from .peft_format import CONFIG, OURS, WEIGHTS, naming_file, read_adapter, weigh
 from .peft_format import tensor_name, to_peft, with_starts
 from .peft_config import WAY_OUT
 from .saved import Copied, find_saved, module_tensors, swap_all, trained_biases
-from .targets import find_targets, modules_by_name, uncompiled
-from .trained import embedding_tensors
+from .targets import find_targets, modules_by_name, plain_name, uncompiled
+from .trained import embedding_tensors, warn_of_unnoticed_tokens
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -77,6 +77,7 @@ def save_adapter(
     if METHODS[config.method].layer is None:
         _save_model(model, path, write)
         return path
+    warn_of_unnoticed_tokens(model)
     gathered = state_dict is not None
     peft, tensors = to_peft(config, model), {}
     if write or not gathered:  # of a gathered one, the other processes may have nothing
@@ -170,7 +171,7 @@ def _embeddings(tensors: dict[str, Tensor], expected: dict, model: nn.Module, ou
 # %% ../../nbs/3_models/23_adapter_files.ipynb #aa075d06
 def _without_base(tensors: dict[str, Tensor], expected: dict[str, tuple], model: nn.Module, source: Path) -> dict:
     "Return the tensors without weights of the base model; ValueError if one differs from the model's own."
-    base, kept = model.state_dict(), dict(tensors)
+    base, kept = {plain_name(name): t for name, t in model.state_dict().items()}, dict(tensors)
     for key in tensors.keys() - expected.keys():
         if any(again.sub(".", key) in tensors.keys() - {key} for again in _AGAIN):
             kept.pop(key)
@@ -246,7 +247,7 @@ def _put_embeddings(model: nn.Module, embeddings: dict[str, Tensor]):
     found, made = {}, []
     for key, t in embeddings.items():
         path, _, leaf = key.removeprefix(_BASE).rpartition(".")
-        owner = uncompiled(model).get_submodule(path)
+        owner = modules_by_name(model)[path]
         here = getattr(owner, leaf)
         new = next((p for of, p in made if of is here and torch.equal(p.cpu().to(t.dtype), t)), None)
         if new is None:

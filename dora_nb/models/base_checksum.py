@@ -10,7 +10,7 @@ import hashlib
 
 import torch
 from .adapt import adapter_layers, adapter_state
-from .targets import uncompiled
+from .targets import modules_by_name, plain_name, uncompiled
 from .trained import tensors_to_save
 from torch import Tensor, nn
 
@@ -24,12 +24,13 @@ def _sampled(t: Tensor, n: int = 1024) -> bytes:
 
 def _base_weights(model: nn.Module) -> dict[str, Tensor]:
     "Return the weights of the base model, without those that are trained, depend on the device, or were changed by a merge."
-    layers, modules = adapter_layers(model), dict(uncompiled(model).named_modules())
+    layers, modules = adapter_layers(model), modules_by_name(model)
     pruned = {n for n, m in modules.items() if getattr(m, "pruned", 0)}  # which entries are zero depends on the device
     changed = layers.keys() | adapter_state(model).merged.keys() | pruned
     owner = lambda name: name.rpartition(".")[0].removesuffix(".base_layer")
     trained = tensors_to_save(model) if layers else {}
-    weights = {n: p for n, p in uncompiled(model).named_parameters() if owner(n) not in changed and n not in trained}
+    every = {plain_name(n): p for n, p in uncompiled(model).named_parameters()}
+    weights = {n: p for n, p in every.items() if owner(n) not in changed and n not in trained}
     for name, layer in layers.items():
         own = {} if getattr(layer.base_layer, "pruned", 0) else dict(layer.base_layer.named_parameters())
         weights |= {f"{name}.{key}": p for key, p in own.items() if f"{name}.base_layer.{key}" not in trained}

@@ -18,7 +18,7 @@ from ..data.rows import collate, encode_item
 from ..layers.stored import StoredLinear
 from .adapt import adapter_state, change_state
 from .scoring import context_length, token_logits
-from .targets import NEGLIGIBLE, find_targets, is_quantised, unreached
+from .targets import NEGLIGIBLE, find_targets, is_quantised, put_modules, unreached
 from torch import Tensor, nn
 
 # %% ../../nbs/3_models/24_compress.ipynb #8d18c5b1
@@ -274,11 +274,12 @@ def compress(
     _check_reach(model)
     norms = input_norms(model, tokenizer, items, layers) if method == "wanda" else {}
     _check_finite(layers, norms)
-    for name, linear in layers.items():
-        if method in PRUNERS:
+    if method in PRUNERS:
+        for name, linear in layers.items():
             prune_(linear, level, norms.get(name))
-        else:
-            model.set_submodule(name, QuantisedLinear(linear, int(level), method, math.gcd(group, linear.in_features)))
+    else:
+        new = lambda linear: QuantisedLinear(linear, int(level), method, math.gcd(group, linear.in_features))
+        put_modules(model, {name: new(linear) for name, linear in layers.items()})
     # stored with a saved adapter: other items give other zeros
     change_state(model, compressed=f"{scheme} on items {_digest(items)}" if method == "wanda" else scheme)
     return model

@@ -12,6 +12,7 @@ from ..layers.linear import LoRALinear
 from .adapt import adapter_layers, adapter_state, change_state, unfrozen
 from .merge import check_original
 from .saved import swap_all
+from .targets import modules_by_name, put_modules
 from torch import nn
 
 # %% ../../nbs/3_models/20b_disable.ipynb #4dd97394
@@ -32,17 +33,10 @@ def _bases(model: nn.Module) -> dict[str, nn.Module]:
     merged = adapter_state(model).merged
     if not merged:
         return {name: layer.base_layer for name, layer in adapter_layers(model).items()}
-    like = {name: model.get_submodule(name).weight for name in merged}
+    modules = modules_by_name(model)
+    like = {name: modules[name].weight for name in merged}
     bases = {n: layer.base_layer if isinstance(layer, LoRALinear) else layer for n, layer in merged.items()}
     return {name: base.to(like[name].device, like[name].dtype) for name, base in bases.items()}
-
-
-def _put(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    "Put modules into a model by name, and return those that they replace."
-    there = {name: model.get_submodule(name) for name in modules}
-    for name, module in modules.items():
-        model.set_submodule(name, module.train(model.training))
-    return there
 
 # %% ../../nbs/3_models/20b_disable.ipynb #5e63e086
 @contextlib.contextmanager
@@ -56,11 +50,11 @@ def disable_adapter(
     _check_base(model)
     copies = adapter_state(model).copies
     swap_all(copies)
-    adapters = _put(model, _bases(model))
+    adapters = put_modules(model, _bases(model))
     change_state(model, disabled=True)
     try:
         yield model
     finally:
-        _put(model, adapters)
+        put_modules(model, adapters)
         swap_all(copies)
         change_state(model, disabled=False)

@@ -6,23 +6,18 @@
 __all__ = ['file_names', 'file_tensors', 'apart']
 
 # %% ../../nbs/3_models/22b_file_tensors.ipynb #768afb56
-import re
-
 from .adapt import adapter_layers
 from .peft_format import tensor_name
+from .targets import plain_name, uncompiled
 from .trained import tensors_to_save
 from torch import Tensor, nn
 
 # %% ../../nbs/3_models/22b_file_tensors.ipynb #45b8943b
-_WRAPPER = re.compile(r"(^module|(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module))\.")
-
-
 def _all_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     "Return what an adapter's file holds: name in the model, without wrappers → name in the file, and tensor."
     layers = adapter_layers(model).items()
     own = {f"{n}.{k}": (tensor_name(n, k), p) for n, m in layers for k, p in m.named_parameters(recurse=False)}
-    own |= {name: (f"base_model.model.{name}", t) for name, t in tensors_to_save(model).items()}
-    return {_WRAPPER.sub("", name): (_WRAPPER.sub("", in_file), t) for name, (in_file, t) in own.items()}
+    return own | {name: (f"base_model.model.{name}", t) for name, t in tensors_to_save(model).items()}
 
 # %% ../../nbs/3_models/22b_file_tensors.ipynb #a7e6cad6
 def file_names(
@@ -40,7 +35,8 @@ def file_tensors(
     every = _all_tensors(model)
     if state_dict is None:
         return dict(every.values())
-    given = {_WRAPPER.sub("", name): t for name, t in state_dict.items()}
+    parallel = "" if hasattr(uncompiled(model), "module") else "module."  # what DataParallel puts before each name
+    given = {plain_name(name).removeprefix(parallel): t for name, t in state_dict.items()}
     if lacking := sorted(every.keys() - given.keys()):
         raise ValueError(f"state_dict lacks {lacking[0]!r} ({len(lacking)} of {len(every)} tensors to save)")
     return {in_file: given[name] for name, (in_file, _) in every.items()}

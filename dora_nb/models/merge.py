@@ -8,11 +8,12 @@ __all__ = ['can_merge', 'check_enabled', 'merge', 'unmerge', 'check_original', '
 # %% ../../nbs/3_models/20_merge.ipynb #13a00004
 import warnings
 
+import torch
 from ..layers.base import device_of, frozen_weight, has_hooks, input_dtype, is_conv1d, linear_shape
 from ..layers.linear import LoRALinear
 from .adapt import adapter_layers, adapter_state, change_state, unfrozen, unshare_inputs
 from .saved import swap_all
-from .targets import is_quantised, uncompiled
+from .targets import is_quantised, modules_by_name, put_modules, uncompiled
 from .through import PEFT_FLAG, save_as_before, save_through
 from torch import Tensor, nn
 
@@ -20,10 +21,8 @@ from torch import Tensor, nn
 def _obstacle(name: str, layer: LoRALinear, model: nn.Module) -> str:
     "Return why a layer cannot be merged, or an empty string."
     base = layer.base_layer
-    if getattr(base, "pruned", 0):
-        return (
-            f"{name!r} is pruned ({base.pruned:.0%} zeros), and merging would fill its zeros; use the adapter unmerged"
-        )
+    if zeros := getattr(base, "pruned", 0) or 1 - base._buffers.get("weight_mask", torch.ones(1)).mean().item():
+        return f"{name!r} is pruned ({zeros:.0%} zeros), and merging would fill its zeros; use the adapter unmerged"
     own = base._parameters.get("weight")  # a compressed layer has none
     if own is not None and sum(p is own for _, p in model.named_parameters(remove_duplicate=False)) > 1:
         return f"{name!r} shares its weight with another layer (tied embeddings); merged, the two would differ, and a saved checkpoint would tie them again. Use the adapter unmerged, or untie the model before adapting it"
@@ -55,7 +54,7 @@ def _merged_layers(model: nn.Module, layers: dict[str, LoRALinear]) -> tuple[dic
     plain = {name: _plain(layer.base_layer, layer.merged_weight()) for name, layer in layers.items()}
     if wrong := next((name for name, m in plain.items() if not m.weight.isfinite().all()), None):
         raise RuntimeError(f"{wrong!r} would not be finite once merged; its adapter has diverged, or overflows here")
-    stored = {n: m for n, m in uncompiled(model).named_modules() if layers and is_quantised(m)}
+    stored = {n: m for n, m in modules_by_name(model).items() if layers and is_quantised(m)}
     stored = {n: m for n, m in stored.items() if n.removesuffix(".base_layer") not in layers}
     plain |= {name: _plain(layer, frozen_weight(layer)) for name, layer in stored.items()}
     return plain, stored
@@ -69,8 +68,7 @@ def _merge_all(model: nn.Module) -> dict[str, nn.Module]:
     if hooked := [n for n, m in layers.items() if has_hooks(m) or has_hooks(m.base_layer)]:
         warnings.warn(f"the hooks of {hooked[0]!r} do not run once it is merged; register them again", stacklevel=3)
     plain, stored = _merged_layers(model, layers)
-    for name, linear in plain.items():
-        model.set_submodule(name, linear.train(model.training))
+    put_modules(model, plain)
     return layers | stored
 
 # %% ../../nbs/3_models/20_merge.ipynb #527a36e2
@@ -129,11 +127,11 @@ def unmerge(
             "this model has no adapter to restore: it was never adapted, or was merged with keep_base=False, which cannot be undone"
         )
     check_enabled(model)
-    for name, layer in state.merged.items():
-        weight, base = model.get_submodule(name).weight, getattr(layer, "base_layer", layer)
+    for name, plain in put_modules(model, state.merged).items():
+        layer, weight = state.merged[name], plain.weight
+        base = getattr(layer, "base_layer", layer)
         if (weight.device, weight.dtype) != (device_of(base), input_dtype(base)):  # moved or cast while it was merged
             layer.to(weight.device, weight.dtype)
-        model.set_submodule(name, layer.train(model.training))
     if state.quantiser is not None:
         _set_quantiser(model, state.quantiser)
     change_state(model, merged={}, quantiser=None)
@@ -153,7 +151,7 @@ def check_original(
         )
     if lost := next((n for n, c in state.copies.items() if id(c.owner) not in modules), None):
         raise RuntimeError(
-            f"the module of {lost!r} was replaced after adapt, so its original cannot be restored; resize token embeddings before adapting, or load the base model again"
+            f"the module of {lost!r} was replaced after adapt, so its original cannot be restored; load the base model again, and resize token embeddings or replace a head before adapting"
         )
 
 
@@ -162,17 +160,16 @@ def remove_adapter(
 ) -> nn.Module:  # the same model
     "Remove the adapter and restore the original layers and modules, bit for bit; weights stay frozen as `adapt` left them. RuntimeError if an original is lost."
     check_enabled(model)
+    check_original(model)
     if adapter_state(model).merged:
         unmerge(model)
     layers, copies = adapter_layers(model), adapter_state(model).copies
-    check_original(model)
     if layers and (strays := list(unfrozen(model))):
         warnings.warn(
             f"{strays[0]!r} was unfrozen after adapt and keeps its values; name it in modules_to_save, and it will be restored",
             stacklevel=2,
         )
     swap_all(copies)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.base_layer)
+    put_modules(model, {name: layer.base_layer for name, layer in layers.items()})
     _release(model)
     return model

@@ -8,10 +8,10 @@ __all__ = ['METHODS', 'WIDEST', 'STRONGEST', 'PAPER_TARGETS', 'HEADS', 'BIASES',
 
 # %% ../../nbs/3_models/17_methods.ipynb #32c1831f
 import functools
-import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
+import numpy as np
 from ..layers.dora import DROPOUT_FORMS
 from ..layers.plans import PLANS
 from ..layers.linear import DoRALinear, LoRALinear
@@ -59,9 +59,8 @@ STRONGEST = 1e15  # the largest α allowed; its square is finite in float32
 def plain_number(
     value,  # anything
 ):
-    "Return a number of NumPy as Python's int or float, which JSON can hold; anything else as it is."
-    kinds = () if isinstance(value, bool) else ((numbers.Integral, int), (numbers.Real, float))
-    return next((kind(value) for numeric, kind in kinds if isinstance(value, numeric)), value)
+    "Return a single value of NumPy as Python's int, float or bool, which JSON can hold; anything else as it is."
+    return value.item() if isinstance(value, (np.generic, np.ndarray)) and not value.ndim else value
 
 
 def _is_number(value, kind) -> bool:
@@ -142,8 +141,8 @@ def _checked_modules(names: Sequence[str] | None) -> tuple[str, ...] | None:
 # %% ../../nbs/3_models/17_methods.ipynb #a7ec7e9d
 def _checked_layers(config) -> int | tuple[int, ...] | None:
     "Return the indices of layers, a list as a tuple; ValueError for what is no index, or goes with no list of targets."
-    layers = config.layers_to_transform
-    layers = (tuple(map(plain_number, layers)) or None) if isinstance(layers, Iterable) else plain_number(layers)
+    layers = plain_number(config.layers_to_transform)
+    layers = (tuple(map(plain_number, layers)) or None) if isinstance(layers, Iterable) else layers
     for i in layers if isinstance(layers, tuple) else () if layers is None else (layers,):
         if not _is_number(i, int) or i < 0:
             raise ValueError(f"layers_to_transform={i!r:.30} is not possible; it must be an index, or a list of them")
@@ -221,8 +220,8 @@ def _hinting(cls):
 
 # %% ../../nbs/3_models/17_methods.ipynb #6be6dec7
 def _store_plain_numbers(config):
-    "Store the numbers of a configuration as Python's: a sweep may give NumPy's."
-    for name in ("rank", "alpha", "dropout"):
+    "Store the numbers and flags of a configuration as Python's: a sweep may give NumPy's."
+    for name in ("rank", "alpha", "dropout", "rslora", "detach_norm"):
         object.__setattr__(config, name, plain_number(getattr(config, name)))
     for name in ("rank_pattern", "alpha_pattern"):
         if isinstance(pattern := getattr(config, name), dict):

@@ -62,7 +62,7 @@ def _takes(model: nn.Module, *names: str) -> bool:
     return set(names) <= inspect.signature(type(model).forward).parameters.keys()
 
 
-_TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
+_TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"}
 
 
 def _task_type(model: nn.Module) -> str | None:

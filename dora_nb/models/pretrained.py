@@ -15,6 +15,7 @@ from .adapt import adapter_state
 from .adapter_files import save_adapter
 from .file_tensors import file_names
 from .peft_format import WEIGHTS, split_starts
+from .targets import plain_name
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -94,6 +95,8 @@ def load_state_dict(
     _check_complete(state_dict, own)
     tensors, starts = split_starts(state_dict, model)
     tensors = {own[key]: t for key, t in tensors.items()} | starts
+    wrapped = {plain_name(name): name for name in model.state_dict()}
+    tensors = {wrapped.get(name, name): t for name, t in tensors.items()}
     found = type(model).load_state_dict(model, tensors, False, assign)
     found.missing_keys.clear()  # the frozen weights of the base model
     return found

@@ -286,8 +286,8 @@ class RunConfig(_Execution, _Measurement, _Training, _Adapter, _Subject):  # the
         targets = "all-linear" if names == ("all-linear",) else names
         if self.method == "base":
             return None
-        targets = targets if METHODS[self.method].layer is not None else None
-        return AdapterConfig(**_some(self, AdapterConfig) | {"target_modules": targets} | read_patterns(self.ranks))
+        given = AdapterConfig(**_some(self, AdapterConfig) | {"target_modules": targets} | read_patterns(self.ranks))
+        return given if METHODS[self.method].layer is not None else AdapterConfig(self.method)
 
     def training(self) -> TrainConfig:
         "Return the training's configuration."

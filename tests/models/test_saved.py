@@ -65,7 +65,13 @@ MODELS = {
         None,
         None,
     ),
-    "bert questions": (tf.BertForQuestionAnswering, tf.BertConfig(**_SIZES), _TEXT, None, "QUESTION_ANS"),
+    "bert questions": (  # PEFT's wrapper of the task type QUESTION_ANS would drop `token_type_ids`
+        tf.BertForQuestionAnswering,
+        tf.BertConfig(**_SIZES),
+        _TEXT | dict(token_type_ids=torch.arange(20).view(2, 10) % 2),
+        None,
+        None,
+    ),
     "bert choices": (  # PEFT has no such task type
         tf.BertForMultipleChoice,
         tf.BertConfig(**_SIZES),
@@ -80,6 +86,14 @@ MODELS = {
         None,
         None,
     ),
+    "electra choices": (  # a `sequence_summary` lies beside the `classifier`
+        tf.ElectraForMultipleChoice,
+        tf.ElectraConfig(**_SIZES, embedding_size=32),
+        dict(input_ids=torch.arange(3, 27).view(2, 3, 4)),
+        None,
+        None,
+    ),
+    "deberta": (tf.DebertaV2ForSequenceClassification, tf.DebertaV2Config(**_SIZES), _TEXT, None, "SEQ_CLS"),
     "roberta": (tf.RobertaForSequenceClassification, tf.RobertaConfig(**_SIZES), _TEXT, None, "SEQ_CLS"),
     "distilbert": (
         tf.DistilBertForSequenceClassification,
@@ -237,6 +251,8 @@ BY_HAND = {
     "bert questions": "qa_outputs",
     "bert choices": "bert.pooler",
     "xlm": "sequence_summary",
+    "electra choices": "sequence_summary",
+    "deberta": "pooler",
     "roberta": "classifier.out_proj",  # a part of a head
     "distilbert": "pre_classifier",
     "bert without a head": "pooler",
@@ -251,7 +267,7 @@ BY_HAND = {
 def test_what_was_unfrozen_by_hand_is_saved(name, tmp_path):
     module = BY_HAND[name]
     config = AdapterConfig(
-        "lora", rank=2, target_modules=r".*(q_proj|query|q_lin|query_key_value|\.q)", modules_to_save=()
+        "lora", rank=2, target_modules=r".*(q_proj|query|query_proj|q_lin|query_key_value|\.q)", modules_to_save=()
     )
     ours = adapt(make(name), config)
     ours.get_submodule(module).requires_grad_(True)
@@ -319,6 +335,8 @@ def test_a_parameter_beside_adapted_layers_is_refused(tmp_path):
         ("bert questions", "qa_outputs"),
         ("bert choices", "classifier"),
         ("xlm", "sequence_summary"),
+        ("electra choices", "sequence_summary"),
+        ("deberta", "pooler"),
     ],
 )
 @pytest.mark.parametrize("compiled", (False, True))
@@ -329,6 +347,40 @@ def test_a_new_head_is_trained_without_being_named(name, head, compiled):
     )
     weights = {n: p for n, p in model.named_parameters() if n.startswith(f"{head}.")}
     assert weights and all(p.requires_grad and "lora" not in n for n, p in weights.items())
+
+
+class TwoForSequenceClassification(tf.BertPreTrainedModel):
+    "A classifier with a second encoder, and with a head whose names others end with."
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert, self.roberta = tf.BertModel(config), tf.RobertaModel(config)
+        self.dense, self.out = nn.Linear(64, 32), nn.Linear(32, 2)
+        self.post_init()
+
+
+class OwnForSequenceClassification(tf.BertPreTrainedModel):
+    "A classifier whose base model has not the name that its class gives."
+
+    def __init__(self, config, head="classification_head"):
+        super().__init__(config)
+        self.body = tf.BertModel(config)
+        self.add_module(head, nn.Linear(32, 2))
+        self.post_init()
+
+
+def test_a_head_is_no_second_encoder_and_a_part_that_stays_frozen_is_named():
+    config = AdapterConfig(rank=2, target_modules=["query"])
+    with pytest.warns(UserWarning, match=r"'dense' beside the base model stays frozen, .*'dense'.* would train 'bert"):
+        two = adapt(TwoForSequenceClassification(tf.BertConfig(**_SIZES)), config)
+    trained = {name for name in trainable_parameters(two) if ".lora_" not in name and "magnitude" not in name}
+    assert trained == {"out.weight", "out.bias"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own = adapt(OwnForSequenceClassification(tf.BertConfig(**_SIZES)), config)
+    assert own.classification_head.weight.requires_grad
+    with pytest.warns(UserWarning, match="no new head was found in this OwnForSequenceClassification; if it has one"):
+        adapt(OwnForSequenceClassification(tf.BertConfig(**_SIZES), "top"), config)
 
 
 def test_modules_that_do_not_exist_and_targets_inside_them():
@@ -362,7 +414,7 @@ def test_peft_s_files(name, settings, use_dora, tmp_path):
     *_, modules, task = MODELS[name]
     whole = modules and list(modules)  # PEFT changes the list
     settings = {k: whole if k == "modules_to_save" else v for k, v in settings.items()}
-    targets = r".*(q_proj|query|q_lin|query_key_value|\.q)"
+    targets = r".*(q_proj|query|query_proj|q_lin|query_key_value|\.q)"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied weights
         config = LoraConfig(task_type=task, target_modules=targets, r=3, use_dora=use_dora, **settings)
@@ -659,8 +711,16 @@ def test_new_tokens_of_a_base_model_that_is_gone(tmp_path):
     save_adapter(model, tmp_path / "one")
     assert "base_model.model.lm_head.weight" in load_file(tmp_path / "one" / WEIGHTS)
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.warns(UserWarning, match="not on this machine.*name the embeddings in modules_to_save"):
+    with pytest.warns(UserWarning, match="not on this machine.*name the embeddings in modules_to_save") as caught:
         save_adapter(model, tmp_path / "two")
+    assert [w.filename for w in caught] == [__file__]
+    named = adapt(make("llama"), AdapterConfig(rank=2, modules_to_save=["embed_tokens", "lm_head"]))
+    vit = adapt(make("vit"), AdapterConfig(rank=2))
+    for silent in (named, vit):
+        silent.config.name_or_path = model.config.name_or_path
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # where no embedding is at stake, and while loading
+            silent.load_state_dict(load_file(save_adapter(silent, tmp_path / silent.config.model_type) / WEIGHTS))
 
 
 @pytest.mark.long
