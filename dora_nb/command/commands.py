@@ -86,6 +86,7 @@ def _evaluate_options(p: Parser):
     _item_options(p)
     protocols, precisions = ("loglikelihood", "generate"), ("float32", "tf32", "bfloat16", "auto")
     p.add_argument("--protocol", choices=protocols, default=protocols[0], help=_PROTOCOL_HELP)
+    add_shared(p, "--format", "--max-tokens")
     p.add_argument("--precision", choices=precisions, default=precisions[0], help=_PRECISION_HELP)
     p.add_argument("--batch-tokens", type=int, metavar="N", help=_TOKENS_HELP)
     p.add_argument("--out", metavar="FILE.jsonl", help=_ANSWERS_HELP)
@@ -127,13 +128,13 @@ def _predict(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     from dora_nb.training.evaluate import evaluate, format_of
 
     seed, where = None if args.first else 0, data_options(args, args.task)
-    items = load_task(args.task, args.split, format_of(args.protocol), args.limit, seed, **where)
+    items = load_task(args.task, args.split, args.format or format_of(args.protocol), args.limit, seed, **where)
     model, tokenizer = _load_adapted(args)
     if is_own(args.task):
         check_tokens(tokenizer, items, context=context_length(model))
     if args.adapter and can_merge(model):
         merge(model, keep_base=False)
-    how = dict(batch_tokens=args.batch_tokens, precision=args.precision)
+    how = dict(batch_tokens=args.batch_tokens, max_tokens=args.max_tokens, precision=args.precision)
     how["metric"] = getattr(TASKS.get(args.task), "metric", None)
     return evaluate(model, tokenizer, items, args.protocol, **how)
 
@@ -149,14 +150,16 @@ def _evaluate(args: argparse.Namespace):
     "Evaluate a model, with or without an adapter, on the items of a task; print a JSON summary."
     from dora_nb.models.adapter_files import check_adapter
 
-    _check_options(args, "limit", "batch_tokens")
+    _check_options(args, "limit", "batch_tokens", "max_tokens")
+    if args.protocol == "generate" and args.format == "cloze":
+        raise ValueError("--protocol generate needs --format instruction, whose prompts ask for an answer")
     if args.out:
         check_output(args.out, is_answers)
     if args.adapter:
         check_adapter(args.adapter)
     summary, records = _predict(args)
     settings = {k: getattr(args, k) for k in ("task", "split", "dev_cut", "protocol", "model", "adapter")}
-    settings |= {k: v for k in ("template", "columns") if (v := getattr(args, k))}
+    settings |= {k: v for k in ("template", "columns", "format") if (v := getattr(args, k))}
     settings |= {"answers": args.out} if args.out else {}
     try:
         if args.out:
@@ -198,6 +201,9 @@ def _probe(args: argparse.Namespace):
 
 # %% ../../nbs/8_command/78_commands.ipynb #cef51e97
 _BUDGET_HELP = "number of parameters in all A and B; or, up to 1, a fraction of the present ones"
+_TRAINED_FORMAT_HELP = "prompt format of the items, as in the adapter's training: {choices} (default: cloze)"
+_OBJECTIVES = ("choices", "choices_mean", "answer", "prompt")
+_OBJECTIVE_HELP = "the loss, as in the adapter's training: {choices} (default: choices)"
 _RANKS_HELP = "receives ranks.json and the smaller adapter (default: ranks)"
 
 
@@ -210,6 +216,9 @@ def _ranks_options(p: Parser):
     p.add_argument(
         "--score", choices=scores, default=scores[0], help="score of a component: {choices} (default: curvature)"
     )
+    add_shared(p, "--format", default="cloze", help=_TRAINED_FORMAT_HELP)
+    p.add_argument("--objective", choices=_OBJECTIVES, default="choices", help=_OBJECTIVE_HELP)
+    add_shared(p, "--max-tokens")
     p.add_argument("--split", choices=("train", "dev"), default="train", help="{choices} (default: train)")
     number = "number of items, drawn by a fixed seed (default: 32)"
     p.add_argument("--items", type=int, default=32, metavar="N", help=number)
@@ -221,7 +230,7 @@ def _check_ranks_options(args: argparse.Namespace):
     from dora_nb.curvature.rank import check_budget
     from dora_nb.models.adapter_files import check_adapter
 
-    _check_options(args, "items")
+    _check_options(args, "items", "max_tokens")
     check_budget(args.budget)
     check_ranks(Path(args.out))
     for option in ("adapter", "model"):
@@ -238,9 +247,10 @@ def _ranks(args: argparse.Namespace):
     from dora_nb.training.config import TrainConfig
 
     _check_ranks_options(args)
-    items = load_task(args.task, args.split, limit=args.items, **data_options(args, args.task))
+    items = load_task(args.task, args.split, args.format, args.items, **data_options(args, args.task))
+    training = TrainConfig(args.objective, max_tokens=args.max_tokens, end=args.format == "instruction")
     model, tokenizer = _load_adapted(args)
-    rows = fit_budget(model, tokenizer, items, TrainConfig(), args.budget, args.score, progress=True)
+    rows = fit_budget(model, tokenizer, items, training, args.budget, args.score, progress=True)
     pattern, adapter = Path(args.out) / "ranks.json", Path(args.out) / "adapter"
     write_json(pattern, rank_pattern(model))
     save_adapter(model, adapter)

@@ -76,7 +76,7 @@ def _check_report(args: argparse.Namespace, in_place: bool):
 
 # %% ../../nbs/8_command/79_grid_commands.ipynb #64ab8a10
 def _report(args: argparse.Namespace):
-    "Gather the runs of an experiment and make its page. On a report's folder, make its page again; on a folder of reports, make all pages and an overview."
+    "Gather the runs of an experiment and make its page. On a report's folder, make its page again; on a folder of reports, make all pages and an overview, whose words may stand in overview.toml there."
     from dora_nb.runs.jobs import need
 
     need("matplotlib", "pandas", "tabulate")

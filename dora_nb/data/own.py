@@ -278,7 +278,7 @@ def _items(rows: list[tuple[str, dict]], template: str, columns: str) -> list[di
 
 # %% ../../nbs/2_data/11b_own.ipynb #d6cedd42
 @functools.lru_cache(maxsize=16)
-def _cached(name: str, identity: tuple, template: str, columns: str) -> dict[str, list[dict]]:
+def _cached(name: str, stamp: tuple, template: str, columns: str) -> dict[str, list[dict]]:
     "Return the items of each split, cached while their files are unchanged."
     files, splits = _files(name), {}
     for split, rows in _read(name).items():
@@ -292,6 +292,19 @@ def _cached(name: str, identity: tuple, template: str, columns: str) -> dict[str
         splits["validation"] = splits.pop("test")
     return splits
 
+# %% ../../nbs/2_data/11b_own.ipynb #1fc1cbb8
+def _stamp(name: str) -> tuple:
+    "Return what tells whether the files of a name have changed."
+    stats = [path.stat() for path in _files(name).values()]
+    return tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats)
+
+
+@functools.lru_cache(maxsize=16)
+def _cached_digest(name: str, stamp: tuple, template: str, columns: str) -> str:
+    "Return the checksum of a name and its items, cached while its files are unchanged."
+    content = [own_label(name), _cached(name, stamp, template, columns)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
 
 def own_rows(
     name: str,  # of a file, a folder or a dataset of the Hub
@@ -299,8 +312,7 @@ def own_rows(
     columns: str = "",  # columns that play a role, for instance answer=label,choices=option1+option2
 ) -> dict[str, list[dict]]:  # train, validation, test → items: question, choices, label
     "Return the checked items of each split of data of your own; ValueError names what is wrong with which line."
-    stats = [path.stat() for path in _files(name).values()]
-    return _cached(name, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats), template, columns)
+    return _cached(name, _stamp(name), template, columns)
 
 
 def own_digest(
@@ -309,5 +321,4 @@ def own_digest(
     columns: str = "",  # as for `own_rows`
 ) -> str:  # hexadecimal
     "Return a checksum of the name and the items: a moved file keeps it, a changed one does not."
-    content = [own_label(name), own_rows(name, template, columns)]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return _cached_digest(name, _stamp(name), template, columns)

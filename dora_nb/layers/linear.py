@@ -278,9 +278,8 @@ class DoRALinear(_Scaled):
         "Return the output by the formula, (…, in) → (…, out)."
         base, bias = self.base_layer, self.base_layer.bias
         frozen = lambda x, **how: self.without_start(apply_weight(base, x, **how), x)
-        y = frozen(x, hooks=True)  # first: a hook may compute the weight, as torch's pruning does
-        g, dropped = self.scale(), self.dropped(x)
-        delta = self.dropout_form == "delta" and self.drops()
+        y, dropped = frozen(x, hooks=True), self.dropped(x)  # first: a hook may compute the weight, as in pruning
+        g, delta = self.scale(), self.dropout_form == "delta" and self.drops()
         z = y + (g - 1) * frozen(dropped) if delta else g * y
         z = (z + g * self.update(dropped)).to(y.dtype)
         return z if bias is None else z + bias.to(y.dtype)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ..data.rows import collate, encode_item
 from ..layers.stored import StoredLinear
 from .adapt import adapter_state, change_state
-from .scoring import context_length, token_logits
+from .scoring import context_length, evaluating, token_logits
 from .targets import NEGLIGIBLE, find_targets, is_quantised, put_modules, unreached
 from torch import Tensor, nn
 
@@ -201,9 +201,10 @@ def input_norms(
     hooks = [layer.register_forward_pre_hook(functools.partial(add, name)) for name, layer in layers.items()]
     longest = min(2048, (context_length(model) or 2048) + 1)  # the last token is not an input
     try:
-        for item in items:
-            for row in encode_item(tokenizer, item, [item["gold"]], longest)[0]:
-                token_logits(model.eval(), collate([[row]]).to(model.device))
+        with evaluating(model):
+            for item in items:
+                for row in encode_item(tokenizer, item, [item["gold"]], longest)[0]:
+                    token_logits(model, collate([[row]]).to(model.device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -54,11 +54,12 @@ def expressions(
     whole: bool = False,  # match whole names; otherwise the ends of names too
 ) -> dict[str, regex.Pattern]:  # entry → pattern
     "Compile the entries that are not plain names; ValueError for an invalid or too long one."
-    until, found = time.process_time() + SECONDS, {}
+    until, found = None, {}
     for entry in entries:
         if not isinstance(entry, str) or len(entry) > LONGEST:
             raise ValueError(f"{shorten(str(entry))} must be a string of at most {LONGEST:,} characters")
         if re.search(r"[^\w.-]", entry):
+            until = until or time.process_time() + SECONDS  # reading this clock may be slow
             found[entry] = _compiled(entry, "{}" if whole else r"(.*\.)?({})")
             _left(until, entry)
     return found

@@ -198,7 +198,7 @@ def mixed_note(
             found.setdefault(r.mixed, []).append(f"{task_label(r.task)}, {r.label}")
     where = lambda cells: f" ({'; '.join(dict.fromkeys(cells))})" if len(found) > 1 else ""
     words = "; ".join(f"{mixed}{where(cells)}" for mixed, cells in found.items())
-    return f"† {which} were not made alike: {words}." if found else ""
+    return f"† {which} ran under different conditions: {words}." if found else ""
 
 # %% ../../nbs/7_results/62_accuracy.ipynb #cf540eb2
 def column_labels(

@@ -152,7 +152,7 @@ def _unlike(results: list[dict], groups: Iterable[tuple[str, ...]], given: Colle
 
 def _on(row: dict) -> str:
     "Return the numbers of items and seeds of a comparison as text."
-    others = f" (those that both sides were asked; {row['others']} were asked of one side only)"
+    others = f" (those evaluated on both sides; {row['others']} were evaluated on one side only)"
     seeds = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
     return f"on {row['n']} items{others if row.get('others') else ''} and {seeds}"
 

@@ -8,6 +8,7 @@ __all__ = ['end_losses', 'failure_table', 'failure_difference', 'symptom_table',
 # %% ../../nbs/7_results/72b_failed.ipynb #a37a5212
 import numpy as np
 import pandas as pd
+from .collect import own_trainings
 from .compare import METHODS_APART, paired_runs, paired_statistics, side_labels
 from .labels import factors, parameters, place, run_labels, value_label
 from .sections import PLAIN, Page, table_lines
@@ -24,7 +25,7 @@ def end_losses(
 # %% ../../nbs/7_results/72b_failed.ipynb #265ae834
 def _trainings(results: list[dict], ends: pd.Series) -> dict[str, list[str]]:
     "Return the trainings of each kind of run, by its label."
-    trained, kinds = [r for r in results if r["run"] in ends.index], {}
+    trained, kinds = [r for r in own_trainings(results) if r["run"] in ends.index], {}
     names = factors(trained)
     trained = sorted(trained, key=lambda r: place(parameters(r), names))
     labels = run_labels([parameters(r) for r in trained], names, ("protocol", "eval_split"))

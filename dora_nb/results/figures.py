@@ -275,7 +275,7 @@ def _draw_curves(ax: plt.Axes, kinds: dict[tuple[str, str], list[str]], labels: 
         if len(runs) > 1 and sum(m == method for m, _ in kinds) <= 3:
             ax.fill_between(curve.index, *ends, color=method_color(method), alpha=0.15, lw=0)
         style = line_style(method)
-        style["alpha"] = style["alpha"] * (own.index(label) + 1) / len(own)  # the same in every panel
+        style["alpha"] *= (own.index(label) + 1) / len(own)  # the same in every panel
         ax.plot(curve.index, curve, label=_curve_label(label, own), **style)
 
 # %% ../../nbs/7_results/68_figures.ipynb #03fdcc5a

@@ -14,12 +14,12 @@ import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
 import pandas as pd
+from ..models.methods import has_magnitude
 from .collect import own_trainings
 from .figures import hidden_rank
 from dora_nb.results.labels import (
     ALWAYS,
     factors,
-    has_magnitude,
     method_color,
     parameters,
     place,

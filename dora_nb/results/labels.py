@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALWAYS', 'LOOKS', 'CONTENT', 'CALIBRATION', 'FROM_FILE', 'task_label', 'method_label', 'method_color', 'method_line',
-           'has_adapter', 'has_magnitude', 'completes', 'one_word', 'ignored', 'parameters', 'factors',
-           'without_repeats', 'one_line', 'value_label', 'in_order', 'among', 'place', 'kind', 'run_label',
-           'run_labels']
+           'completes', 'one_word', 'ignored', 'parameters', 'factors', 'without_repeats', 'one_line', 'value_label',
+           'in_order', 'among', 'place', 'kind', 'run_label', 'run_labels']
 
 # %% ../../nbs/7_results/59_labels.ipynb #01307cf6
 import json
@@ -14,10 +13,10 @@ import re
 from collections.abc import Sequence
 
 import pandas as pd
-from ..models.methods import METHODS
 from ..data.own import is_own, own_label
 from ..data.tasks import TASKS
-from ..runs.config import RunConfig, split_names, trained_tasks
+from ..models.methods import METHODS, has_adapter
+from ..runs.config import DEFAULTS, split_names, trained_tasks
 from ..runs.identity import LATER, MANNER, cut_of, ignored_parameters
 
 # %% ../../nbs/7_results/59_labels.ipynb #ecb3f37d
@@ -26,7 +25,7 @@ ALWAYS = ("protocol", "eval_split", "task", "method")
 LOOKS = ("probe", "probe_steps", "probe_items", "probe_blocks", "probe_products", "geometry")
 
 
-_LATER = {name: getattr(RunConfig(), name) for name in LATER}
+_LATER = {name: DEFAULTS[name] for name in LATER}
 CONTENT = {  # an input of which runs keep a checksum → the parameters that name it
     "model": ("model", "source"),
     "data": ("task", "source"),
@@ -65,20 +64,6 @@ def method_line(
 ) -> dict:
     "Return the options of a method's lines in figures; a thin line for an unknown method."
     return dict(METHODS[method].line) if method in METHODS else {"lw": 1.2}
-
-
-def has_adapter(
-    method: str,  # as results name it
-) -> bool:
-    "Return whether a method trains adapters, which have a rank; False for an unknown method."
-    return method in METHODS and METHODS[method].layer is not None
-
-
-def has_magnitude(
-    method: str,  # as results name it
-) -> bool:
-    "Return whether a method trains magnitudes; False for an unknown method."
-    return method in METHODS and METHODS[method].has_magnitude
 
 
 def completes(

@@ -33,7 +33,7 @@ from dora_nb.results.sharpness import (
 )
 from .text import markdown_text
 from ..runs.grid import load_grid
-from ..runs.identity import run_name
+from ..runs.identity import names_of
 
 # %% ../../nbs/7_results/72_measured.ipynb #82259122
 def curves_section(
@@ -62,8 +62,9 @@ def stability_section(
         return []
     broken = [p.partition(":")[0] for p in page.found.problems if "Diverged" in p]
     there = load_grid(page.grid, page.scale).configs if broken and page.grid else ()
+    names = names_of(there, page.found.results)
     left_out = {r["params"]["task"] for r in page.found.results} - {r["params"]["task"] for r in found.results}
-    broken = [dataclasses.asdict(c) for c in there if run_name(c) in broken and c.task not in left_out]
+    broken = [dataclasses.asdict(c) for c, n in zip(there, names) if n in broken and c.task not in left_out]
     words = "Cross-entropy over the choices after training (nats, mean over seeds), and seeds that diverged: that end above the base model.\n"
     return ["## Stability\n", words, *table_lines(stability_table(found, "learning_rate", broken))]
 

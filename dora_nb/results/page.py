@@ -126,8 +126,8 @@ def _words(page: Page) -> list[str]:
 
 
 def _published(page: Page) -> list[str]:
-    "Return the section on published numbers, for a report without a grid file or one that asks for it."
-    if not page.spec.get("published", not page.spec):
+    "Return the section on published numbers, for a report whose grid file asks for it."
+    if not page.spec.get("published"):
         return []
     table = PUBLISHED.to_markdown(index=False, floatfmt=".1f")
     return ["## What the poster and the paper print\n", table, "", FOOTNOTES.replace("\n", "\n\n"), ""]
@@ -174,8 +174,9 @@ def _source(page: Page) -> list[str]:
     made = "Made from the JSON and parquet files in this folder; `dora-nb report` on it makes the page again, without training anything"
     if not page.grid:
         return ["---\n", f"{made}.\n"]
-    grid, scale = page.grid, page.scale
-    command = f"dora-nb run reports/{grid.parent.name}/{grid.name}{f' --scale {scale}' if scale else ''}"
+    grid, here = page.grid.resolve(), Path.cwd()
+    place = grid.relative_to(here).as_posix() if grid.is_relative_to(here) else "/".join(grid.parts[-3:])
+    command = f"dora-nb run {place}{f' --scale {page.scale}' if page.scale else ''}"
     return ["---\n", f"{made}, and {markdown_code(command)} makes the runs.\n"]
 
 # %% ../../nbs/7_results/73_page.ipynb #e1e00abb

@@ -113,6 +113,12 @@ def hessian_blocks(
     "Return the blocks whose Hessian every one of these probes measured."
     return set.intersection(*({n for n, b in p["blocks"].items() if "hessian" in b} for p in probes))
 
+
+def _last_block(probes: Sequence[dict]) -> list[str]:
+    "Return the block of `hessian_blocks` that the first probe measured last; an empty list if there is none."
+    common = hessian_blocks(probes)
+    return [name for name in next(iter(probes))["blocks"] if name in common][-1:]
+
 # %% ../../nbs/7_results/69_sharpness.ipynb #6e94fcec
 def _sharpness_panel(ax: plt.Axes, rows: pd.DataFrame, block: list[str]):
     "Draw the largest eigenvalues of a task's runs: of the Gauss-Newton matrix, and of the Hessian of one block or none."
@@ -128,15 +134,15 @@ def plot_sharpness(
     rows: pd.DataFrame,  # from `curvature_rows`
 ) -> matplotlib.figure.Figure:
     "Draw the largest eigenvalues along training, a panel per task."
-    tasks = list(dict.fromkeys(rows.task))
+    tasks, measured = list(dict.fromkeys(rows.task)), {}  # blocks, in the order of the panels
     fig, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks) + 2.4, 2.6), dpi=110, squeeze=False)
     for ax, task in zip(axes[0], tasks):
         here = rows[rows.task == task]
-        block = sorted(hessian_blocks(here.probe))[-1:]
-        _sharpness_panel(ax, here, block)
+        _sharpness_panel(ax, here, block := _last_block(here.probe))
+        measured |= dict.fromkeys(block)
         ax.set(title=figure_text(task_label(task)), xlabel="optimiser step", yscale="log")
     axes[0, 0].set_ylabel("largest eigenvalue")
-    kinds = [("o", "-", "GGN of all"), *(("s", "--", f"Hessian of {name}") for name in block)]
+    kinds = [("o", "-", "GGN of all"), *(("s", "--", f"Hessian of {name}") for name in measured)]
     _legend(axes[0, -1], *(plt.Line2D([], [], color="0.3", ms=3, marker=m, ls=s, label=words) for m, s, words in kinds))
     fig.tight_layout()
     return fig
@@ -170,7 +176,7 @@ def plot_density(
     rows: pd.DataFrame,  # from `curvature_rows`
 ) -> matplotlib.figure.Figure:
     "Draw the number of eigenvalues of a block's Hessian beyond a size, above zero and below, a panel per method."
-    name = max(hessian_blocks(rows.probe))
+    (name,) = _last_block(rows.probe)
     rows = rows.assign(label=[figure_text(f"{task_label(r.task)}, {r.label}") for r in rows.itertuples()])
     labels = list(dict.fromkeys(rows.label))
     columns = min(3, len(labels))

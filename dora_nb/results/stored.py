@@ -139,7 +139,7 @@ def _fault(metrics: dict, found: dict | None) -> str:
     if found["twice"] or found["unlabelled"]:
         return "an item was answered twice" if found["twice"] else "an item has no right answer"
     wrong = [m for m in _METRICS if m in metrics and not abs(found.get(m, math.nan) - metrics[m]) <= 1e-6]
-    return f"the answers do not come to the {wrong[0]} of {metrics[wrong[0]]:.4f} that the result has" if wrong else ""
+    return f"{wrong[0]} recomputed from the answers differs from the stored {metrics[wrong[0]]:.4f}" if wrong else ""
 
 # %% ../../nbs/7_results/65_stored.ipynb #b8dd42f8
 def contradictions(

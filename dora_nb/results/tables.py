@@ -15,13 +15,13 @@ import pandas as pd
 from ..data.parts import MODELS
 from ..data.sources import TESTED
 from ..data.tasks import TASKS, keeps_groups
+from ..models.methods import has_adapter, trains
 from .accuracy import mixed_note, mixed_words, telling
 from .collect import own_trainings
 from dora_nb.results.labels import (
     ALWAYS,
     FROM_FILE,
     factors,
-    has_adapter,
     in_order,
     kind,
     method_label,
@@ -74,7 +74,7 @@ def _rates(params: list[dict]) -> str:
     "Return the learning rates as text: by method, and by task where they differ."
     rates = {}  # (method, rate) → tasks
     for p in params:
-        if p["method"] != "base":
+        if trains(p["method"]):
             rates.setdefault((p["method"], p["learning_rate"]), set()).add(task_label(p["task"]))
     everywhere = {t for tasks in rates.values() for t in tasks}
     where = lambda tasks: f" ({', '.join(sorted(tasks))})" if tasks != everywhere else ""
@@ -83,7 +83,7 @@ def _rates(params: list[dict]) -> str:
 # %% ../../nbs/7_results/67_tables.ipynb #0593bd7e
 def _training_items(params: list[dict]) -> str:
     "Return the number of training items by task as text."
-    items = {(t, p["train_items"]) for p in params if p["method"] != "base" for t in trained_tasks(p)}
+    items = {(t, p["train_items"]) for p in params if trains(p["method"]) for t in trained_tasks(p)}
     return ", ".join(f"{task_label(t)} {'all' if n is None else n}" for t, n in sorted(items, key=str))
 
 
@@ -92,7 +92,7 @@ def _dev_cuts(params: list[dict]) -> str:
     cuts = {}  # words → tasks
     for p in params:
         used = [p["task"]] if p["eval_split"] == "dev" else []
-        used = used + (trained_tasks(p) if p["method"] != "base" else [])
+        used = used + (trained_tasks(p) if trains(p["method"]) else [])
         for task in (TASKS[t] for t in used if t in TASKS and TASKS[t].groups):
             cut = "groups" if keeps_groups(task, p["dev_cut"]) else "items"
             cuts.setdefault(value_label("dev_cut", cut), set()).add(task.label)
@@ -138,7 +138,7 @@ def describe_settings(
 ) -> str:  # Markdown
     "Return the settings of a report's runs as a Markdown list."
     params = [parameters(r) for r in results]
-    trained = [r for r in results if r["params"]["method"] != "base"] or results
+    trained = [r for r in results if trains(r["params"]["method"])] or results
     each = lambda key: _listed(trained, key)
     words = lambda key: _words(each(key))
     used = lambda key, of: ", ".join(sorted({(r["precision"] | (r["training"] or {}))[key] for r in of}))

@@ -13,11 +13,12 @@ import torch
 from ..data.assets import is_cached, load_model, model_path, outline
 from ..data.parts import MODELS
 from ..layers.base import linear_shape
+from ..layers.starts import check_start
 from ..data.tasks import find_task, load_task
 from ..models.targets import find_targets
 from ..models.compress import compress, parse_scheme
 from ..models.methods import METHODS
-from .config import RunConfig, data_options, trained_tasks
+from .config import RunConfig, data_options, naming, trained_tasks
 from .identity import checksums
 from ..training.config import OVER_CHOICES
 
@@ -34,11 +35,10 @@ def load_base(
     **data: str,  # further options of `load_task`: dev_cut, template, columns
 ) -> tuple[torch.nn.Module, object]:  # model and tokenizer
     "Return a base model, compressed if a scheme is given: ValueError for an impossible scheme."
-    if scheme:
-        parse_scheme(scheme)
+    reads = scheme and parse_scheme(scheme)[0] == "wanda"
+    items = load_task(task, "train", limit=CALIBRATION, source=source, **data) if reads else None
     model, tokenizer = load_model(name, source, device=device)
     if scheme:
-        items = load_task(task, "train", limit=CALIBRATION, source=source, **data)
         compress(model, scheme, tokenizer, items)
     return model, tokenizer
 
@@ -57,7 +57,7 @@ def check_model(
     if config.model in MODELS and not fetch and not is_cached(config.model, config.source):
         return
     folder, adapter = model_path(config.model, config.source), config.adapter()
-    if adapter is None or adapter.method == "full":
+    if adapter is None or METHODS[adapter.method].layer is None:
         return
     layers = find_targets(_outline(folder, checksums(config)["model"]), adapter.target_modules)
     widest = max(max(linear_shape(layer)) for layer in layers.values())
@@ -65,6 +65,9 @@ def check_model(
         raise ValueError(
             f"rank {adapter.at(wrong)[0]} of {wrong!r} is larger than any layer of {config.model} ({widest})"
         )
+    for name, layer in layers.items():
+        with naming(name):
+            check_start(adapter.init, adapter.at(name)[0], linear_shape(layer))
 
 # %% ../../nbs/6_runs/47_base.ipynb #bf668191
 def check_data(

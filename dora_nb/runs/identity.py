@@ -17,8 +17,8 @@ from ..data.assets import model_digest
 from ..data.cache import FetchError
 from ..data.own import is_own, own_label
 from ..data.tasks import cut_name, task_digest
-from ..models.methods import METHODS, AdapterConfig, ignored_options
-from .config import RunConfig, data_options, read_patterns, trained_tasks
+from ..models.methods import METHODS, AdapterConfig, has_adapter, ignored_options, trains
+from .config import DEFAULTS, RunConfig, data_options, read_patterns, split_names, trained_tasks
 from ..training.config import TrainConfig
 
 import dora_nb
@@ -45,21 +45,25 @@ def cut_of(
 ) -> str:  # items where a run does not say it, as in version 1; twins where no item depends on it
     "Return the name of the cut of dev on which a run's items depend."
     trained = trained_tasks(params)
-    trains = params["method"] != "base"
-    used = trained if trains else []
-    used = used + ([params["task"]] if params.get("eval_split") == "dev" or trains and params.get("probe") else [])
+    learns = trains(params["method"])
+    used = trained if learns else []
+    used = used + ([params["task"]] if params.get("eval_split") == "dev" or learns and params.get("probe") else [])
     used = used + (trained[:1] if (params.get("compress") or "").startswith("wanda") else [])
     return cut_name(params.get("dev_cut", "items"), used)
 
 # %% ../../nbs/6_runs/44_identity.ipynb #de5a5a33
+_LISTS = {"target_modules": ",", "mixture": ",", "probe_blocks": ",", "probe_steps": ", "}  # how names are separated
+
+
 def effective(
     config: RunConfig,  # a run as configured
 ) -> RunConfig:  # the same run with ignored values at their defaults
     "Return the configuration with every value that cannot affect its result set to its default."
     ignored = ignored_parameters(config.method) | (set() if config.probe else _PROBE)
     ignored -= {"mixture"} if config.compress.startswith("wanda") else set()  # wanda reads items of its first task
-    changes = {name: default for name, default in vars(RunConfig()).items() if name in ignored}
-    return dataclasses.replace(config, **changes, dev_cut=cut_of(vars(config)))
+    changes = {name: DEFAULTS[name] for name in ignored & DEFAULTS.keys()}
+    lists = {name: comma.join(split_names(getattr(config, name))) for name, comma in _LISTS.items()}
+    return dataclasses.replace(config, **lists | changes, dev_cut=cut_of(vars(config)))
 
 # %% ../../nbs/6_runs/44_identity.ipynb #b82f03a6
 def _digest(thing) -> str:
@@ -129,9 +133,9 @@ def run_id(
 # %% ../../nbs/6_runs/44_identity.ipynb #bce53570
 def _readable(config: RunConfig) -> str:
     "Return the readable part of a run's name: task, method, rank and seed."
-    if config.method == "base":
-        return f"{task_name(config.task)}-base"
-    rank = f"-r{config.rank}" if config.method != "full" else ""
+    if not METHODS[config.method].trains:
+        return f"{task_name(config.task)}-{config.method}"
+    rank = f"-r{config.rank}" if has_adapter(config.method) else ""
     return f"{task_name(config.task)}-{config.method}{rank}-s{config.seed}"
 
 
@@ -148,7 +152,7 @@ def names_of(
 ) -> list[str]:  # a name per run; it ends in -unknown if neither the model nor such a result is found
     "Return the names of runs; if a model or a file cannot be found, from results with the same parameters."
     names, away, made = [], set(), list(made)
-    later = {k: v for k, v in vars(RunConfig()).items() if k in LATER}
+    later = {name: DEFAULTS[name] for name in LATER}
     for config in configs:
         place = config.model, config.source, *filter(is_own, (config.task, *trained_tasks(vars(config))))
         try:

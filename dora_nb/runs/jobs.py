@@ -8,6 +8,7 @@ __all__ = ['notebook', 'need', 'Claimable', 'Job', 'prepare', 'log_of', 'waves',
 
 # %% ../../nbs/6_runs/53_jobs.ipynb #e323794c
 import contextlib
+import functools
 import importlib.util
 import itertools
 import os
@@ -20,6 +21,7 @@ import torch
 from ..data.parts import MODELS
 from ..files import HERE, check_claim, check_file, check_own, claim, python_command, write_json, write_whole
 from ..locks import Lock
+from ..models.methods import trains
 from .config import RunConfig
 from .folder import CHECKPOINTS, ERROR, LOG, RESULT, read_result
 from .identity import training_id
@@ -92,6 +94,11 @@ class Job(Claimable):
     def __post_init__(self):
         super().__init__(self.folder)
 
+    @functools.cached_property
+    def training(self) -> str:
+        "Return the identity of the run's training, which other runs may share; its own name if it trains nothing."
+        return training_id(self.config) if trains(self.config.method) else self.name
+
     def look(self) -> bool:
         "Read the run's folder; return whether the run is done."
         if self.state == "done":
@@ -140,7 +147,7 @@ def waves(
     here, first = lambda job: (job.folder / RESULT).exists() and (job.folder / "adapter").is_dir(), {}
     for job in sorted(jobs, key=here, reverse=True):
         if job.state != "done" or here(job):
-            first.setdefault(job.name if job.config.method == "base" else training_id(job.config), job)
+            first.setdefault(job.training, job)
     leaders = [job.name for job in first.values()]
     return [[j for j in jobs if j.name in leaders], [j for j in jobs if j.name not in leaders]]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..data.cache import cache_dir
 from ..files import check_writable, owned, read_json, write_json
 from ..messages import say
+from ..models.methods import METHODS
 from .base import check_data, check_model
 from .cluster import Ray
 from .config import naming
@@ -173,8 +174,10 @@ ENGINES = ("local", "ray")
 
 def _check_options(workers: int | None, timeout: float | None, engine: str, address: str | None):
     "Refuse impossible options of `run_grid`: ValueError."
-    if workers is not None and workers < 1 or timeout is not None and not timeout > 0:
-        raise ValueError(f"workers={workers} must be at least 1, and timeout={timeout} above 0")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1")
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout={timeout} must be above 0 seconds")
     if engine not in ENGINES or address is not None and engine != "ray":
         raise ValueError(
             f"engine={engine!r} and address={address!r} do not go together; engines are {', '.join(ENGINES)}, and only ray has an address"
@@ -182,10 +185,11 @@ def _check_options(workers: int | None, timeout: float | None, engine: str, addr
 
 
 def _check_inputs(grid: Grid, fetch: bool):
-    "Refuse runs whose data have a fault, or whose adapter does not fit their model: ValueError. Each model is checked once."
+    "Refuse runs whose data have a fault, or whose adapter does not fit their model: ValueError. Each kind of adapter is checked once."
     for config in grid.configs:
         check_data(config)
-    for config in {(c.model, c.source, c.target_modules, c.rank, c.ranks): c for c in grid.configs}.values():
+    kind = lambda c: (c.model, c.source, METHODS[c.method].layer, c.target_modules, c.rank, c.ranks, c.init)
+    for config in {kind(c): c for c in grid.configs}.values():
         check_model(config, fetch=fetch)
 
 # %% ../../nbs/6_runs/58_launcher.ipynb #49b14a7c

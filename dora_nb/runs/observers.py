@@ -85,7 +85,7 @@ def curvature_observer(config: RunConfig, model, tokenizer, run_dir: Path) -> Ca
 # %% ../../nbs/6_runs/48_observers.ipynb #1d9eb4b9
 def _moved(config: RunConfig, model) -> Callable[[], Iterable[tuple[str, torch.Tensor, torch.Tensor]]]:
     "Return a function that yields each adapted weight's name, its initial value and its current value, (out, in), before any rounding to the model's dtype."
-    if config.method != "full":
+    if METHODS[config.method].layer is not None:
         layers = adapter_layers(model)
         return lambda: ((n, frozen_weight(layer.base_layer), layer.adapted_weight()) for n, layer in layers.items())
     targets = find_targets(model, default_targets(model))

@@ -20,7 +20,7 @@ from .base import load_base
 from .config import check_own, check_values, data_options, split_names
 from .folder import SCHEMA, describe_machine, library_versions
 from .observers import peak_memory
-from ..training.config import TrainConfig
+from ..training.config import OVER_CHOICES, TrainConfig, check_types
 
 # %% ../../nbs/6_runs/51_probe_run.ipynb #fc1b04c2
 @dataclass(frozen=True)
@@ -47,7 +47,11 @@ class ProbeConfig:
     seed: int = 0  # seed of the random vectors
 
     def __post_init__(self):
+        check_types(self)
         check_values(self)
+        TrainConfig(self.objective, max_tokens=self.max_tokens)
+        if self.objective not in OVER_CHOICES:
+            raise ValueError(f"objective={self.objective!r} cannot be probed; choose one of {', '.join(OVER_CHOICES)}")
         check_own(self, self.task, self.calibrate)
         if self.compress:
             parse_scheme(self.compress)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from ..files import check_file
 from ..messages import prints, say
+from ..models.methods import METHODS
 from .config import RunConfig
 from .folder import HISTORY
 from .jobs import Job, gpus, waves
@@ -41,8 +42,8 @@ def seconds_of(
     "Estimate the time of a run from the most similar results, separately for training and for the rest."
     asking = [(r, r["timings"]["loading"] + r["timings"]["evaluation"]) for r in done]
     learning = [(r, r["seconds"] - s) for r, s in asking if r["training"] and "trained_by" not in r["training"]]
-    trains = trains and config.method != "base"
-    parts = [_most_alike(config, ASKING, asking), _most_alike(config, LEARNING, learning) if trains else 0.0]
+    learns = trains and METHODS[config.method].trains
+    parts = [_most_alike(config, ASKING, asking), _most_alike(config, LEARNING, learning) if learns else 0.0]
     return None if None in parts else sum(parts)
 
 # %% ../../nbs/6_runs/54_progress.ipynb #11971c1d
@@ -103,7 +104,13 @@ def progress_of(
         return "starting"
 
 # %% ../../nbs/6_runs/54_progress.ipynb #5eac98ca
-_STATES = {"done": "done", "running": "running", "elsewhere": "made elsewhere", "failed": "failed", "waiting": "to do"}
+_STATES = {
+    "done": "done",
+    "running": "running",
+    "elsewhere": "running elsewhere",
+    "failed": "failed",
+    "waiting": "to do",
+}
 
 
 def _counts(jobs: Sequence[Job]) -> str:

@@ -29,6 +29,7 @@ from ..data.tasks import TASKS, load_task
 from ..files import read_json, set_aside, write_json, write_whole
 from ..messages import say
 from ..models.adapter_files import load_adapter
+from ..models.methods import METHODS
 from .base import check_data, check_model, load_base
 from .config import RunConfig, config_from, data_options, trained_tasks
 from .fit import check_texts, check_there, fit, merge_for_evaluation
@@ -57,7 +58,7 @@ def _identity(config: RunConfig, device: torch.device) -> dict:
         versions=library_versions(),
         machine=describe_machine(device),
         precision=precision,
-    ) | ({} if config.method == "base" else dict(training_id=training_id(config)))
+    ) | (dict(training_id=training_id(config)) if METHODS[config.method].trains else {})
 
 # %% ../../nbs/6_runs/50_run.ipynb #7e1e0896
 def _same_training(config: RunConfig, run_dir: Path) -> Path | None:
@@ -90,7 +91,7 @@ def _take_over(config: RunConfig, model, run_dir: Path, twin: Path, team: Distri
         for name in (*adapter_file_names(twin), HISTORY, CURVATURE, GEOMETRY, RANKS):
             if (twin / name).exists():
                 _copy(twin / name, run_dir / name)
-    if config.method == "full":
+    if METHODS[config.method].layer is None:
         model.load_state_dict(load_model(str(twin / "adapter"))[0].state_dict())
     else:
         load_adapter(model, twin / "adapter")
@@ -115,11 +116,11 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
     first_task, place = trained_tasks(vars(config))[0], "cpu" if config.fsdp else device
     model, tokenizer = load_base(config.model, config.compress, first_task, place, **data_options(config, first_task))
     check_texts(config, (config.task,), model, tokenizer, items)
-    if config.fsdp and config.method == "base":
+    trains = METHODS[config.method].trains
+    if config.fsdp and not trains:
         shard(model, team)
     accelerate.utils.set_seed(config.seed)
     loaded = time.perf_counter()
-    trains = config.method != "base"
     reusable = trains and not config.fsdp and team.rank == 0
     twin = team.gather(str(_same_training(config, run_dir) or "") if reusable else "")[0]  # the same in all processes
     if twin:

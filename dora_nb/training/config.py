@@ -62,7 +62,7 @@ def autocast(
     precision: str,  # one of `PRECISIONS`
     device: torch.device,  # of the model
 ) -> torch.autocast:  # a context
-    "Return a context that computes in bfloat16 if `precision` resolves to it, and changes nothing otherwise."
+    "Return a context that computes in bfloat16 if `precision` resolves to it, and without autocast otherwise."
     return torch.autocast(device.type, torch.bfloat16, enabled=resolve_precision(precision, device) == "bfloat16")
 
 # %% ../../nbs/4_training/25_config.ipynb #8b8ff1e0

@@ -17,7 +17,14 @@ import torch
 from ..data.rows import Batch, collate, encode_pair, encode_text
 from ..layers.linear import cached_scales
 from ..messages import progress_bar
-from ..models.scoring import check_causal, choice_logprobs, context_length, shares_prompts, token_logits
+from dora_nb.models.scoring import (
+    check_causal,
+    choice_logprobs,
+    context_length,
+    evaluating,
+    shares_prompts,
+    token_logits,
+)
 from .batches import check_ids, plain_items, resolve_batch_tokens
 from .config import autocast, resolve_precision, tf32
 from .distributed import Distributed, check_lengths, shares
@@ -106,7 +113,7 @@ def _scores(
 
 def _encoded(model: nn.Module, tokenizer, items: list[dict], max_tokens: int, team: Distributed) -> tuple[list, int]:
     "Return the rows of every item, and how many items lost the beginning of a prompt."
-    share, context = shares_prompts(model.eval()), context_length(model)
+    share, context = shares_prompts(model), context_length(model)
     encoded = [encode_for("choices", tokenizer, item, max_tokens, share, context=context) for item in items]
     rows = [r for r, _ in encoded]
     check_ids(model, (r.ids + r.target for item in rows for r in item))
@@ -116,7 +123,7 @@ def _encoded(model: nn.Module, tokenizer, items: list[dict], max_tokens: int, te
 # %% ../../nbs/4_training/34_evaluate.ipynb #4d0bc3cd
 @torch.no_grad()
 def rank_choices(
-    model: nn.Module,  # a causal language model; put into eval mode
+    model: nn.Module,  # a causal language model, in training or evaluation mode
     tokenizer,  # its tokenizer
     items: datasets.Dataset,  # from `load_task`, in either format
     batch_tokens: int | None = None,  # most inputs per batch, padding included; None: 1,024 on a CPU, 8,192 on a GPU
@@ -129,8 +136,9 @@ def rank_choices(
     start, limit = time.perf_counter(), resolve_batch_tokens(batch_tokens, model.device)
     _check_options(model.device, precision, max_tokens=max_tokens, batch_tokens=limit)
     items = plain_items(items)
-    rows, truncated = _encoded(model, tokenizer, items, max_tokens, team := team or Distributed())
-    scores = _scores(model, rows, limit, precision, progress, team, _choice_sums)
+    with evaluating(model):
+        rows, truncated = _encoded(model, tokenizer, items, max_tokens, team := team or Distributed())
+        scores = _scores(model, rows, limit, precision, progress, team, _choice_sums)
     records = [_record(item, sums) for item, sums in zip(items, scores)]
     summary = _summary([r["pred"] == r["gold"] for r in records], time.perf_counter() - start)
     return summary | dict(
@@ -150,7 +158,7 @@ def _completion_scores(model: nn.Module, batch: Batch) -> list[tuple[float, int,
 
 @torch.no_grad()
 def score_completions(
-    model: nn.Module,  # a causal language model; put into eval mode
+    model: nn.Module,  # a causal language model, in training or evaluation mode
     tokenizer,  # its tokenizer
     items: datasets.Dataset,  # with one continuation each
     batch_tokens: int | None = None,  # as for `rank_choices`
@@ -160,18 +168,20 @@ def score_completions(
     team: Distributed | None = None,  # the processes that divide the items; each gets the whole result
 ) -> tuple[
     dict, list[dict]
-]:  # acc, stderr, acc_low, acc_high, n, seconds, loglikelihood (mean), perplexity, truncated; records
+]:  # acc, stderr, acc_low, acc_high, n, seconds, loglikelihood (mean), perplexity (None if too large for a float), truncated; records
     "Score the completion of every item by log-likelihood."
     start, limit = time.perf_counter(), resolve_batch_tokens(batch_tokens, model.device)
     _check_options(model.device, precision, max_tokens=max_tokens, batch_tokens=limit)
     items = plain_items(items, least=1)
-    rows, truncated = _encoded(model, tokenizer, items, max_tokens, team := team or Distributed())
-    scores = _scores(model, rows, limit, precision, progress, team, _completion_scores)
+    with evaluating(model):
+        rows, truncated = _encoded(model, tokenizer, items, max_tokens, team := team or Distributed())
+        scores = _scores(model, rows, limit, precision, progress, team, _completion_scores)
     if broken := [item for item, (s, *_) in zip(items, scores) if not math.isfinite(s)]:
         raise _not_finite(broken[0])
     total, tokens = sum(s for s, *_ in scores), sum(n for _, n, _ in scores)
     summary = _summary([greedy for *_, greedy in scores], time.perf_counter() - start)
-    summary |= dict(loglikelihood=total / len(items), perplexity=math.exp(-total / tokens), truncated=truncated)
+    perplexity = math.exp(-total / tokens) if -total / tokens < 700 else None  # e⁷⁰⁰ is about the largest float
+    summary |= dict(loglikelihood=total / len(items), perplexity=perplexity, truncated=truncated)
     pairs = [(item["doc_index"], s, 0 if greedy else None) for item, (s, _, greedy) in zip(items, scores)]
     return summary, [dict(doc_index=i, loglikelihood=[s], gold=0, pred=pred) for i, s, pred in pairs]
 
@@ -223,7 +233,7 @@ def _generated_record(item: dict, text: str | None) -> dict:
 # %% ../../nbs/4_training/34_evaluate.ipynb #797115a3
 @torch.no_grad()
 def generate_answers(
-    model: nn.Module,  # a causal language model; put into eval mode
+    model: nn.Module,  # a causal language model, in training or evaluation mode
     tokenizer,  # its tokenizer
     items: datasets.Dataset,  # from `load_task`, in instruction format
     batch_tokens: int | None = None,  # most inputs per batch, beams included; None: 4,096
@@ -245,10 +255,11 @@ def generate_answers(
     _check_options(model.device, precision, **numbers)
     limit = _prompt_limit(context_length(model), max_tokens, max_new_tokens)
     _check_one_prompt(items)
-    check_causal(model.eval())
+    check_causal(model)
     encoded = [encode_text(tokenizer, item["contexts"][0]) for item in items]
     how = budget, precision, progress, max_new_tokens, num_beams, team
-    texts = generate_texts(model, tokenizer, [ids[-limit:] for ids in encoded], *how)
+    with evaluating(model):
+        texts = generate_texts(model, tokenizer, [ids[-limit:] for ids in encoded], *how)
     records = [_generated_record(*each) for each in zip(items, texts)]
     summary = _summary([r["pred"] == r["gold"] for r in records], time.perf_counter() - start)
     unparsed = sum(r["pred"] is None for r in records) / len(records)
@@ -283,7 +294,7 @@ def _with_metric(metric: Callable, items: list[dict], summary: dict, records: li
 
 
 def evaluate(
-    model: nn.Module,  # a causal language model; put into eval mode
+    model: nn.Module,  # a causal language model, in training or evaluation mode
     tokenizer,  # its tokenizer
     items: datasets.Dataset,  # from `load_task`
     protocol: str = "loglikelihood",  # loglikelihood or generate

@@ -170,7 +170,7 @@ def _fastest_generation(
     if not (cached and together):
         slow = " and ".join(["one prompt at a time"] * (not together) + ["without a cache"] * (not cached))
         warnings.warn(
-            f"this {model.config.model_type} model writes something else, or nothing, for several prompts together and with a cache; it generates {slow} here, which is slower",
+            f"this {model.config.model_type} model gives other scores for batched prompts with a cache than for the whole text; it generates {slow} here, which is slower",
             stacklevel=6,
         )
     return together, cached

@@ -18,11 +18,11 @@ from dora_nb.command.parser import parser
 from dora_nb.command.places import check_output, check_ranks, is_answers
 from dora_nb.curvature.components import SCORES
 from dora_nb.data.assets import ASSETS, SOURCES
-from dora_nb.data.tasks import DEV_CUTS, SPLITS, TASKS, WHOLE
+from dora_nb.data.tasks import DEV_CUTS, FORMATS, SPLITS, TASKS, WHOLE
 from dora_nb.files import claim
 from dora_nb.runs.config import RunConfig
 from dora_nb.runs.probe_run import is_probe
-from dora_nb.training.config import PRECISIONS
+from dora_nb.training.config import OBJECTIVES, PRECISIONS
 from dora_nb.training.evaluate import PROTOCOLS
 
 ROOT = Path(__file__).parents[2]
@@ -59,8 +59,10 @@ def test_names_that_the_parser_repeats_to_spare_an_import():
         precision=set(PRECISIONS),
         source=set(SOURCES),
         dev_cut=set(DEV_CUTS),
+        format=set(FORMATS),
     )
     assert choices_of("fetch")["names"] == ASSETS and choices_of("ranks")["score"] == SCORES
+    assert set(choices_of("ranks")["objective"]) == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -191,6 +193,28 @@ def test_train_probe_cut_and_train_anew(tiny_model_dir, tmp_path, capsys, scheme
 
 
 @pytest.mark.long
+def test_an_adapter_of_another_recipe_is_evaluated_and_cut_as_it_was_trained(tiny_model_dir, tmp_path, capsys):
+    "In its format and with its loss; completions of one's own have no choices to compare."
+    rows = [dict(prompt=f"The number after {i} is", completion=f" {i + 1}") for i in range(12)]
+    (tmp_path / "numbers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = ["--task", str(tmp_path / "numbers.jsonl"), "--model", str(tiny_model_dir)]
+    small = ["--batch-size", "4", "--objective", "answer", "--rank", "4", "--eval-items", "2"]
+    assert main(["train", *own, *small, "--out", str(tmp_path / "run")]) == 0
+    cut = ["ranks", *own, "--adapter", str(tmp_path / "run" / "adapter"), "--items", "4", "--budget", "0.5"]
+    cut += ["--split", "train", "--out", str(tmp_path / "half")]
+    capsys.readouterr()
+    assert main([*cut, "--objective", "choices"]) == 2 and "answer" in capsys.readouterr().err
+    assert main([*cut, "--objective", "answer", "--max-tokens", "64"]) == 0
+    boolq = ["evaluate", "--task", "boolq", "--model", str(tiny_model_dir), "--limit", "3", "--first"]
+    scores = {}
+    for how in ("cloze", "instruction", None):
+        out = tmp_path / f"{how}.jsonl"
+        assert main([*boolq, *(["--format", how] if how else []), "--out", str(out)]) == 0
+        scores[how] = out.read_text()
+    assert scores["cloze"] == scores[None] != scores["instruction"]
+
+
+@pytest.mark.long
 def test_generate(tiny_model_dir, tmp_path, capsys):
     assert (
         main(
@@ -236,6 +260,12 @@ def test_generate(tiny_model_dir, tmp_path, capsys):
         (["report", "reports", "--out", "elsewhere"], 2, "made in place"),
         (["evaluate", "--task", "boolq", "--limit", "0"], 2, "--limit 0 is not possible"),
         (["evaluate", "--task", "boolq", "--batch-tokens", "-1"], 2, "--batch-tokens -1 is not possible"),
+        (["evaluate", "--task", "boolq", "--max-tokens", "0"], 2, "--max-tokens 0 is not possible"),
+        (
+            ["evaluate", "--task", "boolq", "--protocol", "generate", "--format", "cloze"],
+            2,
+            "needs --format instruction",
+        ),
         (["evaluate", "--task", "boolq", "--compress", "rtn-5"], 2, "compress='rtn-5' does not exist"),
         (["run", "nowhere.toml", "--workers", "0"], 2, "--workers 0 is not possible"),
         (["ranks", "--task", "boolq", "--adapter", "x", "--budget", "1", "--items", "0"], 2, "--items 0"),

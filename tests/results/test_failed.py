@@ -50,6 +50,20 @@ def test_the_last_fifth_of_the_steps_counts():
     assert end_losses(history.assign(loss=history.step))["lora-0"] == np.mean([17, 18, 19, 20])
 
 
+def test_a_training_that_was_evaluated_twice_counts_once():
+    results, history, _ = made(ENDS)
+    again = [
+        r | dict(run=f"{r['run']}-dev", params=r["params"] | dict(eval_split="dev"), training_id=r["run"])
+        for r in results
+    ]
+    again = [r | dict(training=r["training"] | dict(trained_by=r["training_id"])) for r in again]
+    results = [r | dict(training_id=r["run"]) for r in results]
+    both = pd.concat([history, history.assign(run=history.run + "-dev")])
+    pd.testing.assert_frame_equal(
+        failure_table([*results, *again], both, 0.673), failure_table(results, history, 0.673)
+    )
+
+
 def test_counts_and_intervals():
     results, history, answers = made(ENDS)
     table = failure_table(results, history, 0.673)

@@ -507,6 +507,19 @@ def test_a_page_s_words_come_from_the_grid_file(tmp_path):
     assert (spec["title"], path.name, scale) == ("A title", "grid.toml", "small")
     page = overview(tmp_path / "reports").read_text()
     assert "| A \\| claim. | Not measured yet. | – | [the grid](words/grid.toml) |" in page
+    assert page.startswith("# Experiments\n\n## The questions\n") and "poster" not in page and "LOG.md" not in page
+    words = tmp_path / "reports" / "overview.toml"
+    words.write_text('title = "Our models"\nend = "Ask us."')
+    page = overview(tmp_path / "reports").read_text()
+    assert page.startswith("# Our models\n") and "\nAsk us.\n" in page
+    for wrong, said in (
+        ("titel = 'x'", "unknown key 'titel'; did you mean 'title'"),
+        ("title = 3", "must be of type str"),
+    ):
+        words.write_text(wrong)
+        with pytest.raises(ValueError, match=f"overview.toml: {said}" if "unknown" in said else said):
+            check_overview(tmp_path / "reports")
+    words.unlink()
     (folder.parent / "grid.toml").write_text(SPEC.replace("claim =", "klaim ="))
     with pytest.raises(ValueError, match="report.klaim is unknown"):
         experiment(folder)
@@ -945,7 +958,7 @@ def test_a_stored_file_of_another_report_is_named(tmp_path, monkeypatch, name):
 
 @pytest.mark.attack("silent error")
 def test_answers_of_another_run_in_a_report_of_the_first_edition(tmp_path, monkeypatch):
-    "It has no checksums; that the answers do not come to the accuracy is seen all the same."
+    "It has no checksums; that the answers give another accuracy is seen all the same."
     page = shutil.copytree(QUICK, tmp_path / "page")
     monkeypatch.setattr(stored, "PATIENCE", 0.1)
     about = json.loads((page / RESULTS).read_text())
@@ -955,7 +968,7 @@ def test_answers_of_another_run_in_a_report_of_the_first_edition(tmp_path, monke
     one, two = (table.run[table.run.str.startswith(f"boolq-{m}")].iloc[0] for m in ("lora", "dora"))
     other = table[table.run == one].assign(run=two, pred=1 - table.pred)
     pd.concat([table[table.run != two], other]).to_parquet(page / ALL_PREDICTIONS)
-    with pytest.raises(ValueError, match=f"{two}: the answers do not come to the acc"):
+    with pytest.raises(ValueError, match=f"{two}: acc recomputed from the answers differs"):
         read_report(page)
 
 
@@ -978,7 +991,7 @@ def test_a_comparison_of_different_items_says_so():
     right = [answers("boolq-lora-0", [1] * 6), answers("boolq-dora-0", [1] * 8)]
     row = compare(runs, pd.concat(right)).iloc[0].to_dict()
     assert (row["n"], row["others"]) == (6, 2)
-    assert "on 6 items (those that both sides were asked; 2 were asked of one side only)" in verdict(row)
+    assert "on 6 items (those evaluated on both sides; 2 were evaluated on one side only)" in verdict(row)
     right[1] = right[1].assign(doc_index=right[1].doc_index + 6)
     with pytest.raises(ValueError, match="have no item in common"):
         compare(runs, pd.concat(right))
@@ -1052,7 +1065,7 @@ def test_a_cell_of_seeds_that_were_not_made_alike_is_marked(six, tmp_path, chang
     lines = render(out).read_text(encoding="utf-8").splitlines()
     lora, dora = (next(x for x in lines if x.startswith(f"| {m}, rank 16")) for m in ("LoRA", "DoRA"))
     assert lora.count("†") == 2 and "†" not in dora  # accuracy and AUC
-    assert f"† The seeds of such a cell were not made alike: {said}." in lines
+    assert f"† The seeds of such a cell ran under different conditions: {said}." in lines
     found = read_report(out)
     assert not mixed_note(accuracies(found.results[:1], found.predictions))
 
@@ -1801,10 +1814,10 @@ def test_costs_and_losses_of_runs_that_were_made_unlike_are_marked(tmp_path):
     assert list(costs.method) == ["LoRA, rank 16 †", "DoRA, rank 16 †"]
     page = render(tmp_path / "out").read_text(encoding="utf-8")
     words = "on a CPU and a GPU (BoolQ, LoRA, rank 16); trained parameters 1,000 and 10 (BoolQ, DoRA, rank 16)"
-    assert f"† The runs of such a row were not made alike: {words}." in page
+    assert f"† The runs of such a row ran under different conditions: {words}." in page
     losses = loss_table(results, read_report(tmp_path / "out").predictions)
     assert [x.endswith(" †") for x in losses.iloc[:2, 0]] == [True, False]
-    assert losses.attrs["note"] == "† The seeds of such a cell were not made alike: on a CPU and a GPU."
+    assert losses.attrs["note"] == "† The seeds of such a cell ran under different conditions: on a CPU and a GPU."
 
 
 @pytest.mark.attack("silent error")

@@ -12,12 +12,14 @@ from types import SimpleNamespace
 import papermill
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dora_nb.files import MARKER, claim, owned, sha256
 from dora_nb.layers.linear import DoRALinear
 from dora_nb.messages import say
 from dora_nb.models.adapt import adapt
 from dora_nb.runs import jobs, launcher
+from dora_nb.runs.base import load_base
 from dora_nb.runs.cluster import start_patiently
 from dora_nb.runs.config import RunConfig, config_from
 from dora_nb.runs.folder import (
@@ -108,6 +110,69 @@ def test_identity():
     assert run_id(RunConfig(probe_items=4)) == run_id(RunConfig()) != run_id(RunConfig(probe=True))
     assert run_id(RunConfig(method="base", probe=True)) == run_id(RunConfig(method="base"))
     assert run_name(RunConfig("boolq", "lora", seed=3)).startswith("boolq-lora-r16-s3-")
+
+
+def test_spaces_between_names_are_no_other_run():
+    one = RunConfig(target_modules="q_proj,v_proj", mixture="boolq,piqa", probe=True, probe_steps="warm-up, end")
+    two = RunConfig(target_modules="q_proj, v_proj", mixture=" boolq , piqa", probe=True, probe_steps="warm-up,end")
+    assert run_id(one) == run_id(two) and effective(one) == effective(two)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(target_modules=["q_proj"]),
+        dict(processes="2"),
+        dict(eval_items=2.5),
+        dict(probe="yes"),
+        dict(geometry=1.5),
+        dict(rank=True),
+    ],
+)
+def test_a_value_of_another_type_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.* must be of type"):
+        RunConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(objective="answer"), dict(objective="foo"), dict(max_tokens=0), dict(items="3")]
+)
+def test_a_probe_that_cannot_be_made_is_refused_at_once(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ProbeConfig("somewhere", **wrong)
+
+
+@pytest.mark.parametrize("methods", (["lora", "dora", "base"], ["lora", "full"], ["base", "lora"]))
+def test_the_runs_without_adapters_hide_none_with(tmp_path, methods):
+    "Of one model, those with an adapter are checked whatever comes last."
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64)).save_pretrained(tmp_path / "gpt2")
+    text = f'name = "x"\n[fixed]\nmodel = "{(tmp_path / "gpt2").as_posix()}"\n[axes]\nmethod = {json.dumps(methods)}\n'
+    (tmp_path / "grid.toml").write_text(text)
+    with pytest.raises(ValueError, match="'q_proj' matches no module"):
+        run_grid(tmp_path / "grid.toml", tmp_path / "runs", dry_run=True)
+
+
+@pytest.mark.parametrize("method", ("lora", "dora"))
+@pytest.mark.parametrize(
+    "init, rank, named", [("orthogonal", 3, "even rank"), ("pissa", 17, "at most 16"), ("olora", 40, "")]
+)
+def test_a_rank_that_a_start_does_not_allow_is_refused_before_the_runs(
+    tiny_model_dir, tmp_path, method, init, rank, named
+):
+    text = f'name = "x"\n[fixed]\nmodel = "{tiny_model_dir.as_posix()}"\nmethod = "{method}"\nrank = {rank}\ninit = "{init}"\n'
+    (tmp_path / "grid.toml").write_text(text)
+    with pytest.raises(ValueError, match=rf"model.layers.0.*_proj: init='{init}' needs .*{named}"):
+        run_grid(tmp_path / "grid.toml", tmp_path / "runs", dry_run=True)
+
+
+def test_a_scheme_that_reads_no_items_needs_none(tiny_model_dir, tmp_path):
+    "Data of one's own may have a validation split alone."
+    (tmp_path / "validation.jsonl").write_text(
+        json.dumps(dict(prompt="Two and two are", choices=["four", "five"], answer=0))
+    )
+    load_base(str(tiny_model_dir), "rtn-4", str(tmp_path), "cpu")
+    with pytest.raises(ValueError, match="no train items"):
+        load_base(str(tiny_model_dir), "wanda-0.5", str(tmp_path), "cpu")
 
 
 def test_the_notebook_has_a_run_s_parameters_and_no_others():

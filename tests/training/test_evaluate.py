@@ -12,7 +12,10 @@ import transformers
 from dora_nb.data.assets import load_model
 from dora_nb.data.rows import encode_pair, encode_text
 from dora_nb.data.tasks import load_task
+from dora_nb.models.adapt import adapt
+from dora_nb.models.methods import AdapterConfig
 from dora_nb.models.scoring import context_length
+from dora_nb.training.config import TrainConfig
 from dora_nb.training.evaluate import (
     evaluate,
     format_of,
@@ -23,6 +26,7 @@ from dora_nb.training.evaluate import (
     wilson,
 )
 from dora_nb.training.matching import answers_of, match_answer, matches_exactly, named_choice
+from dora_nb.training.train import train
 
 
 @pytest.mark.parametrize(
@@ -367,6 +371,33 @@ def test_one_choice_among_items_with_several(tiny_model_dir, protocol):
         evaluate(model, tokenizer, items, protocol, progress=False)
 
 
+@pytest.mark.parametrize("protocol", ("loglikelihood", "generate"))
+def test_a_training_may_evaluate_now_and_then(tiny_model_dir, protocol):
+    "Dropout, and whatever else asks for the mode, goes on afterwards."
+    model, tokenizer = load_model(str(tiny_model_dir))
+    items = load_task("boolq", "train", format_of(protocol), 6)
+    adapt(model, AdapterConfig(rank=2, dropout=0.5))
+    modes = []
+
+    def after_step(record):
+        modes.append(model.training)
+        evaluate(model, tokenizer, items.select(range(2)), protocol, progress=False)
+
+    config = TrainConfig("answer", batch_size=2, end=protocol == "generate")
+    train(model, tokenizer, items, config, after_step=after_step, progress=False)
+    assert modes == [True] * 3
+    evaluate(model.eval(), tokenizer, items.select(range(2)), protocol, progress=False)
+    assert not model.training
+
+
+def test_a_perplexity_that_no_float_holds(tiny_model_dir):
+    "The evaluation of a model that has diverged is not lost."
+    model, tokenizer = load_model(str(tiny_model_dir))
+    model.lm_head.weight.data *= 1e6
+    summary, _ = score_completions(model, tokenizer, completions(3), progress=False)
+    assert summary["perplexity"] is None and summary["loglikelihood"] < -700
+
+
 def test_a_metric_of_your_own(tiny_model_dir):
     model, tokenizer = load_model(str(tiny_model_dir))
     items = load_task("hellaswag", limit=6)
@@ -503,7 +534,7 @@ def test_a_model_writes_what_it_says_of_the_whole_text(toy_tokenizer, name, beam
         warnings.simplefilter("always")
         ask = dict(num_beams=beams, max_new_tokens=5, progress=False)
         records = generate_answers(model, tokenizer, items, **ask)[1]
-    said = [str(w.message) for w in caught if "writes something else" in str(w.message)]
+    said = [str(w.message) for w in caught if "gives other scores" in str(w.message)]
     assert len(said) == (name != "opt") and (not said or f"this {model.config.model_type} model" in said[0])
     model.generation_config = transformers.GenerationConfig()
     for item, record in zip(items, records):
