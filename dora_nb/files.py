@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARKER', 'HERE', 'write_whole', 'write_json', 'writer_of', 'sweep', 'check_file', 'read_text', 'read_json', 'sha256',
-           'owned', 'check_name', 'check_own', 'check_claim', 'claim', 'check_replaceable', 'check_writable',
-           'set_aside', 'start_code', 'python_command', 'child_environment']
+           'json_sha256', 'owned', 'check_name', 'check_own', 'check_claim', 'claim', 'check_replaceable',
+           'check_writable', 'set_aside', 'start_code', 'python_command', 'child_environment']
 
 # %% ../nbs/files.ipynb #bda4c479
 import contextlib
@@ -121,6 +121,13 @@ def sha256(
     "Return the SHA-256 of a regular file; a cached value while the file is unchanged."
     s = check_file(path).stat()
     return _sha256(Path(path), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+
+
+def json_sha256(
+    value,  # what JSON can hold
+) -> str:  # hexadecimal
+    "Return the SHA-256 of a value's JSON; the order of a dictionary's keys does not count."
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/files.ipynb #233fee05
 MARKER = ".dora-nb.json"

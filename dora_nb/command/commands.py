@@ -95,10 +95,10 @@ def _evaluate_options(p: Parser):
 def _check_options(args: argparse.Namespace, *counts: str):
     "Refuse counts below 1, an unknown compression, and a template without a file: ValueError."
     from dora_nb.models.compress import parse_scheme
-    from dora_nb.runs.config import check_own
+    from dora_nb.runs.config import check_template
 
     check_counts(args, *counts)
-    check_own(args, args.task, args.calibrate or "")
+    check_template(args, args.task, args.calibrate or "")
     if args.compress:
         parse_scheme(args.compress)
 

@@ -9,8 +9,6 @@ __all__ = ['SOURCES', 'TASK_NAMES', 'ASSETS', 'CONVERTER', 'LOADED', 'WEIGHTS', 
 
 # %% ../../nbs/2_data/10_assets.ipynb #35d3982f
 import functools
-import hashlib
-import json
 import os
 import pickle
 from pathlib import Path
@@ -24,7 +22,7 @@ from .cache import MANIFEST, FetchError, Unusable, build, cache_dir
 from .parts import MODELS
 from .sources import COMMONSENSE, DATA, DATA_WHEEL, FILL_TASKS, HUB_TASKS, splits_of
 from .weights import fill_model, listed, quiet, whole_model
-from ..files import check_file, read_json, sha256
+from ..files import check_file, json_sha256, read_json, sha256
 from ..messages import advice, prints, say
 from safetensors import SafetensorError, safe_open
 
@@ -182,20 +180,15 @@ def model_path(
     return str(folder)
 
 # %% ../../nbs/2_data/10_assets.ipynb #8e5d3f6c
-def _digest(thing) -> str:
-    "Return the SHA-256 of a value's JSON."
-    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()
-
-
 def model_digest(
     name: str,  # an asset, a local folder, or a Hub id
     source: str = "package",  # for an asset: package or hub
 ) -> str:  # hexadecimal
     "Return a checksum of a model's configuration, weights and tokenizer; of a pinned package without fetching it."
     if name in MODELS and source == "package":
-        return _digest(origin_of(name))
+        return json_sha256(origin_of(name))
     folder = Path(model_path(name, source))
-    return _digest([[path.relative_to(folder).as_posix(), sha256(path)] for path in model_files(folder)])
+    return json_sha256([[path.relative_to(folder).as_posix(), sha256(path)] for path in model_files(folder)])
 
 # %% ../../nbs/2_data/10_assets.ipynb #6293f133
 def data_digest(
@@ -204,10 +197,10 @@ def data_digest(
 ) -> str:  # hexadecimal
     "Return a checksum of a benchmark's items; of a pinned package without fetching it."
     if source == "package":
-        return _digest([task, origin_of(asset_of(task))])
+        return json_sha256([task, origin_of(asset_of(task))])
     found = read_json(fetch(asset_of(task), source) / MANIFEST)
     files = {f"{task}-{split}.parquet" for split in splits_of(task)}
-    return _digest([task, {n: found["files"][n] for n in files}])
+    return json_sha256([task, {n: found["files"][n] for n in files}])
 
 # %% ../../nbs/2_data/10_assets.ipynb #8b6ba46a
 def _why(error: Exception, folder: Path) -> str:

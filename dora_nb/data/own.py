@@ -8,7 +8,6 @@ __all__ = ['SUFFIXES', 'ROLES', 'is_own', 'own_label', 'read_columns', 'template
 # %% ../../nbs/2_data/11b_own.ipynb #1f61a4ed
 import csv
 import functools
-import hashlib
 import io
 import json
 import os
@@ -17,7 +16,7 @@ import string
 from pathlib import Path
 
 from .cache import FetchError
-from ..files import check_file, read_text
+from ..files import check_file, json_sha256, read_text
 from ..messages import advice
 
 # %% ../../nbs/2_data/11b_own.ipynb #36c56c71
@@ -302,8 +301,7 @@ def _stamp(name: str) -> tuple:
 @functools.lru_cache(maxsize=16)
 def _cached_digest(name: str, stamp: tuple, template: str, columns: str) -> str:
     "Return the checksum of a name and its items, cached while its files are unchanged."
-    content = [own_label(name), _cached(name, stamp, template, columns)]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_sha256([own_label(name), _cached(name, stamp, template, columns)])
 
 
 def own_rows(

@@ -8,8 +8,6 @@ __all__ = ['FORMATS', 'TASKS', 'ANSWER', 'PROMPT', 'SPLITS', 'WHOLE', 'DEV_ITEMS
 
 # %% ../../nbs/2_data/12_tasks.ipynb #707413a5
 import functools
-import hashlib
-import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ from .assets import TASK_NAMES, asset_of, data_digest, load_items
 from .groups import boolq_passages, hellaswag_sources, piqa_goals, siqa_contexts
 from .own import SUFFIXES, is_own, own_digest, own_label, own_rows
 from .twins import winogrande_twins
+from ..files import json_sha256
 from ..messages import advice, say
 from ..registry import Registry
 
@@ -340,4 +339,4 @@ def task_digest(
     if task.rows is None:
         return data_digest(name, source)
     rows = {split: list(task.rows(split)) for split in task.counts}
-    return hashlib.sha256(json.dumps([name, rows], sort_keys=True).encode()).hexdigest()
+    return json_sha256([name, rows])

@@ -69,11 +69,16 @@ class Page:
         return f"![{markdown_text(words, brackets=True)}]({name})\n"
 
     @functools.cached_property
+    def normed(self) -> set[str]:
+        "Return the runs that are judged by length-normalised log-likelihood."
+        return _normed(self.found, self.spec.get("metric", ""))
+
+    @functools.cached_property
     def compared(self) -> tuple[list[dict], list[dict]]:
         "Return the rows of `compare` and of `changes` for all contrasts, with p corrected for all of them."
         rows, moved = _compared(self.judged, self.spec)
-        runs = _normed(self.found, self.spec.get("metric", ""))
-        normed = {(p["protocol"], p["task"]) for p in (r["params"] for r in self.found.results if r["run"] in runs)}
+        judged = [r["params"] for r in self.found.results if r["run"] in self.normed]
+        normed = {(p["protocol"], p["task"]) for p in judged}
         for r in rows + moved:
             if (r.get("protocol", "loglikelihood"), r.get("task")) in normed:
                 r["place"] += " by acc_norm"
@@ -123,7 +128,7 @@ def of_sums(
     page: Page,
 ) -> Results:  # without tasks that are trained on mean log-likelihoods and judged by length-normalised ones
     "Return what was found on tasks for which a loss of summed log-likelihoods means something."
-    results, normed = page.found.results, _normed(page.found, page.spec.get("metric", ""))
+    results, normed = page.found.results, page.normed
     means = lambda r: r["run"] in normed and r["params"].get("objective") == "choices_mean"
     on_means = {r["params"]["task"] for r in results if means(r)}
     return page.found._replace(results=[r for r in results if r["params"]["task"] not in on_means])
@@ -143,7 +148,7 @@ _NORMED = "length-normalised log-likelihood (acc_norm), which does not favour sh
 
 def _other_lines(results: list[dict], predictions: pd.DataFrame, page: Page, constant: dict) -> list[str]:
     "Return the tables of accuracies by the metric that is not the headline; none for tasks whose choices are equally long."
-    runs, lines, against = _normed(page.found, page.spec.get("metric", "")), [], page.spec.get("against", "")
+    runs, lines, against = page.normed, [], page.spec.get("against", "")
     for metric, words in (("acc", "summed log-likelihood (acc)"), ("acc_norm", _NORMED)):
         of = [r for r in results if "acc_norm" in r["metrics"] and (r["run"] in runs) == (metric == "acc")]
         if of := [r for r in of if not one_word(r["params"]["task"])]:
@@ -175,7 +180,7 @@ def _part(found: Results, protocol: str, split: str) -> tuple[list[dict], pd.Dat
 
 def _judged_by(page: Page, results: list[dict]) -> str:
     "Return a sentence on the tasks that are judged by length-normalised log-likelihood; empty if there are none."
-    runs = _normed(page.found, page.spec.get("metric", ""))
+    runs = page.normed
     tasks = dict.fromkeys(task_label(r["params"]["task"]) for r in results if r["run"] in runs)
     return f" {markdown_text(', '.join(tasks))} by {_NORMED}." if tasks else ""
 

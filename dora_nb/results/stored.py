@@ -54,6 +54,11 @@ class Results(NamedTuple):
     others: Sequence[dict] = ()  # stored results of runs outside the grid
     diffs: dict[str, bytes] = {}  # SHA-256 → changes of the source that runs were made from
 
+    @property
+    def tables(self) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+        "Return the tables that a report stores, in the order of `FILES`."
+        return self.predictions, self.history, self.geometry
+
 
 NO_RESULTS = Results(
     [],
@@ -87,7 +92,7 @@ def select_runs(
     names: set[str],  # of runs
 ) -> Results:
     "Return the part of a report that belongs to these runs, of the grid or not."
-    frames = [f[f.run.isin(names)] for f in found[2:5]]
+    frames = [f[f.run.isin(names)] for f in found.tables]
     results = [r for r in (*found.results, *found.others) if r["run"] in names]
     probes = {run: p for run, p in found.probes.items() if run in names}
     used = {digest for r in results for digest in source_diffs(r)}
@@ -98,7 +103,7 @@ def join_results(
     parts: Sequence[Results],  # of different runs
 ) -> Results:
     "Return several results as one."
-    frames = [[f for f in each if len(f)] or [each[0]] for each in zip(*(p[2:5] for p in (NO_RESULTS, *parts)))]
+    frames = [[f for f in each if len(f)] or [each[0]] for each in zip(*(p.tables for p in (NO_RESULTS, *parts)))]
     probes = {run: points for p in parts for run, points in p.probes.items()}
     tables = [pd.concat(each, ignore_index=True) for each in frames]
     diffs = {digest: patch for p in parts for digest, patch in p.diffs.items()}
@@ -228,7 +233,7 @@ def store_results(out: Path, found: Results):
     "Write all files of a report, or none."
     new = out / _NEXT
     new.mkdir(exist_ok=True)
-    for name, table in zip(FILES, found[2:5]):
+    for name, table in zip(FILES, found.tables):
         write_whole(new / name, lambda p, table=table: table.to_parquet(p, index=False))
     write_whole(new / ALL_CURVATURE, lambda p: p.write_text(json.dumps(found.probes), encoding="utf-8"))
     about = {"results": found.results, "problems": found.problems} | ({"others": found.others} if found.others else {})
@@ -266,7 +271,7 @@ def _damaged(path: Path, *errors: type):
 
 def _parse(out: Path, data: dict[str, bytes]) -> tuple[list[pd.DataFrame], dict]:
     "Return the three tables and the probes from the bytes of the files."
-    tables = list(NO_RESULTS[2:5])
+    tables = list(NO_RESULTS.tables)
     for i, name in enumerate(FILES[:3]):
         with _damaged(out / name, pa.ArrowException, OSError, ValueError):
             tables[i] = pd.read_parquet(io.BytesIO(data[name])) if name in data else tables[i]

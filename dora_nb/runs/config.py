@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'PROBE_STEPS', 'MAY_BE_EMPTY', 'COUNTS', 'DEFAULTS', 'check_values', 'split_names', 'trained_tasks',
-           'data_options', 'check_own', 'read_patterns', 'RunConfig', 'naming', 'check_params', 'config_from',
+           'data_options', 'check_template', 'read_patterns', 'RunConfig', 'naming', 'check_params', 'config_from',
            'given_parameters']
 
 # %% ../../nbs/6_runs/43_config.ipynb #92b4659d
@@ -103,7 +103,7 @@ def data_options(
     return dict(source=config.source, dev_cut=config.dev_cut) | own
 
 
-def check_own(
+def check_template(
     config,  # any configuration with template and columns
     *tasks: str,  # its tasks
 ):
@@ -120,7 +120,7 @@ def _check_tasks(config):
             raise ValueError(f"mixture: {task!r} is not a task; {advice(task, TASKS)}")
         if task in tasks[:i]:
             raise ValueError(f"mixture: {task!r} is named twice; name every task once")
-    check_own(config, config.task, *tasks)
+    check_template(config, config.task, *tasks)
 
 
 def _check_probe(config):

@@ -60,7 +60,7 @@ class Claimable:
         "Return the name of the run, which is the name of its folder."
         return self.folder.name
 
-    def take(self) -> bool:
+    def claim(self) -> bool:
         "Claim the run; return False if another launcher has claimed it. ValueError if the folder holds other files."
         check_claim(self.folder, "run", self.name)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ class Claimable:
             claim(self.folder, "run", self.name)
         return self.mine
 
-    def give_back(self):
+    def release(self):
         "Release the claim."
         if self.mine:
             self.lock.release()
@@ -99,7 +99,7 @@ class Job(Claimable):
         "Return the identity of the run's training, which other runs may share; its own name if it trains nothing."
         return training_id(self.config) if trains(self.config.method) else self.name
 
-    def look(self) -> bool:
+    def refresh(self) -> bool:
         "Read the run's folder; return whether the run is done."
         if self.state == "done":
             return True
@@ -110,9 +110,9 @@ class Job(Claimable):
             self.result, self.why = None, str(e)
         return self.result is not None
 
-    def take(self) -> bool:
+    def claim(self) -> bool:
         "Claim the run, or note that another launcher has claimed it; return whether this one has."
-        if not super().take():
+        if not super().claim():
             self.state = "elsewhere"
         return self.mine
 

@@ -66,7 +66,7 @@ def _limit(job: Job) -> str:
 def _after_end(job: Job, status: int, words: str, board: ProgressBoard):
     "Update a job whose process has ended: done, failed, or waiting for another try."
     words += _limit(job) if status == DIED else ""
-    if job.look():
+    if job.refresh():
         took = duration(time.monotonic() - job.since)
         board.event(job, f"done in {took}, accuracy {job.result['metrics']['acc']:.3f}")
     elif status == FULL:
@@ -78,19 +78,19 @@ def _after_end(job: Job, status: int, words: str, board: ProgressBoard):
         board.event(job, f"{words}; it will be tried again")
     else:
         _failed(job, f"{words}, in try {TRIES} of {TRIES}", board)
-    job.give_back()
+    job.release()
 
 # %% ../../nbs/6_runs/58_launcher.ipynb #fae9a2ef
 def _start(job: Job, engine, board: ProgressBoard):
     "Start a run, unless it is done or another launcher works on it."
-    if not job.take():
+    if not job.claim():
         return
-    if job.look():  # another launcher has finished it
+    if job.refresh():  # another launcher has finished it
         board.event(job, f"done elsewhere, accuracy {job.result['metrics']['acc']:.3f}")
-        return job.give_back()
+        return job.release()
     if job.state == "elsewhere" and (error := _error_of(job)):
         _failed(job, f"{error.get('error')} (elsewhere)", board)
-        return job.give_back()
+        return job.release()
     job.state, job.tries, job.since, job.process = "running", job.tries + 1, time.monotonic(), None
     engine.start(job)
     board.event(job, "running" if job.tries == 1 else f"running, try {job.tries} of {TRIES}")
@@ -104,7 +104,7 @@ def _failing_on_error(job: Job, engine, board: ProgressBoard):
     except Exception as e:
         engine.stop([job])
         _failed(job, f"{type(e).__name__}: {e}", board)
-        job.give_back()
+        job.release()
 
 # %% ../../nbs/6_runs/58_launcher.ipynb #9207f625
 def _stop(running: list[Job], engine, board: ProgressBoard):
@@ -146,7 +146,7 @@ def work(
             raise
         finally:
             for job in jobs:
-                job.give_back()
+                job.release()
     board.clear()
 
 # %% ../../nbs/6_runs/58_launcher.ipynb #d60d47f9
@@ -207,7 +207,7 @@ def _jobs(grid: Grid, folder: Path, known: Sequence[str | Path]) -> list[Job]:
 
 def _default_workers(jobs: Sequence[Job], processes: int) -> int:
     "Return the default number of runs at a time on this machine; no more than runs are missing, which share the cores."
-    missing = [job.config for job in jobs if not job.look()]
+    missing = [job.config for job in jobs if not job.refresh()]
     fitting = default_workers(processes, max(map(run_memory, missing), default=1))
     return max(1, min(fitting, len(missing)))
 
@@ -215,7 +215,7 @@ def _default_workers(jobs: Sequence[Job], processes: int) -> int:
 def _report_done(jobs: Sequence[Job], board: ProgressBoard, dry_run: bool):
     "Report the runs that are done; in a dry run, report the others too and change nothing."
     for job in jobs:
-        if job.look():
+        if job.refresh():
             if not dry_run and owned(job.folder, "run") and (job.folder / RESULT).exists():
                 forget_checkpoints(job.folder / CHECKPOINTS)  # of a process that was killed after its result
             board.event(job, f"done, accuracy {job.result['metrics']['acc']:.3f}")

@@ -17,7 +17,7 @@ from ..files import check_replaceable, read_json, write_json
 from ..models.adapter_files import load_adapter
 from ..models.compress import parse_scheme
 from .base import load_base
-from .config import check_own, check_values, data_options, split_names
+from .config import check_template, check_values, data_options, split_names
 from .folder import SCHEMA, describe_machine, library_versions
 from .observers import peak_memory
 from ..training.config import OVER_CHOICES, TrainConfig, check_types
@@ -52,7 +52,7 @@ class ProbeConfig:
         TrainConfig(self.objective, max_tokens=self.max_tokens)
         if self.objective not in OVER_CHOICES:
             raise ValueError(f"objective={self.objective!r} cannot be probed; choose one of {', '.join(OVER_CHOICES)}")
-        check_own(self, self.task, self.calibrate)
+        check_template(self, self.task, self.calibrate)
         if self.compress:
             parse_scheme(self.compress)
         if not self.adapter:

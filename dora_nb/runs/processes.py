@@ -40,7 +40,7 @@ def check_processes(
 # %% ../../nbs/6_runs/46_processes.ipynb #d6a057be
 def _torchrun(config: RunConfig, run_dir: Path, progress: bool, folder: Path) -> list[str]:
     "Write the configuration and the script of a process to a folder; return the command that starts all processes."
-    write_json(folder / "asked.json", dict(params=asdict(config), progress=progress))
+    write_json(folder / "run.json", dict(params=asdict(config), progress=progress))
     (folder / "member.py").write_text(start_code("dora_nb.runs.run"), encoding="utf-8")
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(config.processes), str(folder / "member.py")]

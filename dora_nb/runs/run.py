@@ -102,6 +102,40 @@ def _take_over(config: RunConfig, model, run_dir: Path, twin: Path, team: Distri
     return first | taken["training"] | dict(seconds_of_earlier_tries=0.0)
 
 # %% ../../nbs/6_runs/50_run.ipynb #54d468a9
+def _load(config: RunConfig, team: Distributed) -> tuple:
+    "Return the base model, its tokenizer, and the items to evaluate, all checked."
+    format = config.eval_format or format_of(config.protocol)
+    items = load_task(config.task, config.eval_split, format, config.eval_items, **data_options(config, config.task))
+    first, place = trained_tasks(vars(config))[0], "cpu" if config.fsdp else team.device
+    model, tokenizer = load_base(config.model, config.compress, first, place, **data_options(config, first))
+    check_texts(config, (config.task,), model, tokenizer, items)
+    if config.fsdp and not METHODS[config.method].trains:
+        shard(model, team)
+    return model, tokenizer, items
+
+
+def _train(config: RunConfig, model, tokenizer, run_dir: Path, progress: bool, team: Distributed) -> dict | None:
+    "Train, or take over a finished training; return its record, or None for a method that trains nothing."
+    if not METHODS[config.method].trains:
+        return None
+    twin = _same_training(config, run_dir) if team.rank == 0 and not config.fsdp else None
+    if twin := team.gather(str(twin or ""))[0]:  # the same in all processes
+        return _take_over(config, model, run_dir, Path(twin), team)
+    return fit(config, model, tokenizer, run_dir, progress, team)
+
+# %% ../../nbs/6_runs/50_run.ipynb #167a9ae9
+def _answer(config: RunConfig, model, tokenizer, items, run_dir: Path, progress: bool, team: Distributed) -> dict:
+    "Evaluate the model, store its answers, and return the metrics."
+    options = dict(batch_tokens=config.batch_tokens, max_tokens=config.max_tokens, precision=config.eval_precision)
+    options |= dict(progress=progress, team=team, metric=getattr(TASKS.get(config.task), "metric", None))
+    metrics, answers = evaluate(model, tokenizer, items, config.protocol, **options)
+    if team.rank == 0:
+        check_there(run_dir)
+        table = pa.Table.from_pylist(answers)
+        write_whole(run_dir / PREDICTIONS, lambda p: pq.write_table(table, p, compression="zstd"))
+    return metrics
+
+
 def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: Distributed) -> dict:
     "Load, train and evaluate; return the result without the checksums of its files."
     start, device = time.perf_counter(), team.device
@@ -111,29 +145,11 @@ def _train_and_evaluate(config: RunConfig, run_dir: Path, progress: bool, team: 
     result, progress = _identity(config, device), progress and team.rank == 0
     result["revision"], patch = source_state()
     result["source_diff"] = keep_source(run_dir, patch) if team.rank == 0 else None
-    format = config.eval_format or format_of(config.protocol)
-    items = load_task(config.task, config.eval_split, format, config.eval_items, **data_options(config, config.task))
-    first_task, place = trained_tasks(vars(config))[0], "cpu" if config.fsdp else device
-    model, tokenizer = load_base(config.model, config.compress, first_task, place, **data_options(config, first_task))
-    check_texts(config, (config.task,), model, tokenizer, items)
-    trains = METHODS[config.method].trains
-    if config.fsdp and not trains:
-        shard(model, team)
+    model, tokenizer, items = _load(config, team)
     accelerate.utils.set_seed(config.seed)
     loaded = time.perf_counter()
-    reusable = trains and not config.fsdp and team.rank == 0
-    twin = team.gather(str(_same_training(config, run_dir) or "") if reusable else "")[0]  # the same in all processes
-    if twin:
-        result["training"] = _take_over(config, model, run_dir, Path(twin), team)
-    else:
-        result["training"] = fit(config, model, tokenizer, run_dir, progress, team) if trains else None
-    options = dict(batch_tokens=config.batch_tokens, max_tokens=config.max_tokens, precision=config.eval_precision)
-    options |= dict(progress=progress, team=team, metric=getattr(TASKS.get(config.task), "metric", None))
-    result["metrics"], answers = evaluate(model, tokenizer, items, config.protocol, **options)
-    if team.rank == 0:
-        check_there(run_dir)
-        table = pa.Table.from_pylist(answers)
-        write_whole(run_dir / PREDICTIONS, lambda p: pq.write_table(table, p, compression="zstd"))
+    result["training"] = _train(config, model, tokenizer, run_dir, progress, team)
+    result["metrics"] = _answer(config, model, tokenizer, items, run_dir, progress, team)
     earlier = (result["training"] or {}).get("seconds_of_earlier_tries", 0.0)
     return result | dict(
         timings=_timings(result, run_dir, loaded - start),
@@ -195,8 +211,8 @@ def _member(
     parents = [psutil.Process(os.getppid()), psutil.Process(int(parent))]
     threading.Thread(target=_stop_without, args=(parents,), daemon=True).start()
     try:
-        asked = read_json(Path(folder) / "asked.json")
-        run(config_from(asked["params"]), run_dir, asked["progress"])
+        given = read_json(Path(folder) / "run.json")
+        run(config_from(given["params"]), run_dir, given["progress"])
     except BaseException as e:
         if not isinstance(e, KeyboardInterrupt):  # which includes Stopped
             traceback.print_exc()

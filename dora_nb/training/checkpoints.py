@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from ..files import check_file, set_aside, write_whole
+from ..files import check_file, json_sha256, set_aside, write_whole
 from ..models.adapt import whole_tensors
 from .distributed import Distributed
 from safetensors import SafetensorError, safe_open
@@ -68,7 +68,7 @@ def hash_sums(
     sums: dict[str, int],  # from `tensor_sums`
 ) -> str:
     "Return the SHA-256 of the sums of some tensors."
-    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+    return json_sha256(sums)
 
 # %% ../../nbs/4_training/29_checkpoints.ipynb #83484c6a
 def _random_state(device: torch.device) -> dict[str, Tensor]:
