@@ -22,7 +22,7 @@ import datasets
 import torch
 from accelerate.utils import set_seed
 from ..data.rows import Row
-from ..files import check_replaceable
+from ..files import check_replaceable, json_sha256
 from ..layers.linear import cached_scales
 from ..messages import progress_bar, say
 from ..models.adapt import adapter_layers, adapter_state, trainable_parameters, whole
@@ -38,7 +38,7 @@ from dora_nb.training.batches import (
     plain_items,
     resolve_batch_tokens,
 )
-from .checkpoints import Checkpoints, Stopped, hash_sums, stoppable, tensor_sums
+from .checkpoints import Checkpoints, Stopped, stoppable, tensor_sums
 from .config import OVER_CHOICES, TrainConfig, resolve_precision, tf32
 from .distributed import Distributed, check_lengths
 from .history import History, is_history
@@ -78,7 +78,7 @@ def _identity(training) -> str:
     model = {k: v for k, v in training.model.config.to_dict().items() if k not in _OF_THE_FILE}
     parts = [settings, adapter and asdict(adapter), items, shapes, tensor_sums(frozen, training.team), model]
     text = json.dumps(parts, sort_keys=True, default=str)
-    return f"{hashlib.sha256(text.encode()).hexdigest()} {hash_sums(tensor_sums(training.params, training.team))}"
+    return f"{hashlib.sha256(text.encode()).hexdigest()} {json_sha256(tensor_sums(training.params, training.team))}"
 
 # %% ../../nbs/4_training/32_train.ipynb #61586971
 class Training:
