@@ -46,13 +46,13 @@ def judged(
     pred = answers.pred.where(~answers.run.isin(runs), answers.pred_norm)
     return found._replace(results=[as_acc(r) for r in found.results], predictions=answers.assign(pred=pred))
 
-# %% ../../nbs/7_results/71_sections.ipynb #b16cfcac
+
 def _savefig(fig: plt.Figure, path: Path):
     "Save a figure without a date or a version inside, so that the same data give the same file."
     write_whole(path, lambda p: fig.savefig(p, metadata={"Software": None}))
     plt.close(fig)
 
-
+# %% ../../nbs/7_results/71_sections.ipynb #b16cfcac
 @dataclasses.dataclass(frozen=True)
 class Page:
     "Hold what the sections of a page are made from."
