@@ -200,10 +200,10 @@ def test_ranks_found_in_a_warm_up(make, way, method):
     [
         ({"mixture": "boolq, hellaswagg"}, "mixture: 'hellaswagg' is not a task"),
         ({"allocate": "magic"}, "curvature, gates, random"),
-        ({"allocate": "gates", "processes": 2}, "allocate finds ranks in one process"),
+        ({"allocate": "gates", "processes": 2}, "allocate needs processes=1"),
         ({"eval_format": "cloze", "protocol": "generate"}, "needs eval_format='instruction'"),
         ({"geometry": -1}, "geometry=-1"),
-        ({"geometry": 4, "processes": 2, "fsdp": True}, "neither with probe or geometry"),
+        ({"geometry": 4, "processes": 2, "fsdp": True}, "cannot be combined with probe, geometry"),
     ],
 )
 def test_what_does_not_go_together(params, named):

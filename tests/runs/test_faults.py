@@ -324,9 +324,13 @@ def test_a_lost_machine(grid, tmp_path, undisturbed, capsys):
         lost, _ = (start_patiently(lambda: nodes.add_node(num_cpus=1)) for _ in range(2))
         start_patiently(lambda: ray.init(address=nodes.address, log_to_driver=False), ray.shutdown)
 
+        def busy():
+            "Whether both nodes have a kernel, which holds locks in a temporary folder; other grids may run on this machine."
+            own = {p.pid for p in psutil.Process().children(recursive=True)}
+            return sum(p.pid in own for p in processes("/dora-nb-")["kernel"]) == 2
+
         def lose():
-            "When both nodes are busy: kernels of Ray's tasks hold locks in temporary folders."
-            wait_for(lambda: len(processes("/dora-nb-")["kernel"]) == 2)
+            wait_for(busy)
             nodes.remove_node(lost, allow_graceful=False)
 
         loser = threading.Thread(target=lose)
