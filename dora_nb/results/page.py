@@ -12,7 +12,6 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from urllib.parse import quote
 
 import pandas as pd
 from ..data.tasks import TASKS
@@ -175,9 +174,9 @@ def _source(page: Page) -> list[str]:
     made = "Made from the JSON and parquet files in this folder; `dora-nb report` on it makes the page again, without training anything"
     if not page.grid:
         return ["---\n", f"{made}.\n"]
-    grid = quote(Path(os.path.relpath(page.grid, page.out)).as_posix())
+    grid = markdown_code(Path(os.path.relpath(page.grid, page.out)).as_posix())
     scale = f" and {markdown_code(f'--scale {page.scale}')}" if page.scale else ""
-    return ["---\n", f"{made}. `dora-nb run` makes the runs, given [the grid file]({grid}){scale}.\n"]
+    return ["---\n", f"{made}. `dora-nb run` makes the runs, given the grid file {grid}{scale}.\n"]
 
 # %% ../../nbs/7_results/73_page.ipynb #e1e00abb
 SECTIONS: list[Callable[[Page], list[str]]] = [

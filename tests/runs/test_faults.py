@@ -442,9 +442,11 @@ def test_an_estimate_and_a_dry_run(grid, tmp_path, monkeypatch, capsys):
     assert said[-1].startswith("2 done, 2 to do; about ") and said[-1].endswith(" left")
 
 
-@pytest.mark.parametrize("wrong", [dict(workers=0), dict(timeout=-1.0)])
-def test_impossible_options(grid, tmp_path, wrong):
-    with pytest.raises(ValueError, match="must be at least 1"):
+@pytest.mark.parametrize(
+    "wrong, said", [(dict(workers=0), "must be at least 1"), (dict(timeout=-1.0), "must be above 0")]
+)
+def test_impossible_options(grid, tmp_path, wrong, said):
+    with pytest.raises(ValueError, match=said):
         run_grid(grid(items=8), tmp_path, **wrong)
 
 
