@@ -160,9 +160,10 @@ def _check_together(config):
             "fsdp=true needs processes of at least 2, and cannot be combined with probe, geometry or protocol='generate'",
         ),
         (
-            c.compress and (method.trains and method.layer is None or c.fsdp),
-            f"compress cannot be combined with fsdp, or with method={c.method!r} if that trains what is compressed",
+            c.compress and method.trains and method.layer is None,
+            f"compress cannot be combined with method={c.method!r}, which would train what is compressed",
         ),
+        (c.compress and c.fsdp, "compress cannot be combined with fsdp=true"),
     )
     if message := next((message for wrong, message in cases if wrong), None):
         raise ValueError(message)

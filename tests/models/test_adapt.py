@@ -412,11 +412,12 @@ def test_a_pruned_layer_may_be_cast(llama, ids, method):
     torch.testing.assert_close(model(ids).logits, plain)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.base_layer.weight_orig *= 1.5
-    torch.testing.assert_close(model(ids).logits, model(ids).logits)  # DoRA's norm is of the weight of this call
+    first, plain = model(ids).logits, model(ids).logits
+    torch.testing.assert_close(first, plain)  # DoRA's norm is of the weight of this call
     with pytest.raises(RuntimeError, match=r"up_proj' is pruned \(50% zeros\), and merging would fill its zeros"):
         merge(model)
     model.to(torch.bfloat16)
-    torch.testing.assert_close(model(ids).logits.float(), plain, atol=0.5, rtol=0.5)
+    torch.testing.assert_close(model(ids).logits.float(), plain, atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize("targets", (None, "all-linear"))

@@ -45,7 +45,7 @@ from dora_nb.results.measured import stability_section
 from dora_nb.results.overview import check_overview, overview, reports_in
 from dora_nb.results.page import SECTIONS, _by_sums, render
 from dora_nb.results.sections import Page, accuracy_section, judged
-from dora_nb.results.sharpness import curvature_rows, sharpness_table, stability_table
+from dora_nb.results.sharpness import _last_block, curvature_rows, sharpness_table, stability_table
 from dora_nb.results.stored import (
     ALL_CURVATURE,
     ALL_GEOMETRY,
@@ -264,6 +264,14 @@ def test_who_diverged():
     lost = asdict(RunConfig("boolq", "lora", seed=2, learning_rate=1e-3))
     assert stability_table(found, "learning_rate", [lost]).to_numpy().tolist() == [["nan, 2 of 3"]]
     assert stability_table(found._replace(results=runs[1:]), "learning_rate").to_numpy().tolist() == [["1.70"]]
+
+
+@pytest.mark.parametrize("names, last", [(["all", "layer 3", "layer 29"], ["layer 29"]), (["m", "A"], ["A"]), ([], [])])
+def test_the_block_that_was_probed_last_is_drawn(names, last):
+    "Not the last by the alphabet; and one that every probe has."
+    probe = {"blocks": {name: {"hessian": {}} for name in names}}
+    other = {"blocks": probe["blocks"] | {"only here": {"hessian": {}}, "layer 0": {"ggn": {}}}}
+    assert _last_block(pd.Series([probe, other])) == last == _last_block(pd.Series([other, probe]))
 
 
 def test_losses_of_sums_do_not_judge_a_training_on_means(tmp_path):
