@@ -88,7 +88,7 @@ def read_text(
     try:
         return check_file(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is no UTF-8 text ({e.reason} at byte {e.start})") from None
+        raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from None
 
 # %% ../nbs/files.ipynb #bd99a545
 def read_json(
@@ -153,7 +153,9 @@ def check_name(
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{str(path)!r} holds bytes that are no UTF-8 text; choose another place with --out") from None
+        raise ValueError(
+            f"{str(path)!r} holds bytes that are not UTF-8 text; choose another place with --out"
+        ) from None
 
 
 def check_own(

@@ -47,7 +47,7 @@ def say(
     text: str,  # a line, or several
     level: str = "normal",  # quiet (always printed), normal or verbose
 ):
-    "Print a message on stderr, if its level is printed. Unprintable characters become `?`, and a closed stream is no error."
+    "Print a message on stderr, if its level is printed. Unprintable characters become `?`, and a closed stream is not an error."
     if prints(level):
         text = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
         with contextlib.suppress(OSError):  # a closed pipe or terminal, a full disk
@@ -71,7 +71,7 @@ def progress_bar(
     unit: str,  # of one thing
     show: bool = True,  # False for no progress
 ):  # a `tqdm`: iterable, and a context
-    "Return a bar on stderr, with the time left; a few lines instead if stderr is no terminal."
+    "Return a bar on stderr, with the time left; a few lines instead if stderr is not a terminal."
     from tqdm import tqdm  # `dora-nb --help` does not wait for it
 
     how = dict(desc=what, unit=unit, disable=not (show and prints("normal")))

@@ -287,7 +287,7 @@ def run_slice(options):
             (job.folder / ERROR).unlink(missing_ok=True)  # of an earlier try
             if error:
                 failed.add(job.name)
-                write_json(job.folder / ERROR, {"error": error, "traceback": ""})  # a loss that is no number counts
+                write_json(job.folder / ERROR, {"error": error, "traceback": ""})  # a loss that is not a number counts
                 print(f"{job.name}: FAILED: {error}", flush=True)
             archives.add(job.folder)
             if not error:

@@ -21,7 +21,7 @@ TINY = {  # test → the fault that it injects, and what it checks besides
     r"test_a_disk_that_fills": "a disk that fills in mid-run (tmpfs)",
     r"test_nowhere_to_write": "an output folder that cannot be written to",
     r"test_a_result_that_is_none": "a result.json that is empty, truncated, or foreign",
-    r"test_a_loss_that_is_no_number": "a loss that is no number",
+    r"test_a_loss_that_is_no_number": "a loss that is not a number",
     r"test_parameters_are_data": "parameters that are code",
     r"test_names_that_lead_elsewhere": "file names from another machine that lead out of the folder",
     r"test_a_damaged_checkpoint": "a checkpoint that is empty, truncated, or has a bit flipped",

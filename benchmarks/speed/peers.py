@@ -1,6 +1,6 @@
 """Forward and backward of a Llama-shaped model with DoRA layers of several libraries, ours last.
 
-torchtune is no requirement of this project, and PEFT refuses the torchao that it needs. So `make speed` keeps both aside, in build/peers, and calls
+torchtune is not a requirement of this project, and PEFT refuses the torchao that it needs. So `make speed` keeps both aside, in build/peers, and calls
 
     python -m benchmarks.speed.peers --torchtune build/peers --out reports/speed/peers.json
 

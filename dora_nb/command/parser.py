@@ -78,7 +78,7 @@ def parser(
 def command_of(
     argv: list[str],  # arguments
 ) -> str:  # empty without one
-    "Return the word that is a command's name: the first that is no option."
+    "Return the word that is a command's name: the first that is not an option."
     return next((word for word in argv if not word.startswith("-")), "")
 
 

@@ -84,7 +84,7 @@ def _parquet_rows(path: Path) -> list[tuple[str, dict]]:
     try:
         rows = pq.read_table(check_file(path)).to_pylist()
     except pa.ArrowException as e:
-        raise ValueError(f"{path} is no parquet file, or damaged: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"{path} is not a parquet file, or damaged: {str(e).splitlines()[0]}") from None
     return [(f"row {i}", row) for i, row in enumerate(rows)]
 
 # %% ../../nbs/2_data/11b_own.ipynb #e5207fae
@@ -98,7 +98,7 @@ def _hub_rows(name: str) -> dict[str, list[tuple[str, dict]]]:
     except Exception as e:  # of many kinds
         wrong = isinstance(e, (FileNotFoundError, ValueError))
         raise (ValueError if wrong else FetchError)(
-            f"{name} is no file and no folder here, and could not be loaded from the Hub: {type(e).__name__}: {e}"
+            f"{name} is not a file or folder here, and could not be loaded from the Hub: {type(e).__name__}: {e}"
         ) from e
     return {split: [(f"row {i}", row) for i, row in enumerate(rows)] for split, rows in splits.items()}
 
@@ -125,7 +125,7 @@ def _files(name: str) -> dict[str, Path]:
 
 # %% ../../nbs/2_data/11b_own.ipynb #0cceccec
 def _read(name: str) -> dict[str, list[tuple[str, dict]]]:
-    "Return the rows of each split with their places; ValueError if there are none, or one is no object."
+    "Return the rows of each split with their places; ValueError if there are none, or one is not an object."
     files = _files(name)
     splits = {k: _READERS[p.suffix.lower()](p) for k, p in files.items()} if files else _hub_rows(name)
     if not (found := {split: splits[split] for split in _SPLITS if splits.get(split)}):
@@ -164,7 +164,9 @@ def template_fields(
     except ValueError as e:
         raise ValueError(f"template={template!r}: {e}; write a brace of the text twice") from None
     if odd := [name for name, spec, conversion in parts if spec or conversion or not name or set(name) & set(".[]")]:
-        raise ValueError(f"template={template!r}: {{{odd[0]}}} is no name of a column; write a brace of the text twice")
+        raise ValueError(
+            f"template={template!r}: {{{odd[0]}}} is not the name of a column; write a brace of the text twice"
+        )
     if template and not parts:
         raise ValueError(f"template={template!r} names no column, so that all prompts would be the same")
     return [name for name, *_ in parts]
@@ -201,7 +203,7 @@ def _prompt(row: dict, names: list[str], template: str) -> str:
 
 # %% ../../nbs/2_data/11b_own.ipynb #e6d73083
 def _choices(row: dict, names: list[str]) -> list[str]:
-    "Return the choices of a row; ValueError if they are no list of different texts."
+    "Return the choices of a row; ValueError if they are not a list of different texts."
     found = row.get(names[0]) if len(names) == 1 else [row.get(name) for name in names]
     if len(names) > 1:
         while found and found[-1] in (None, ""):
@@ -247,7 +249,7 @@ def _labels(readings: list[tuple[int | None, int | None]]) -> list[int]:
     differ = any(None not in reading and reading[0] != reading[1] for reading in readings)
     if differ and (None in texts) == (None in numbers):
         raise ValueError(
-            "an answer is the text of a choice and the number of another one; write numbers without quotes in JSON, or choices that are no numbers"
+            "an answer is the text of a choice and the number of another one; write numbers without quotes in JSON, or choices that are not numbers"
         )
     if None in texts and None not in numbers:
         return numbers

@@ -289,7 +289,7 @@ def load_adapter(
     path = Path(path)
     if wrong := sorted(changes.keys() - _CHANGEABLE):
         known = wrong[0] in {f.name for f in fields(AdapterConfig)}
-        why = "cannot be changed, as the adapter's values depend on it" if known else "is no option of load_adapter"
+        why = "cannot be changed, as the adapter's values depend on it" if known else "is not an option of load_adapter"
         raise ValueError(f"{wrong[0]} {why}; only dropout, detach_norm, dropout_form and plan can be given")
     config, tensors, embeddings, ours = _matched(model, path, changes)
     adapt(model, config)

@@ -161,7 +161,7 @@ def _checked_modules(names: Sequence[str] | None) -> tuple[str, ...] | None:
 
 # %% ../../nbs/3_models/17_methods.ipynb #a7ec7e9d
 def _checked_layers(config) -> int | tuple[int, ...] | None:
-    "Return the indices of layers, a list as a tuple; ValueError for what is no index, or goes with no list of targets."
+    "Return the indices of layers, a list as a tuple; ValueError for what is not an index, or goes with no list of targets."
     layers = plain_number(config.layers_to_transform)
     layers = (tuple(map(plain_number, layers)) or None) if isinstance(layers, Iterable) else layers
     for i in layers if isinstance(layers, tuple) else () if layers is None else (layers,):

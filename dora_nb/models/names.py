@@ -46,7 +46,7 @@ def _compiled(entry: str, form: str) -> regex.Pattern:
         re.compile(form.format(entry))  # `regex` accepts more than `re`, and so more than PEFT
         return regex.compile(form.format(entry))
     except (re.error, regex.error, RecursionError, OverflowError) as e:
-        raise ValueError(f"{shorten(entry)} is no regular expression: {e}") from None
+        raise ValueError(f"{shorten(entry)} is not a regular expression: {e}") from None
 
 # %% ../../nbs/3_models/16_names.ipynb #4183a8e5
 def expressions(

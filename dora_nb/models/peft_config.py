@@ -59,7 +59,7 @@ def _method_of(peft: dict, source: Path) -> str:
 
 # %% ../../nbs/3_models/17b_peft_config.ipynb #bfb8efd2
 def _check_kind(peft: dict, source: Path):
-    "Refuse a configuration that is no complete one of a method here: ValueError."
+    "Refuse a configuration that is not a complete one of a method here: ValueError."
     kinds = ["LORA", *(m.peft["peft_type"] for m in METHODS.values() if "peft_type" in (m.peft or ()))]
     if (kind := peft.get("peft_type")) not in kinds:
         raise ValueError(

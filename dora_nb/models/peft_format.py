@@ -169,7 +169,7 @@ def _our_metadata(metadata: dict, path: Path) -> dict:
     try:
         ours = json.loads(metadata.get("dora_nb", "{}"))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is damaged: its metadata 'dora_nb' is no JSON ({e})") from None
+        raise ValueError(f"{path} is damaged: its metadata 'dora_nb' is not JSON ({e})") from None
     if not isinstance(ours, dict) or not isinstance(ours.get("compress", ""), str):
         raise ValueError(f"{path} is damaged: its metadata 'dora_nb' has an unexpected structure")
     return ours
@@ -217,7 +217,7 @@ def _read_config(path: Path) -> AdapterConfig:
             f"{path.parent} holds no {CONFIG}; give the folder that save_adapter, or PEFT's save_pretrained, wrote (a fully fine-tuned model is a model: load it as one)"
         )
     if check_file(path).stat().st_size > LARGEST:
-        raise ValueError(f"{path} is larger than {LARGEST // 2**20} MB; it is no adapter's configuration")
+        raise ValueError(f"{path} is larger than {LARGEST // 2**20} MB; it is not an adapter's configuration")
     with naming_file(path):
         return from_peft(read_json(path), path)
 

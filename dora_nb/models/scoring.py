@@ -149,7 +149,7 @@ def check_causal(
     "Refuse a model that predicts no tokens, or whose outputs depend on later ones, such as an encoder: ValueError."
     if getattr(model.config, "is_encoder_decoder", False) or model.get_output_embeddings() is None:
         raise ValueError(
-            f"{type(model).__name__} is no causal language model, as is needed to score choices; train it with transformers' Trainer"
+            f"{type(model).__name__} is not a causal language model, as is needed to score choices; train it with transformers' Trainer"
         )
     ids = _some_tokens(model, 8, 5)
     ends = [[*ids[3:], ids[0], 0], [*ids[3:], ids[1], 0]]  # the last token is not an input
@@ -158,7 +158,7 @@ def check_causal(
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.03  # experts round differently in other groups
     if (a - b).abs().nan_to_num().max() > tolerance * a.abs().nan_to_num().max():
         raise ValueError(
-            f"this {model.config.model_type} model is no causal language model: its output at a token changes with later tokens, so its scores would mean nothing. Use a causal model"
+            f"this {model.config.model_type} model is not a causal language model: its output at a token changes with later tokens, so its scores would mean nothing. Use a causal model"
         )
 
 # %% ../../nbs/3_models/15_scoring.ipynb #632cbcd7

@@ -68,7 +68,7 @@ def _check_start(grid, where: str):
 
 # %% ../../nbs/7_results/64_about.ipynb #645d3873
 def _check_texts(spec: dict, where: str):
-    "Refuse an answer or a verdict that is no text, and doubts or reports that are no lists of texts: ValueError."
+    "Refuse an answer or a verdict that is not text, and doubts or reports that are not lists of texts: ValueError."
     is_text = lambda v: isinstance(v, str)
     is_list = lambda v: isinstance(v, list) and all(map(is_text, v))
     kinds = {
@@ -99,7 +99,7 @@ def _check_answer(spec: dict, where: str):
 
 # %% ../../nbs/7_results/64_about.ipynb #a42d0dbc
 def _check_plan(plan: dict, where: str):
-    "Refuse a plan with a missing or unknown entry, or with one that is no text: ValueError."
+    "Refuse a plan with a missing or unknown entry, or with one that is not text: ValueError."
     if wrong := next((k for k in plan if k not in PLAN), None):
         raise ValueError(f"{where}: report.plan.{wrong} is unknown; {advice(wrong, PLAN)}")
     for key in PLAN if plan else ():

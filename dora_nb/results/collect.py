@@ -156,7 +156,7 @@ def _finished(runs: Path, configs: Sequence[RunConfig] | None) -> tuple[list[Res
 def _check_places(runs: Path, out: Path, grid: str | Path | None, known: Sequence[str | Path]):
     "Refuse folders from which, or into which, no report can be gathered: ValueError."
     if not runs.is_dir() and not known:
-        raise ValueError(f"{runs} is no folder of runs; `dora-nb run GRID.toml` makes one")
+        raise ValueError(f"{runs} is not a folder of runs; `dora-nb run GRID.toml` makes one")
     if lost := [k for k in known if not Path(k).is_dir()]:
         raise ValueError(f"there is no folder {lost[0]}; --known takes the folder of a report")
     if known and not grid:

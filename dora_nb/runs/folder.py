@@ -127,7 +127,7 @@ def _check_parts(result: dict, where: str):
     if wrong := [k for k, kind in NEEDED.items() if k not in result or not isinstance(result[k], kind)]:
         raise ValueError(f"{where} has no {wrong[0]!r}, or not as a run writes it")
     if wrong := [k for k in ("seconds", "peak_memory_bytes") if not _number(result.get(k))]:
-        raise ValueError(f"{where} has no {wrong[0]!r}, or it is no number")
+        raise ValueError(f"{where} has no {wrong[0]!r}, or it is not a number")
     for part, names in NUMBERS.items():
         if result[part] is not None and (wrong := [k for k in names if not _number(result[part].get(k))]):
             raise ValueError(f"{where}: {part}.{wrong[0]} is missing, or no number")
@@ -136,7 +136,7 @@ def _check_parts(result: dict, where: str):
     if wrong := [k for k in ("precision", "eval_precision") if not isinstance(result["precision"].get(k), str)]:
         raise ValueError(f"{where}: precision.{wrong[0]} is missing")
     if not all(isinstance(r.get("source_diff"), (str, type(None))) for r in (result, result["training"] or {})):
-        raise ValueError(f"{where}: source_diff is no checksum")
+        raise ValueError(f"{where}: source_diff is not a checksum")
     for part in ("checksums", "files"):
         found = result.get(part, {})
         if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):

@@ -160,7 +160,7 @@ def gpus() -> list[str]:
     if named is None:
         return [str(i) for i in range(n)]
     names = [name.strip() for name in named.split(",")]
-    # CUDA ignores every name after one that is no device, such as "" or -1
+    # CUDA ignores every name after one that is not a device, such as "" or -1
     return list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))[:n]
 
 # %% ../../nbs/6_runs/53_jobs.ipynb #f682a156

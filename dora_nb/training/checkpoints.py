@@ -102,7 +102,7 @@ def _meta(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as f:
         meta = f.metadata() or {}
     if not _META <= meta.keys():
-        raise _Foreign(f"{path} is no checkpoint of dora_nb")
+        raise _Foreign(f"{path} is not a checkpoint of dora_nb")
     return meta
 
 

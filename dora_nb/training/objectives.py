@@ -22,7 +22,7 @@ def encode_for(
     context: int | None = None,  # of the model, from `context_length`; None for no limit
 ) -> tuple[list[Row], int]:  # rows, and tokens cut off
     "Encode an item for an objective: all choices for `choices` and `choices_mean`, the right one for the others."
-    limit = max_tokens if context is None else min(max_tokens, context + 1)  # a choice's last token is no input
+    limit = max_tokens if context is None else min(max_tokens, context + 1)  # a choice's last token is not an input
     if objective not in OVER_CHOICES:
         return encode_item(tokenizer, item, [item["gold"]], limit, whole=objective == "prompt", end=end)
     rows, cut = encode_item(tokenizer, item, None, limit, share)

@@ -466,7 +466,7 @@ def test_the_module_is_a_program():
 
 @pytest.mark.attack("data loss")
 def test_a_report_of_a_project_s_root_changes_nothing(tmp_path, monkeypatch, capsys):
-    "`dora-nb report .` in a clone: its README is no overview of ours, and no page is made either."
+    "`dora-nb report .` in a clone: its README is not an overview of ours, and no page is made either."
     shutil.copytree(ROOT / "reports" / "quick", tmp_path / "reports" / "quick")
     (tmp_path / "README.md").write_text("# My project\n")
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}

@@ -804,7 +804,7 @@ def cut(path):
             ("crash", "tokenizer_config.json", folder_there, "tokenizer_config.json is a folder"),
             ("crash", "config.json", lambda p: p.write_text("{"), "config.json is damaged"),
             ("crash", "config.json", lambda p: p.write_text("[]"), "config.json must hold a JSON object"),
-            ("crash", "config.json", lambda p: p.write_bytes(b"\xff\xfe"), "config.json is no UTF-8 text"),
+            ("crash", "config.json", lambda p: p.write_bytes(b"\xff\xfe"), "config.json is not UTF-8 text"),
             (
                 "crash",
                 "config.json",

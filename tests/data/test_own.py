@@ -173,8 +173,8 @@ def test_files_that_are_not_there_or_of_another_kind(write):
         ("notes/readme.txt", ValueError, "notes/readme.txt is of an unknown kind; give a file that ends in .jsonl"),
         ("./notes", ValueError, "./notes holds no file called train, validation or test that ends in .jsonl"),
         ("./two", ValueError, "./two holds several files of one split"),
-        ("damaged.parquet", ValueError, "damaged.parquet is no parquet file, or damaged: "),
-        ("latin.csv", ValueError, "latin.csv is no UTF-8 text"),
+        ("damaged.parquet", ValueError, "damaged.parquet is not a parquet file, or damaged: "),
+        ("latin.csv", ValueError, "latin.csv is not UTF-8 text"),
         ("bolq", ValueError, "task 'bolq' does not exist; did you mean 'boolq'?"),
         ("notes", ValueError, "task 'notes' does not exist; choose one of boolq"),
     ):
@@ -186,9 +186,9 @@ def test_files_that_are_not_there_or_of_another_kind(write):
 TEMPLATES = [
     (dict(template="{qestion}?"), "template: there is no column 'qestion'; did you mean 'question'?"),
     (dict(template="Answer:"), "template='Answer:' names no column"),
-    (dict(template="{}"), "template='{}': {} is no name of a column"),
-    (dict(template="{question.x}"), "template='{question.x}': {question.x} is no name of a column"),
-    (dict(template="{question!r}"), "template='{question!r}': {question} is no name of a column"),
+    (dict(template="{}"), "template='{}': {} is not the name of a column"),
+    (dict(template="{question.x}"), "template='{question.x}': {question.x} is not the name of a column"),
+    (dict(template="{question!r}"), "template='{question!r}': {question} is not the name of a column"),
     (dict(template="{question"), "template='{question': expected '}'"),
     (dict(columns="answer"), "columns='answer': give each role one column"),
     (dict(columns="anser=label"), "columns='anser=label': there is no role 'anser'; did you mean 'answer'?"),
@@ -283,8 +283,8 @@ def test_every_form_gives_the_same_items(write, form):
 @pytest.mark.parametrize(
     "answers, gold",
     [
-        (["1", "5"], [0, 1]),  # texts: 5 is no number of a choice
-        (["1", "0"], [1, 0]),  # numbers: 0 is no choice
+        (["1", "5"], [0, 1]),  # texts: 5 is not the number of a choice
+        (["1", "0"], [1, 0]),  # numbers: 0 is not a choice
         ([0, 1], [0, 1]),
         ([1, 0], [1, 0]),
         (["5", 1], [1, 1]),
@@ -449,9 +449,9 @@ def test_a_dataset_of_the_hub(monkeypatch):
     assert [len(load_task("owner/name:main", split, **how)) for split in ("train", "dev")] == [8, 2]
     assert asked == [("owner/name", "main")]  # once
     assert find_task("owner/name", **how).label == "name"
-    with pytest.raises(ValueError, match="owner/name:other is no file and no folder here, and could not be loaded"):
+    with pytest.raises(ValueError, match="owner/name:other is not a file or folder here, and could not be loaded"):
         load_task("owner/name:other", **how)
-    with pytest.raises(FetchError, match="owner/away is no file.*ConnectionError: Couldn't reach"):
+    with pytest.raises(FetchError, match="owner/away is not a file.*ConnectionError: Couldn't reach"):
         load_task("owner/away")
 
 

@@ -566,7 +566,7 @@ def test_time_is_limited_for_all_layers_together(monkeypatch):
     with pytest.raises(ValueError, match="takes too long to match"):
         match_names([r"(.*)(.*)(.*)[^a-z0-9_.]x?"], names)
     monkeypatch.setattr("dora_nb.models.names.SECONDS", 60)
-    plain = {name: 3 for name in names}  # what names a layer is no expression, and costs next to nothing
+    plain = {name: 3 for name in names}  # what names a layer is not an expression, and costs next to nothing
     assert match_names(list(plain), names)[names[7]] == {names[7]}
 
 
@@ -624,7 +624,7 @@ HOSTILE = {
     "a number": (lambda f: (f / CONFIG).write_text("5"), "must hold a JSON object"),
     "null": (lambda f: (f / CONFIG).write_text("null"), "must hold a JSON object"),
     "nothing": (lambda f: (f / CONFIG).write_text(""), "is damaged"),
-    "no text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{}"), "is no UTF-8 text"),
+    "no text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{}"), "is not UTF-8 text"),
     "a hundred thousand brackets": (lambda f: (f / CONFIG).write_text("[" * 100_000), "is damaged"),
     "a giant rank": (lambda f: spoil_config(f, r=10**9), "rank=1000000000 is not possible"),
     "a large rank": (lambda f: spoil_config(f, r=60_000), r"shape \(4, 64\) where this model needs \(60000, 64\)"),
@@ -640,9 +640,9 @@ HOSTILE = {
     "a list as peft_type": (lambda f: spoil_config(f, peft_type=["LORA"]), "peft_type"),
     "a text as use_dora": (lambda f: spoil_config(f, use_dora="no"), "use_dora='no'"),
     "a list as start": (lambda f: spoil_config(f, init_lora_weights=[{}]), "init_lora_weights"),
-    "metadata cut short": (metadata('{"init":'), "metadata 'dora_nb' is no JSON"),
+    "metadata cut short": (metadata('{"init":'), "metadata 'dora_nb' is not JSON"),
     "metadata of another kind": (metadata("[1]"), "metadata 'dora_nb'"),
-    "metadata in depth": (metadata("[" * 100_000), "metadata 'dora_nb' is no JSON"),
+    "metadata in depth": (metadata("[" * 100_000), "metadata 'dora_nb' is not JSON"),
     "metadata with another start": (metadata('{"init": [1]}'), r"init=\[1\]"),
     "metadata with another base": (metadata('{"compress": 5}'), "metadata 'dora_nb'"),
     "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), "is damaged"),

@@ -89,7 +89,7 @@ def test_pefts_dropout_is_gone_on_with(llama, tmp_path):
 
 
 def test_a_model_that_does_not_generate(shake, ids, tmp_path):
-    "PEFT wraps what it is told; a classifier is no causal language model."
+    "PEFT wraps what it is told; a classifier is not a causal language model."
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0

@@ -645,7 +645,7 @@ def test_trainer_loads_its_best_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("prefix", ("", "_orig_mod.", "module."))
 def test_a_gathered_state_dict_is_saved(prefix, tmp_path):
-    "As accelerate gives it: names of wrappers are no part of the file, and an incomplete one is refused."
+    "As accelerate gives it: names of wrappers are not part of the file, and an incomplete one is refused."
     model = shake(adapt(make("bert"), configured("bert", "dora", bias="all")))
     state = {f"{prefix}{k}": v.clone() for k, v in model.state_dict().items()}
     trained = outputs(model, "bert")

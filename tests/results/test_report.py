@@ -440,7 +440,7 @@ def test_a_correlation_and_its_interval():
     r, low, high = interval(correlation(points))
     assert r == pytest.approx(np.corrcoef(points.x, points.y)[0, 1]) and low < r < high
     alone = interval(correlation(points.assign(weight=range(800))))
-    assert high - low > 1.1 * (alone[2] - alone[1])  # checkpoints of one weight are no independent points
+    assert high - low > 1.1 * (alone[2] - alone[1])  # checkpoints of one weight are not independent points
 
 
 def test_a_partial_rank_correlation():
@@ -1575,7 +1575,7 @@ def test_a_refused_report_leaves_no_lock(six, tmp_path, monkeypatch):
     ids=str,
 )
 def test_edited_parameters_are_named(tmp_path, monkeypatch, change):
-    "They are part of the run's name; what is no part of it may differ, and so may a file of ranks that is gone."
+    "They are part of the run's name; what is not part of it may differ, and so may a file of ranks that is gone."
     sums = dict(model="a" * 64, data="b" * 64)
     monkeypatch.setattr(identity, "checksums", lambda _: sums)
     made = dict(checksums=sums, versions=dict(dora_nb=__version__))

@@ -300,7 +300,7 @@ def test_a_loss_that_is_no_number(grid, tmp_path, capsys):
 
 
 def test_a_result_that_is_none(grid, tmp_path):
-    "It is no result, it is put aside, and the run is made."
+    "It is not a result, it is put aside, and the run is made."
     file = grid(items=8, method='["lora"]')
     run_dir = tmp_path / "runs" / "tiny" / run_name(load_grid(file).configs[0])
     claim(run_dir, "run", run_dir.name)

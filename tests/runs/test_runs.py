@@ -1146,7 +1146,7 @@ def test_a_container_limits_the_free_memory(monkeypatch):
 
 @pytest.mark.attack("crash")
 def test_a_reader_that_has_gone_away(monkeypatch):
-    "`2>&1 | head` closes the pipe: a message that nobody reads is no failure."
+    "`2>&1 | head` closes the pipe: a message that nobody reads is not a failure."
     read, write = os.pipe()
     os.close(read)
     with open(write, "w") as gone:

@@ -142,5 +142,5 @@ def test_a_checksum_of_another_type(tmp_path, where, wrong):
     result = next(r for r in json.loads(quick.read_text())["results"] if r["training"])
     check_result(result, RESULT)  # without one, as older results are
     (result if where == "result" else result["training"])["source_diff"] = wrong
-    with pytest.raises(ValueError, match="source_diff is no checksum"):
+    with pytest.raises(ValueError, match="source_diff is not a checksum"):
         check_result(result, RESULT)

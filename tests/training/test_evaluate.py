@@ -62,7 +62,7 @@ def test_batches_do_not_change_scores(tiny_model_dir, batch_tokens):
 
 
 # Rounding noise of a choice's log-likelihood: on five sets of CPU kernels its root mean square is 0.03 to 0.06 on BoolQ and
-# WinoGrande, and 0.10 to 0.17 on HellaSwag, whose endings sum over some thirty tokens. The largest of 24 draws is no measure
+# WinoGrande, and 0.10 to 0.17 on HellaSwag, whose endings sum over some thirty tokens. The largest of 24 draws is not a measure
 # of it: another CPU's kernels move it by half.
 @pytest.mark.parametrize(("task", "noise"), (("boolq", 0.1), ("hellaswag", 0.3), ("winogrande", 0.1)))
 def test_bfloat16_ranks_as_float32_does(smollm, task, noise):
@@ -232,7 +232,7 @@ def test_what_just_fits_is_not_cut(tiny_model_dir):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model_dir)
     (item,) = items = load_task("boolq", limit=1)
     n = max(len(tokenizer(c + e).input_ids) for c, e in zip(item["contexts"], item["continuations"]))
-    for positions, cut in ((n - 1, 0), (n - 2, 1)):  # the last token is no input
+    for positions, cut in ((n - 1, 0), (n - 2, 1)):  # the last token is not an input
         summary, _ = rank_choices(tiny("gpt2", tokenizer, positions), tokenizer, items, progress=False)
         assert summary["truncated"] == cut
 
@@ -276,7 +276,7 @@ def test_weights_that_break_on_some_items(tiny_model_dir, protocol, beams):
         ([" happy", " sad"], "unhappy, or rather sad", 1),
         ([" not happy", " happy"], "she is not happy", 0),
         ([" not happy", " happy"], "she is happy", 1),
-        ([" not happy", " very sad"], "she is happy", None),  # a last word is no answer
+        ([" not happy", " very sad"], "she is happy", None),  # a last word is not an answer
         ([" not happy", " happy", " unhappy"], "UNHAPPY, not happy", 2),
         ([" Paris, France", " Rome, Italy"], "It lies in France", None),
         ([" Paris, France", " Rome, Italy"], "paris,\n France", 0),
@@ -298,7 +298,7 @@ def test_whole_answers_are_compared(continuations, text, pred):
 
 @pytest.mark.parametrize("name", ("boolq", "winogrande", "hellaswag", "piqa", "social_iqa", "arc_easy", "openbookqa"))
 def test_the_paper_s_answers_are_found_as_its_authors_find_them(name):
-    "commonsense_evaluate.py of DoRA and LLM-Adapters: the first of `re.findall`, over words that are no part of a word."
+    "commonsense_evaluate.py of DoRA and LLM-Adapters: the first of `re.findall`, over words that are not part of a word."
     items = load_task(name, "validation", "instruction", limit=4)
     rng = random.Random(0)
     words = "true false True option1 Option2 ending1 ending44 ending4 answer2 answer3. solution1, untrue not is the correct answer".split()

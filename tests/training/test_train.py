@@ -829,7 +829,7 @@ def test_files_of_others_named_like_checkpoints_stay(tiny, tmp_path, step):
     save_file({"a": torch.ones(3)}, theirs, {"what": "somebody's"})
     (tmp_path / "step-best.safetensors").write_bytes(b"notes")
     before = theirs.read_bytes()
-    with pytest.warns(UserWarning, match=f"{theirs.name} is no checkpoint of dora_nb, .*left alone"):
+    with pytest.warns(UserWarning, match=f"{theirs.name} is not a checkpoint of dora_nb, .*left alone"):
         whole = attempts(tiny, tmp_path, checkpoint_seconds=0.0)
     assert theirs.read_bytes() == before and (tmp_path / "step-best.safetensors").read_bytes() == b"notes"
     assert sum(map(dora_nb.training.checkpoints._ours, tmp_path.iterdir())) == 2
@@ -1000,7 +1000,7 @@ def test_models_that_are_not_causal_are_refused(name, toy_tokenizer):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(ENCODERS[name](128)).eval()
     item = dict(doc_index=0, contexts=["one", "one"], continuations=[" two", " six"], gold=0)
-    refused = pytest.raises(ValueError, match=f"this {name} model is no causal language model")
+    refused = pytest.raises(ValueError, match=f"this {name} model is not a causal language model")
     with refused:
         train(model, toy_tokenizer(), [item], TrainConfig(), progress=False)
     for ask in (rank_choices, generate_answers):
@@ -1209,5 +1209,5 @@ def test_a_model_that_predicts_no_tokens_is_named(tiny, kind, config):
         lambda: train(model, tokenizer, items(), TrainConfig(), progress=False),
         lambda: rank_choices(model, tokenizer, items()),
     ):
-        with pytest.raises(ValueError, match=f"{kind.__name__} is no causal language model.*Trainer"):
+        with pytest.raises(ValueError, match=f"{kind.__name__} is not a causal language model.*Trainer"):
             use()
