@@ -29,7 +29,7 @@ from .decompose import row_norm
 from .dora import DROPOUT_FORMS
 from .fused import Operands
 from .lora import INITS, scaling
-from .plans import PLANS, autocast_dtype, gap_dropout, kernels_run, product, seen_through
+from .plans import PLANS, autocast_dtype, gap_dropout, kernels_run, needs_plain, product
 from .starts import Started
 from .stored import StoredLinear
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class _Adapter(_Holder):
 
     def fast(self) -> bool:
         "Return whether the product may be used now."
-        return self.plan != "plain" and not seen_through(self.base_layer)
+        return self.plan != "plain" and not needs_plain(self.base_layer)
 
     def drops(self) -> float:
         "Return the probability with which an input is dropped now."

@@ -244,15 +244,15 @@ def _warn_of_another_base(model: nn.Module, ours: dict, path: Path):
 # %% ../../nbs/3_models/23_adapter_files.ipynb #62a8772c
 def _put_embeddings(model: nn.Module, embeddings: dict[str, Tensor]):
     "Put token embeddings of a file into an adapted model, frozen; tied ones stay tied if their values agree."
-    found, made = {}, []
+    found, replaced = {}, []
     for key, t in embeddings.items():
         path, _, leaf = key.removeprefix(_BASE).rpartition(".")
         owner = modules_by_name(model)[path]
         here = getattr(owner, leaf)
-        new = next((p for of, p in made if of is here and torch.equal(p.cpu().to(t.dtype), t)), None)
+        new = next((p for of, p in replaced if of is here and torch.equal(p.cpu().to(t.dtype), t)), None)
         if new is None:
             new = nn.Parameter(t.to(here.device, here.dtype), requires_grad=False)
-            made.append((here, new))
+            replaced.append((here, new))
         found[f"{path}.{leaf}"] = Copied(owner, leaf, new)
     swap_all(found)
     change_state(model, copies=adapter_state(model).copies | found)

@@ -152,14 +152,14 @@ def copy_modules(
     modules: dict[str, nn.Module],  # name → module
 ) -> dict[str, Copied]:  # by the names of the tensors
     "Copy the tensors of modules, each module for itself: tied weights are trained apart, as in PEFT."
-    found, made = {}, {}
+    found, copies = {}, {}
     for name, module in modules.items():
         for key, t in module_tensors({"": module}).items():
             path, _, leaf = key.removeprefix(".").rpartition(".")
             owner = modules_by_name(module)[path]
-            if (place := (id(owner), leaf)) not in made:  # a module may have two names
-                made[place] = Copied(owner, leaf, _trainable_copy(t))
-            found[f"{name}{key}"] = made[place]
+            if (slot := (id(owner), leaf)) not in copies:  # a module may have two names
+                copies[slot] = Copied(owner, leaf, _trainable_copy(t))
+            found[f"{name}{key}"] = copies[slot]
     return found
 
 # %% ../../nbs/3_models/18b_saved.ipynb #d32817d0
@@ -183,9 +183,9 @@ def copy_biases(
     names: dict[str, str],  # from `trained_biases`
 ) -> dict[str, Copied]:  # by the names that the biases will have in the adapted model
     "Copy biases; one with two names stays one."
-    found, made, modules = {}, {}, modules_by_name(model)
+    found, copies, modules = {}, {}, modules_by_name(model)
     for after, name in names.items():
         owner = modules[name.rpartition(".")[0]]
         p = owner.bias
-        found[after] = Copied(owner, "bias", made.setdefault(id(p), _trainable_copy(p)))
+        found[after] = Copied(owner, "bias", copies.setdefault(id(p), _trainable_copy(p)))
     return found

@@ -29,7 +29,7 @@ from dora_nb.results.stored import (
     load_stored,
     check_out,
     contradictions,
-    strangers,
+    inconsistent_runs,
 )
 from ..runs.config import RunConfig
 from ..runs.folder import CURVATURE, DIFF, ERROR, GEOMETRY, HISTORY, PREDICTIONS, RESULT, check_result, load
@@ -168,9 +168,9 @@ def _check_places(runs: Path, out: Path, grid: str | Path | None, known: Sequenc
     check_out(out)
 
 # %% ../../nbs/7_results/66_collect.ipynb #472a047b
-def _check_kept(here: Results, made: set[str], words: str) -> Results:
+def _check_kept(here: Results, new: set[str], words: str) -> Results:
     "Refuse to drop runs that a report holds when no grid is given: ValueError."
-    if lost := {r["run"] for r in here.results} - made:
+    if lost := {r["run"] for r in here.results} - new:
         raise ValueError(
             f"{words.format(len(lost))}; say with --grid which grid it is of, or choose another place with --out"
         )
@@ -211,18 +211,18 @@ def _gather(
     runs: Path, out: Path, new: list[Results], reports: list[Results], wanted: set[str] | None, problems: list[str]
 ) -> list[dict]:
     "Merge new runs, the grid's runs from reports, and the other runs of the first report; store them and return the grid's results."
-    here, made = reports[0], {p.results[0]["run"] for p in new}
-    kept = _from_reports(reports, (wanted or made) - made)
+    here, finished = reports[0], {p.results[0]["run"] for p in new}
+    kept = _from_reports(reports, (wanted or finished) - finished)
     old = [r["run"] for part in kept for r in part.results]
     if not old and not new:
         return _unchanged(runs, out, here, problems)
     both = join_results([*kept, *new])
-    odd = {run: words for run, words in strangers(both.results, both.predictions).items() if run in made}
+    odd = {run: words for run, words in inconsistent_runs(both.results, both.predictions).items() if run in finished}
     if odd:  # merge again without them
-        told = [f"{run}: {words}; delete its {RESULT} to make the run again" for run, words in odd.items()]
+        why = [f"{run}: {words}; delete its {RESULT} to make the run again" for run, words in odd.items()]
         others = [p for p in new if p.results[0]["run"] not in odd]
-        return _gather(runs, out, others, reports, wanted, [*problems, *told])
-    others = select_runs(here, {r["run"] for r in (*here.results, *here.others)} - {*old, *made})
+        return _gather(runs, out, others, reports, wanted, [*problems, *why])
+    others = select_runs(here, {r["run"] for r in (*here.results, *here.others)} - {*old, *finished})
     _say_origins(runs, out, old, others.results)
     in_name = lambda results: sorted(results, key=lambda r: r["run"])
     problems = [p for p in problems if p.partition(":")[0] not in set(old)]

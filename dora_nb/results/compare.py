@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 import pandas as pd
-from .accuracy import differing, factor_frame, mixed_words, telling
+from .accuracy import differing, factor_frame, lasting_conditions, mixed_words
 from .items import auc_difference, by_item, form_difference, has_auc, names_choices, rights
 from .intervals import mean_interval
 from .power import detectable_difference
@@ -144,10 +144,10 @@ _RESOLVED = {
 def _unlike(results: list[dict], groups: Iterable[tuple[str, ...]], given: Collection[str]) -> str:
     "Return the conditions in which compared runs differ, as text, without those that follow from the given parameters."
     aside, groups = [_RESOLVED.get(k, k) for k in given], list(groups)
-    made = {r["run"]: telling(r, aside) for r in results}
-    odd = {k for group in groups for k in differing([made[run] for run in group])}
+    of = {r["run"]: lasting_conditions(r, aside) for r in results}
+    odd = {k for group in groups for k in differing([of[run] for run in group])}
     runs = dict.fromkeys(itertools.chain(*groups))
-    return mixed_words([{k: v for k, v in made[run].items() if k in odd} for run in runs])
+    return mixed_words([{k: v for k, v in of[run].items() if k in odd} for run in runs])
 
 
 def _on(row: dict) -> str:

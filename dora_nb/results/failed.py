@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from .collect import own_trainings
 from .compare import METHODS_APART, paired_runs, paired_statistics, side_labels
-from .labels import factors, parameters, place, run_labels, value_label
+from .labels import factors, parameters, run_order, run_labels, value_label
 from .sections import PLAIN, Page, table_lines
 from .text import markdown_text
 from ..training.evaluate import wilson
@@ -27,7 +27,7 @@ def _trainings(results: list[dict], ends: pd.Series) -> dict[str, list[str]]:
     "Return the trainings of each kind of run, by its label."
     trained, kinds = [r for r in own_trainings(results) if r["run"] in ends.index], {}
     names = factors(trained)
-    trained = sorted(trained, key=lambda r: place(parameters(r), names))
+    trained = sorted(trained, key=lambda r: run_order(parameters(r), names))
     labels = run_labels([parameters(r) for r in trained], names, ("protocol", "eval_split"))
     for r, label in zip(trained, labels):
         kinds.setdefault(label, []).append(r["run"])

@@ -17,7 +17,7 @@ from .accuracy import BASELINE, baseline, cell, column_labels, percent
 from .collect import own_trainings
 from dora_nb.results.labels import (
     ALWAYS,
-    among,
+    known_first,
     factors,
     ignored,
     in_order,
@@ -25,7 +25,7 @@ from dora_nb.results.labels import (
     method_label,
     method_line,
     parameters,
-    place,
+    run_order,
     run_labels,
     task_label,
     value_label,
@@ -40,7 +40,7 @@ def _ticks(label: str) -> str:
 # %% ../../nbs/7_results/68_figures.ipynb #3e32be1b
 def _accuracy_panel(ax: plt.Axes, rows: list, constant: list[float]) -> plt.Line2D:
     "Draw the rows of `accuracies` of one task, and return the line of the majority-class baseline."
-    rows = sorted(rows, key=lambda r: among(METHODS, r.method))
+    rows = sorted(rows, key=lambda r: known_first(METHODS, r.method))
     for x, r in enumerate(rows):
         style = dict(color=method_color(r.method), lw=7, alpha=0.35, solid_capstyle="butt")
         ax.plot([x, x], [100 * r.low, 100 * r.high], **style)
@@ -138,7 +138,7 @@ def sweep(
     rows = table.to_dict("records")
     if against == "compress":
         rows = _by_family(rows)
-    rows = sorted(rows, key=lambda r: place(r, own))  # lines in their order, whichever value they begin at
+    rows = sorted(rows, key=lambda r: run_order(r, own))  # lines in their order, whichever value they begin at
     rows = _with_names(rows, {k: list(table[k].unique()) for k in own})
     return pd.DataFrame(_with_positions(rows, against))
 
@@ -245,7 +245,7 @@ def _curve_panels(results: list[dict]) -> tuple[dict[str, dict], dict[str, list[
     "Return the runs by panel and (method, label), and the labels of each method in their order."
     names, panels, labels = factors(results), {}, {}
     trained = [(parameters(r), r["run"]) for r in own_trainings(results) if r["training"]]
-    trained = sorted(trained, key=lambda t: (bool(t[0]["mixture"]), place(t[0], names)))
+    trained = sorted(trained, key=lambda t: (bool(t[0]["mixture"]), run_order(t[0], names)))
     hidden = (*ALWAYS[:3], *hidden_rank(names), "mixture", "objective")
     each = run_labels([params for params, _ in trained], names, hidden)
     mixtures = [params["mixture"] for params, _ in trained]
@@ -267,7 +267,7 @@ def _curve_label(label: str, own: list[str]) -> str | None:
 
 def _draw_curves(ax: plt.Axes, kinds: dict[tuple[str, str], list[str]], labels: dict, history: pd.DataFrame):
     "Draw the smoothed training loss of the kinds of runs in a panel."
-    for (method, label), runs in sorted(kinds.items(), key=lambda kind: among(METHODS, kind[0][0])):
+    for (method, label), runs in sorted(kinds.items(), key=lambda kind: known_first(METHODS, kind[0][0])):
         own = labels[method]
         curves = history[history.run.isin(runs)].pivot(index="step", columns="run", values="loss")
         curves = curves.rolling(max(1, len(curves) // 10), min_periods=1).mean()

@@ -22,7 +22,7 @@ from dora_nb.results.labels import (
     factors,
     method_color,
     parameters,
-    place,
+    run_order,
     run_labels,
     task_label,
 )
@@ -116,7 +116,7 @@ def geometry_rows(
     given = lambda r: {k: parameters(r)[k] for k in (*keys, "magnitude_lr")}
     runs = [{"run": r["run"], "label": x} | given(r) for r, x in zip(own, labels)]
     rows = geometry.merge(pd.DataFrame(runs), on="run")
-    order = {r["run"]: i for i, r in enumerate(sorted(results, key=lambda r: place(parameters(r), names)))}
+    order = {r["run"]: i for i, r in enumerate(sorted(results, key=lambda r: run_order(parameters(r), names)))}
     rows = rows.sort_values(["run", "step"], key=lambda c: c.map(order) if c.name == "run" else c, kind="stable")
     rows = rows.merge(_ways(history), on=["run", "step"], how="left")
     relative = rows.delta_m / rows.m0

@@ -140,20 +140,20 @@ def _asked(page: Page) -> str:
 def _rows(path: Path, spec: dict, pages: list[Page], folder: Path) -> list[str]:
     "Return the rows of an experiment, one for each of its pages."
     link = lambda words, target: f"[{markdown_text(words)}]({quote(target.relative_to(folder).as_posix())})"
-    made = [p for p in pages if p.grid == path.resolve()]
+    own = [p for p in pages if p.grid == path.resolve()]
     cells = [
         (p.spec.get("answer", UNDER_WAY), _asked(p), link(p.scale or path.parent.name, p.out / "report.md"))
-        for p in made
+        for p in own
     ]
     cells = cells or [("Not measured yet.", "–", link("the grid", path))]
     escape = lambda words: re.sub(r"(?<!\\)\|", r"\|", markdown_prose(" ".join(words.split())))
-    return [f"| {' | '.join(map(escape, (_question(spec), *own)))} |" for own in cells]
+    return [f"| {' | '.join(map(escape, (_question(spec), *each)))} |" for each in cells]
 
 # %% ../../nbs/7_results/74_overview.ipynb #047bf683
-def _grouped(asked: list[tuple], pages: list[Page]) -> dict[str, list[dict]]:
+def _grouped(experiments: list[tuple], pages: list[Page]) -> dict[str, list[dict]]:
     "Return the comparisons at equal rates by question; one that two reports share is counted once."
     groups, seen = {}, set()
-    for _, path, spec in asked:
+    for _, path, spec in experiments:
         ended = [p for p in pages if p.grid == path.resolve() and p.spec.get("answer", UNDER_WAY) != UNDER_WAY]
         found = [r for p in ended for r in equal_rows(p)]
         facts = lambda r: (r["task"], r["n"], r["seeds"], r["only_a"], r["only_b"], r["low"])
@@ -174,15 +174,15 @@ def overview(
     "Write README.md with a figure of all comparisons and a row per experiment. ValueError as from `check_overview`."
     grids, folder, words = check_overview(folder), Path(folder), overview_texts(folder)
     pages = [load_page(p) for p in reports_in(folder)]
-    asked = sorted((spec.get("number", 99), path, spec) for path, spec in grids.items() if _question(spec))
-    groups, text = _grouped(asked, pages), f"# {words['title']}\n"
+    experiments = sorted((spec.get("number", 99), path, spec) for path, spec in grids.items() if _question(spec))
+    groups, text = _grouped(experiments, pages), f"# {words['title']}\n"
     if groups:
         points = {title: [in_points(r) for r in rows] for title, rows in groups.items()}
         figure = plot_forest((printed_rows() if words["published"] else {}) | points, named=False)
         picture = Page(folder, None).picture(figure, FOREST, ALTERNATIVE)
         common = [own for rows in groups.values() if (own := [*filter(one_rate, rows)])]
         text += f"\n{_sentence(sum(common, []), len(common))}\n\n{picture}\n*{words['figure']}*\n"
-    rows = [row for _, path, spec in asked for row in _rows(path, spec, pages, folder)]
+    rows = [row for _, path, spec in experiments for row in _rows(path, spec, pages, folder)]
     text += (
         f"\n## The questions\n\n{words['table']}\n\n| question | answer | items × seeds | page |\n|---|---|---|---|\n"
     )

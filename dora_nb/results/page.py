@@ -18,7 +18,7 @@ from ..data.tasks import TASKS
 from ..files import read_text, write_whole
 from ..messages import say
 from .about import PLAN, experiment
-from .labels import CONTENT, LOOKS, one_word, parameters, task_label, value_label
+from .labels import CONTENT, MEASUREMENTS, one_word, parameters, task_label, value_label
 from dora_nb.results.measured import (
     curvature_section,
     curves_section,
@@ -153,7 +153,7 @@ def _difference(own: dict, other: dict) -> dict:
     version = lambda r: r["versions"].get("dora_nb", "–")
     contents = {f"{kind} content" for kind in CONTENT} if version(own) != version(other) else set()
     mine, theirs = parameters(own), parameters(other)
-    return {k: v for k, v in mine.items() if k not in {*MANNER, *LOOKS, *contents} and v != theirs.get(k)}
+    return {k: v for k, v in mine.items() if k not in {*MANNER, *MEASUREMENTS, *contents} and v != theirs.get(k)}
 
 
 def _others(page: Page) -> list[str]:
@@ -171,12 +171,12 @@ def _others(page: Page) -> list[str]:
 # %% ../../nbs/7_results/73_page.ipynb #e15831dd
 def _source(page: Page) -> list[str]:
     "Return the line that says how to make the page and the runs again."
-    made = "Made from the JSON and parquet files in this folder; `dora-nb report` on it makes the page again, without training anything"
+    source = "Made from the JSON and parquet files in this folder; `dora-nb report` on it makes the page again, without training anything"
     if not page.grid:
-        return ["---\n", f"{made}.\n"]
+        return ["---\n", f"{source}.\n"]
     grid = markdown_code(Path(os.path.relpath(page.grid, page.out)).as_posix())
     scale = f" and {markdown_code(f'--scale {page.scale}')}" if page.scale else ""
-    return ["---\n", f"{made}. `dora-nb run` makes the runs, given the grid file {grid}{scale}.\n"]
+    return ["---\n", f"{source}. `dora-nb run` makes the runs, given the grid file {grid}{scale}.\n"]
 
 # %% ../../nbs/7_results/73_page.ipynb #e1e00abb
 SECTIONS: list[Callable[[Page], list[str]]] = [

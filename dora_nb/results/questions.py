@@ -17,7 +17,16 @@ from ..data.assets import asset_of, is_cached
 from ..data.own import is_own
 from ..data.tasks import TASKS, load_task, task_digest
 from .compare import METHODS_APART
-from .labels import among, factors, ignored, parameters, place, run_labels, value_label, without_repeats
+from dora_nb.results.labels import (
+    known_first,
+    factors,
+    ignored,
+    parameters,
+    run_order,
+    run_labels,
+    value_label,
+    without_repeats,
+)
 from .stored import Results
 from ..runs.config import data_options
 from ..runs.identity import data_checksum
@@ -101,7 +110,7 @@ def item_groups(
     "Return the answers of all runs to the same items, with the texts where the data are at hand."
     results, groups, answers = without_repeats(found.results), {}, _answers(found.predictions)
     names = factors(results)
-    results = sorted(results, key=lambda r: (place(parameters(r), names), r["params"]["seed"]))
+    results = sorted(results, key=lambda r: (run_order(parameters(r), names), r["params"]["seed"]))
     labels = run_labels([parameters(r) for r in results], names)
     for r, label in zip(results, labels):
         params = parameters(r)
@@ -109,7 +118,7 @@ def item_groups(
         where = tuple(str(params[k]) for k in which)
         items = tuple(answers[r["run"]].doc_index)
         groups.setdefault((where, items), []).append((label, r, answers[r["run"]]))
-    order = sorted(groups, key=lambda key: (key[0][:2], among(TASKS, key[0][2]), key))
+    order = sorted(groups, key=lambda key: (key[0][:2], known_first(TASKS, key[0][2]), key))
     several = [i for i in range(2) if len({where[i] for where, _ in groups}) > 1]
     words = lambda w: ", ".join(
         [value_label("task", w[2]), *(value_label(("protocol", "eval_split")[i], w[i]) for i in several)]

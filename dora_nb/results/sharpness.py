@@ -22,14 +22,14 @@ from .figures import line_style
 from dora_nb.results.labels import (
     ALWAYS,
     CALIBRATION,
-    among,
+    known_first,
     completes,
     factors,
     ignored,
     in_order,
     method_color,
     parameters,
-    place,
+    run_order,
     run_labels,
     task_label,
     value_label,
@@ -44,7 +44,7 @@ def curvature_rows(
 ) -> pd.DataFrame:  # a row per run and probe that succeeded, with the probe itself in `probe`
     "Return the probes with the parameters of their runs."
     keys, names = ("task", "method", "rank", "seed", "eval_split", "learning_rate"), factors(results)
-    order = lambda r: (among(TASKS, r["params"]["task"]), place(parameters(r), names), r["params"]["seed"])
+    order = lambda r: (known_first(TASKS, r["params"]["task"]), run_order(parameters(r), names), r["params"]["seed"])
     each = sorted(own_trainings(results), key=order)
     rows = [
         {k: r["params"][k] for k in keys} | {"label": label, "at": p["at"], "step": p["step"], "probe": p}
@@ -233,7 +233,7 @@ def _endings(found: Results, names: dict[str, list], broken: Sequence[dict]) -> 
     start = {place_of(parameters(r)): losses[r["run"]] for r in ranked if r["params"]["method"] == "base"}
     each = [(parameters(r), losses[r["run"]]) for r in ranked if r["training"]]
     each += [(parameters({"params": p}), math.nan) for p in broken]
-    each = sorted(each, key=lambda x: (x[0]["task"], place(x[0], names)))
+    each = sorted(each, key=lambda x: (x[0]["task"], run_order(x[0], names)))
     worse = lambda p, loss: not loss <= start[place_of(p)] if place_of(p) in start else None
     return [(p, loss, worse(p, loss)) for p, loss in each]
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ALL_PREDICTIONS', 'ALL_HISTORY', 'ALL_GEOMETRY', 'ALL_CURVATURE', 'FILES', 'NO_RESULTS', 'PATIENCE', 'MADE',
            'Results', 'diff_name', 'source_diffs', 'select_runs', 'join_results', 'check_result_identity',
-           'contradictions', 'strangers', 'hold_report', 'store_results', 'load_stored', 'check_report', 'read_all',
-           'read_report', 'page_results', 'is_page', 'check_out']
+           'contradictions', 'inconsistent_runs', 'hold_report', 'store_results', 'load_stored', 'check_report',
+           'read_all', 'read_report', 'page_results', 'is_page', 'check_out']
 
 # %% ../../nbs/7_results/65_stored.ipynb #2702153f
 import contextlib
@@ -185,7 +185,7 @@ def _other_answers(predictions: pd.DataFrame, of: dict[str, str]) -> dict[str, s
     return found
 
 # %% ../../nbs/7_results/65_stored.ipynb #84672744
-def strangers(
+def inconsistent_runs(
     results: list[dict],  # of runs
     predictions: pd.DataFrame,  # their answers
 ) -> dict[str, str]:  # run → what is wrong
@@ -290,7 +290,7 @@ def load_stored(out: Path) -> Results:
     diffs = {files[name]: data[name] for name in data if _DIFF.fullmatch(name)}
     everything = [*results, *others]
     wrong = contradictions(everything, tables[0])
-    if wrong := wrong or ({} if files else strangers(everything, tables[0])):
+    if wrong := wrong or ({} if files else inconsistent_runs(everything, tables[0])):
         run, words = next(iter(wrong.items()))
         raise ValueError(f"{out / ALL_PREDICTIONS} does not belong to the {RESULTS} beside it: {run}: {words}")
     return Results(results, about.get("problems", []), *tables, probes, others, diffs)

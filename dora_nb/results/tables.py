@@ -16,7 +16,7 @@ from ..data.parts import MODELS
 from ..data.sources import TESTED
 from ..data.tasks import TASKS, keeps_groups
 from ..models.methods import has_adapter, trains
-from .accuracy import mixed_note, mixed_words, telling
+from .accuracy import lasting_conditions, mixed_note, mixed_words
 from .collect import own_trainings
 from dora_nb.results.labels import (
     ALWAYS,
@@ -26,7 +26,7 @@ from dora_nb.results.labels import (
     kind,
     method_label,
     parameters,
-    place,
+    run_order,
     run_labels,
     task_label,
     value_label,
@@ -184,7 +184,7 @@ def describe_source(
 def _made(result: dict) -> dict[str, str]:
     "Return the conditions on which costs depend."
     trainable = (result["training"] or {}).get("trainable")
-    return telling(result) | ({} if trainable is None else {"trained parameters": f"{trainable:,}"})
+    return lasting_conditions(result) | ({} if trainable is None else {"trained parameters": f"{trainable:,}"})
 
 # %% ../../nbs/7_results/67_tables.ipynb #5201cc08
 def _cost(result: dict, trained: bool) -> dict[str, float]:
@@ -219,7 +219,7 @@ def _mean_costs(results: list[dict]) -> list[dict]:
     for (_, label), own_rows in kinds.items():
         mixed = {"label": label, "mixed": mixed_words([_made(results[i]) for i in own_rows])}
         means.append(params[own_rows[0]] | numbers.iloc[own_rows].mean().to_dict() | mixed)
-    return sorted(means, key=lambda r: (r["task"], place(r, names)))
+    return sorted(means, key=lambda r: (r["task"], run_order(r, names)))
 
 
 def cost_table(

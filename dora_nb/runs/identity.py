@@ -142,10 +142,10 @@ def run_name(
 # %% ../../nbs/6_runs/44_identity.ipynb #7d11ae49
 def names_of(
     configs: Iterable[RunConfig],  # runs
-    made: Iterable[dict],  # results that may have the same parameters
+    results: Iterable[dict],  # results that may have the same parameters
 ) -> list[str]:  # a name per run; it ends in -unknown if neither the model nor such a result is found
     "Return the names of runs; if a model or a file cannot be found, from results with the same parameters."
-    names, away, made = [], set(), list(made)
+    names, away, results = [], set(), list(results)
     later = {name: DEFAULTS[name] for name in LATER}
     for config in configs:
         place = config.model, config.source, *filter(is_own, (config.task, *trained_tasks(vars(config))))
@@ -156,7 +156,7 @@ def names_of(
         except (FetchError, FileNotFoundError):
             away.add(place)
         wanted = {k: v for k, v in vars(effective(config)).items() if k not in MANNER}
-        stored = ((r["run"], later | r["params"] | {"dev_cut": cut_of(r["params"])}) for r in made)
+        stored = ((r["run"], later | r["params"] | {"dev_cut": cut_of(r["params"])}) for r in results)
         alike = (run for run, params in stored if all(params.get(k) == v for k, v in wanted.items()))
         names.append(next(alike, f"{_readable(config)}-unknown"))
     return names

@@ -121,9 +121,9 @@ def check_differentiable(
     model: nn.Module,  # about to be trained
 ):
     "Refuse weights that were made inside torch.inference_mode(): ValueError."
-    if made := next((n for n, p in model.named_parameters() if p.is_inference()), None):
+    if name := next((n for n, p in model.named_parameters() if p.is_inference()), None):
         raise ValueError(
-            f"{made!r} was made inside torch.inference_mode(), and PyTorch computes no gradient through it; load and adapt the model outside"
+            f"{name!r} was made inside torch.inference_mode(), and PyTorch computes no gradient through it; load and adapt the model outside"
         )
 
 

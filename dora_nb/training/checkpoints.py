@@ -308,9 +308,9 @@ class stoppable:
 
     def __init__(
         self,
-        wait: bool = False,  # only note in `asked` that a signal arrived
+        wait: bool = False,  # only note in `requested` that a signal arrived
     ):
-        self.asked, self.held, self.wait = False, wait, wait
+        self.requested, self.held, self.wait = False, wait, wait
 
     def __enter__(self):
         main = threading.current_thread() is threading.main_thread()  # Python handles signals only there
@@ -322,11 +322,11 @@ class stoppable:
         self.held = True  # a signal that arrives from here on meets one handler or the other, and is not lost
         for s, handler in self.before.items():
             signal.signal(s, handler)
-        if self.asked and kind is None:
+        if self.requested and kind is None:
             raise Stopped("a signal arrived")
 
     def _ask(self, number, frame):
-        self.asked = True
+        self.requested = True
         if not self.held:
             raise Stopped(signal.Signals(number).name)
 
@@ -338,5 +338,5 @@ class stoppable:
             yield
         finally:
             self.held = self.wait
-        if self.asked and not self.wait:
+        if self.requested and not self.wait:
             raise Stopped("a signal arrived")

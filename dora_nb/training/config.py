@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
-from ..messages import advice, describe
+from ..messages import advice, document_fields
 from ..models.methods import plain_number
 
 # %% ../../nbs/4_training/25_config.ipynb #9003bef3
@@ -153,4 +153,4 @@ class TrainConfig:
             raise ValueError(f"warmup_ratio={self.warmup_ratio!r} must be at least 0 and below 1")
 
 # %% ../../nbs/4_training/25_config.ipynb #f8e0e7c8
-describe(TrainConfig)
+document_fields(TrainConfig)

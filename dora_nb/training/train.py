@@ -42,7 +42,7 @@ from .checkpoints import Checkpoints, Stopped, stoppable, tensor_sums
 from .config import OVER_CHOICES, TrainConfig, resolve_precision, tf32
 from .distributed import Distributed, check_lengths
 from .history import History, is_history
-from .step import describe, fitting_step, memory_plan, training_mode
+from .step import fitting_step, memory_line, memory_plan, training_mode
 from torch import nn
 
 # %% ../../nbs/4_training/32_train.ipynb #b4e9c09b
@@ -174,8 +174,8 @@ def _make_steps(training: Training, steps: History, kept: Checkpoints, signals: 
     first, several = team.rank == 0, team.size > 1
     with progress_bar(range(len(steps.records) + 1, total + 1), "train", "step", progress and first) as bar:
         for step in bar:
-            asked, due = team.sum(several and signals.asked, first and kept.due)
-            if asked:
+            stop, due = team.sum(several and signals.requested, first and kept.due)
+            if stop:
                 raise Stopped("a signal arrived")
             if due:
                 kept.write()
@@ -253,7 +253,7 @@ def train(
         ):
             steps.begin(log)
             if progress and first and not team.sharded:
-                say(describe(memory_plan(model, training.rows, training.gold, training.config)))
+                say(memory_line(memory_plan(model, training.rows, training.gold, training.config)))
             _make_steps(training, steps, kept, signals, progress)
             warn_of_idle(model, training.optimizer, experts=True)
     return steps.records

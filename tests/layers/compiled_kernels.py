@@ -15,7 +15,7 @@ from dora_nb.layers.kernels import (
     GRADIENT_TILES,
     NORM_TILES,
     OUTPUT_TILES,
-    WIDEST,
+    WIDEST_RANK,
     _gradient_kernel,
     _norm_kernel,
     _output_kernel,
@@ -68,7 +68,7 @@ def main():
             sizes = dict(ROWS=o.rows, COLUMNS=o.columns, DEPTH=o.depth // (2 if wide else 1), GROUP=8, **shared)
             for scaled in (True, False):
                 found.append(compiled(_output_kernel, dtype, capability, o.warps, o.stages, SCALED=scaled, **sizes))
-            for rank in {16, WIDEST[4 if wide else 2]}:
+            for rank in {16, WIDEST_RANK[4 if wide else 2]}:
                 sizes = dict(ROWS=g.rows, COLUMNS=g.columns, RANK=rank, **shared)
                 found.append(compiled(_gradient_kernel, dtype, capability, g.warps, g.stages, **sizes))
             if precision == "ieee":

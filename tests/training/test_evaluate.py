@@ -17,12 +17,12 @@ from dora_nb.models.methods import AdapterConfig
 from dora_nb.models.scoring import context_length
 from dora_nb.training.config import TrainConfig
 from dora_nb.training.evaluate import (
+    accuracy_stderr,
     evaluate,
     format_of,
     generate_answers,
     rank_choices,
     score_completions,
-    standard_error,
     wilson,
 )
 from dora_nb.training.matching import answers_of, match_answer, matches_exactly, named_choice
@@ -39,7 +39,7 @@ def test_wilson_as_newcombe_prints_it(right, n, low, high):
 
 
 def test_standard_error():
-    assert standard_error(0.5, 101) == pytest.approx(0.05) and standard_error(1.0, 1) is None
+    assert accuracy_stderr(0.5, 101) == pytest.approx(0.05) and accuracy_stderr(1.0, 1) is None
 
 
 @pytest.mark.parametrize(
