@@ -182,11 +182,11 @@ def _source(page: Page) -> list[str]:
 SECTIONS: list[Callable[[Page], list[str]]] = [
     _head,
     findings_section,
+    failures_section,
     _measured,
     _plan,
     _doubts,
     _words,
-    failures_section,
     accuracy_section,
     comparison_section,
     stability_section,

@@ -8,12 +8,14 @@ import pytest
 from scipy import stats
 
 from dora_nb.results.failed import (
+    end_errors,
     end_losses,
     failure_difference,
     failure_table,
     failures_section,
     symptom_table,
 )
+from dora_nb.results.findings import findings_section
 from dora_nb.results.page import SECTIONS
 from dora_nb.results.sections import Page
 from dora_nb.results.stored import NO_RESULTS
@@ -48,6 +50,9 @@ def test_the_last_fifth_of_the_steps_counts():
     _, history, _ = made({("lora", 0): 0.4})
     assert end_losses(history)["lora-0"] == pytest.approx(0.4)
     assert end_losses(history.assign(loss=history.step))["lora-0"] == np.mean([17, 18, 19, 20])
+    errors = end_errors(history.assign(loss=history.step))
+    assert errors["lora-0"] == pytest.approx(stats.sem([17, 18, 19, 20]))
+    assert np.isnan(end_errors(history.assign(steps=4).iloc[:4])["lora-0"])  # a single step
 
 
 def test_a_training_that_was_evaluated_twice_counts_once():
@@ -97,7 +102,19 @@ def test_the_section(tmp_path):
     assert "DoRA alone failed with 5 of them, LoRA alone with 0, p = 0.062 (McNemar)" in text
     assert failures_section(Page(tmp_path, found)) == []
     assert failures_section(Page(tmp_path, NO_RESULTS, {"failed_above": 0.673})) == []
-    assert failures_section in SECTIONS
+    assert SECTIONS.index(failures_section) == SECTIONS.index(findings_section) + 1  # above the details
+
+
+@pytest.mark.parametrize("spread, words", [(0.1, "is 0.058 nats (median)"), (math.nan, None)])
+def test_the_noise_of_the_bound_is_named(tmp_path, spread, words):
+    results, history, answers = made(ENDS)
+    if words:
+        history["loss"] += np.where(history.step % 2, spread, -spread)
+    else:
+        history = history[history.step.isin([1, 20])]
+    found = NO_RESULTS._replace(results=results, history=history, predictions=answers)
+    text = "\n".join(failures_section(Page(tmp_path, found, {"failed_above": 0.673})))
+    assert ("standard error" in text) == bool(words) and (words or "") in text
 
 
 def test_rows_that_differ_in_a_factor_are_named(tmp_path):
