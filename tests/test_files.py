@@ -136,7 +136,7 @@ def test_a_link_is_not_replaced(tmp_path):
 @pytest.mark.attack("crash")
 @pytest.mark.parametrize("check", [check_writable, lambda p: claim(p, "run")])
 def test_a_path_that_is_no_text(tmp_path, check):
-    with pytest.raises(ValueError, match="no UTF-8 text"):
+    with pytest.raises(ValueError, match="not UTF-8 text"):
         check(tmp_path / os.fsdecode(b"runs-\xff"))
     assert not list(tmp_path.iterdir())
 

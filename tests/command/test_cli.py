@@ -255,7 +255,7 @@ def test_generate(tiny_model_dir, tmp_path, capsys):
         (["train", "--task", "x"], 2, "boolq, hellaswag"),
         (["probe", "--adapter", "x", "--items", "0"], 2, "items=0"),
         (["run", "nowhere.toml"], 2, "no such grid file"),
-        (["report", "nowhere"], 2, "no folder of runs"),
+        (["report", "nowhere"], 2, "not a folder of runs"),
         (["report", "nowhere", "--scale", "full"], 2, "give --grid"),
         (["report", "reports", "--out", "elsewhere"], 2, "made in place"),
         (["evaluate", "--task", "boolq", "--limit", "0"], 2, "--limit 0 is not possible"),

@@ -318,7 +318,7 @@ def test_costs_of_a_base_model_are_dashes():
 
 
 def test_nothing_to_report(tmp_path):
-    with pytest.raises(ValueError, match="no folder of runs"):
+    with pytest.raises(ValueError, match="not a folder of runs"):
         collect(tmp_path / "none", tmp_path)
     (tmp_path / "runs" / "half").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds no finished run(.|\n)*half: not finished"):
