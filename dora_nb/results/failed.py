@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from .collect import own_trainings
 from .compare import METHODS_APART, paired_runs, paired_statistics, side_labels
-from .labels import factors, parameters, run_order, run_labels, value_label
+from .labels import factors, parameters, run_labels, run_order, value_label
 from .sections import PLAIN, Page, table_lines
 from .text import markdown_text
 from ..training.evaluate import wilson
@@ -132,12 +132,8 @@ def failures_section(
         return []
     ends = end_losses(found.history)
     noise = end_errors(found.history).median()
-    noisy = (
-        ""
-        if np.isnan(noise)
-        else f" The standard error of that mean is {noise:.2g} nats (median): what ends within two of it of the bound may have failed by chance."
-    )
-    words = f"A training has failed if its mean loss over the last fifth of the steps is above {above:g} nats.{noisy} Intervals are Wilson's, 95 %.\n"
+    noisy = f" Its standard error is {noise:.2g} nats (median); a training within two standard errors of the bound may be on its side by chance."
+    words = f"A training has failed if its mean loss over the last fifth of the steps is above {above:g} nats.{noisy if noise > 0 else ''} Intervals are Wilson's, 95 %.\n"
     lines = ["## Failed trainings\n", words, *table_lines(failure_table(found.results, found.history, above), **PLAIN)]
     lines += [*(f"- {markdown_text(text)}" for text in _failure_words(page, ends, above)), ""]
     symptoms = symptom_table(found.results, found.history, found.predictions, above)

@@ -25,8 +25,8 @@ from dora_nb.results.labels import (
     method_label,
     method_line,
     parameters,
-    run_order,
     run_labels,
+    run_order,
     task_label,
     value_label,
 )

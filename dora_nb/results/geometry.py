@@ -22,8 +22,8 @@ from dora_nb.results.labels import (
     factors,
     method_color,
     parameters,
-    run_order,
     run_labels,
+    run_order,
     task_label,
 )
 from .text import figure_text

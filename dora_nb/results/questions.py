@@ -22,8 +22,8 @@ from dora_nb.results.labels import (
     factors,
     ignored,
     parameters,
-    run_order,
     run_labels,
+    run_order,
     value_label,
     without_repeats,
 )

@@ -29,8 +29,8 @@ from dora_nb.results.labels import (
     in_order,
     method_color,
     parameters,
-    run_order,
     run_labels,
+    run_order,
     task_label,
     value_label,
 )

@@ -26,8 +26,8 @@ from dora_nb.results.labels import (
     kind,
     method_label,
     parameters,
-    run_order,
     run_labels,
+    run_order,
     task_label,
     value_label,
 )
