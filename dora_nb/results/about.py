@@ -49,10 +49,13 @@ _NAMES = {f.name for f in dataclasses.fields(RunConfig)}  # of a run's parameter
 
 # %% ../../nbs/7_results/64_about.ipynb #fe020f35
 def _check_contrast(contrast, where: str):
-    "Refuse a contrast that is not a pair of parameters: ValueError."
-    sides = contrast if isinstance(contrast, dict) else {}
+    "Refuse a contrast that is not a pair of parameters, with or without `claim`: ValueError."
+    sides = dict(contrast) if isinstance(contrast, dict) else {}
+    claim = sides.pop("claim", True)
     if set(sides) != {"a", "b"} or not all(isinstance(side, dict) and side for side in sides.values()):
         raise ValueError(f"{where}: a contrast is a table with a and b, both of a run's parameters, not {contrast}")
+    if not isinstance(claim, bool):
+        raise ValueError(f"{where}: claim of a contrast is true or false, not {claim!r}")
     for side in sides.values():
         check_params(side, f"{where}: a contrast")
 

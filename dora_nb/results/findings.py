@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from .about import experiment
 from .accuracy import BASELINE, percent
-from .compare import METHODS_APART, clear
+from .compare import METHODS_APART, clear, tested_p
 from .forest import plot_forest
 from .labels import task_label, value_label
 from .sections import PLAIN, Page, table_lines
@@ -74,11 +74,17 @@ def conclusion(
 ) -> str:
     "Return what a comparison shows, in a few words."
     a, b = row["labels"]
+    if math.isnan(tested_p(row)):
+        return "not tested"
     if clear(row):
         return f"{b if row['difference'] > 0 else a} is ahead"
     if row["low"] > 0 or row["high"] < 0:  # the correction for many comparisons forbids the claim
-        return f"not claimed, p = {row['p_holm']:.2g}"
-    return f"cannot tell; would find {100 * row['detectable']:.1f}"
+        return f"not claimed, p = {tested_p(row):.2g}"
+    return (
+        f"cannot tell; would find {100 * row['detectable']:.1f}"
+        if row["detectable"] <= 1
+        else "cannot tell; would find none"
+    )
 
 # %% ../../nbs/7_results/71b_findings.ipynb #81c6967e
 _BESIDE = {
@@ -142,6 +148,7 @@ def lead_table(
             continue
         shown = clear(r) and 0 < r["low"] <= lead <= r["high"]
         verdict = "excluded" if r["high"] < lead else "shown" if shown else "neither excluded nor shown"
+        verdict += " by this seed" * (r["seeds"] == 1 and verdict in ("excluded", "shown"))
         row = {"where": r["place"], "DoRA − LoRA, points": _points(r["difference"], r["low"], r["high"])}
         found.append(row | {"the poster's lead": f"{100 * lead:+.1f}", "it is": verdict})
     return pd.DataFrame(found)

@@ -65,8 +65,11 @@ def stability_section(
     names = names_of(there, page.found.results)
     left_out = {r["params"]["task"] for r in page.found.results} - {r["params"]["task"] for r in found.results}
     broken = [dataclasses.asdict(c) for c, n in zip(there, names) if n in broken and c.task not in left_out]
-    words = "Cross-entropy over the choices after training (nats, mean over seeds), and seeds that diverged: that end above the base model.\n"
-    return ["## Stability\n", words, *table_lines(stability_table(found, "learning_rate", broken))]
+    table = stability_table(found, "learning_rate", broken)
+    counted = table.map(lambda cell: " of " in cell).any(axis=None)  # the base model was evaluated
+    diverged = ", and seeds that diverged: that end above the base model" if counted else ""
+    words = f"Cross-entropy over the choices after training (nats, mean over seeds){diverged}.\n"
+    return ["## Stability\n", words, *table_lines(table)]
 
 # %% ../../nbs/7_results/72_measured.ipynb #f0ae9fe9
 GEOMETRY_NOTE = "ΔM is the mean change of the rows' lengths, ΔD the mean of 1 − cos between a row before and after, per weight. Pearson's correlation as in the paper, over all checkpoints and at the last one; the same with ΔM divided by the length of the rows; then Spearman's partial correlation at the last checkpoint, among weights of a kind and with the length of the rows held constant, averaged over kinds. The third is large for every method, as both sides are then shares of a row's length, and a step of a given size turns and lengthens a short row more; the last takes the length out. Intervals draw weights anew, with all their checkpoints and seeds; seeds are not drawn. A random step turns a row as far in a random direction, a random walk takes AdamW's steps up or down by chance (chapter geometry); the medians over weights at the last checkpoint are given. The paper's figures are of VL-BART, six layers and four checkpoints.\n"

@@ -9,6 +9,7 @@ __all__ = ['COST_NOTE', 'SECTIONS', 'page_lines', 'write_page', 'held_page', 're
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..data.tasks import TASKS
 from ..files import read_text, write_whole
 from ..messages import say
 from .about import PLAN, experiment
+from .compare import tested_p
 from .labels import CONTENT, MEASUREMENTS, one_word, parameters, task_label, value_label
 from dora_nb.results.measured import (
     curvature_section,
@@ -89,8 +91,9 @@ def _measured(page: Page) -> list[str]:
     scale = f" (scale {markdown_code(page.scale)})" if page.scale else ""
     asked = _counts(r["metrics"]["n"] for r in results)
     splits = ", ".join(sorted({r["params"]["eval_split"] for r in results}))
-    tests, random = sum(map(len, page.compared)), "items and seeds" if seeds > 1 else "items, not seeds,"
-    paired = " Every difference is paired: the same items, the same seeds." if tests else ""
+    compared, random = [*itertools.chain(*page.compared)], "items and seeds" if seeds > 1 else "items, not seeds,"
+    tests = sum(not math.isnan(tested_p(r)) for r in compared)
+    paired = " Every difference is paired: the same items, the same seeds." if compared else ""
     lines = [
         f"- {'Trained' if trained else 'Untrained'}: {markdown_text(models)}{items if trained else ''}{scale}.",
         f"- Evaluated: {asked} items of the {markdown_text(splits)} split.{paired}",
@@ -101,6 +104,8 @@ def _measured(page: Page) -> list[str]:
         lines += [
             f"- Tested: {words}; intervals and p count {random} as random, and p is corrected for all of them.",
         ]
+    if beside := len(compared) - tests:
+        lines += [f"- Not tested: {beside} comparison{'s' * (beside > 1)}, about which no claim is made."]
     return ["## How it was measured\n", *lines, ""]
 
 # %% ../../nbs/7_results/73_page.ipynb #9702f9ff

@@ -209,9 +209,9 @@ def later_answer(r: Results, plan: dict) -> list[str]:
         verdict = f"A gain of {smallest:g} % or more is excluded."
     else:
         verdict = "The question stays open."
-    alone = f" (on the {len(new)} new ones alone {spelled(new)})" if len(new) > 1 else ""
+    alone = f" (on the {len(new)} new ones alone by {spelled(new)})" if len(new) > 1 else ""
     return [
-        f"**After the plan, on {len(r.cells)} plantings**: the true ranks leave {mean:+.1f} % [{low:+.1f}, {high:+.1f}] against rank {r.uniform} everywhere{alone}. {verdict} Scores of a wide student at half the rate, in the order of the planted ranks: {found_by(r, FROM_SLOW, 'slow scores')}."
+        f"**After the plan, on {len(r.cells)} plantings**: against rank {r.uniform} everywhere, the true ranks change the divergence that is left by {mean:+.1f} % [{low:+.1f}, {high:+.1f}]{alone}. {verdict} Scores of a wide student at half the rate, in the order of the planted ranks: {found_by(r, FROM_SLOW, 'slow scores')}."
     ]
 
 

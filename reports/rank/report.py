@@ -190,7 +190,7 @@ def page(method, data):
     where = data['["options"]']["machine"]
     return [
         f"# Ranks for {'LoRA' if method == 'lora' else 'DoRA'}: does curvature know?",
-        f"**Scale: small.** {where['count']} {where['unit']} of {where['device']}. SmolLM2-135M-Instruct, BoolQ passages and questions cut to {o['tokens']} tokens, cross-entropy of every token (objective `prompt`); adapters on q and v of all 30 layers, α = 2r; {o['steps']} steps of {o['batch']} items; {o['seeds']} seeds; {o['validation']} validation items. Every candidate's learning rate was chosen among {o['rates']} on {o['dev']} dev items with the first seed. Scores are from {o['probe']} training items that were not trained on. Intervals are 95 %, resampling seeds and items together.",
+        f"**Scale: small.** {where['count']} {where['unit']} of {where['device']}. SmolLM2-135M-Instruct, BoolQ passages and questions cut to {o['tokens']} tokens, cross-entropy of every token (objective `prompt`); adapters on q and v of all 30 layers, α = 2r; {o['steps']} steps of {o['batch']} items; {o['seeds']} seeds; {o['validation']} validation items. Every candidate's learning rate was chosen among {o['rates']} on {o['dev']} dev items with the first seed. Scores are from {o['probe']} training items that were not trained on. Intervals are 95 %, with seeds and items as random (chapter intervals); those of Spearman's correlations are bootstrapped over layers.",
         f"Untrained: loss {base['loss']:.4f} nats a token, accuracy {100 * base['accuracy']:.1f} % (choices, on the same cut text).",
         "## Ranks for training anew, at equal parameters",
         rows_of(found, WORDS, "uniform", rates),

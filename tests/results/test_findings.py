@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dora_nb.results.compare import compare
-from dora_nb.results.findings import finding_rows, finding_table, lead_table, load_page
+from dora_nb.results.compare import compare, verdict
+from dora_nb.results.failed import failures_section
+from dora_nb.results.findings import conclusion, finding_rows, finding_table, lead_table, load_page
 from dora_nb.results.forest import plot_forest
 from dora_nb.results.overview import FOREST, check_overview, overview
 from dora_nb.results.power import _errors_needed, detectable_difference
@@ -65,7 +66,7 @@ def test_a_forest_of_hostile_names():
 
 
 def test_an_interval_is_held_against_the_posters_lead():
-    row = dict(labels=("LoRA", "DoRA"), place="x", p=0.001, p_holm=0.001)
+    row = dict(labels=("LoRA", "DoRA"), place="x", p=0.001, p_holm=0.001, seeds=3)
     of = lambda task, difference, low, high, **more: (
         row | dict(task=task, difference=difference, low=low, high=high) | more
     )
@@ -86,6 +87,16 @@ def test_an_interval_is_held_against_the_posters_lead():
     ]
     assert list(found["the poster's lead"]) == ["+2.3", "+2.3", "+10.0", "+10.0", "+4.8"]
     assert not len(lead_table(rows[-1:]))
+    one = lead_table([r | {"seeds": 1} for r in rows])
+    assert list(one["it is"])[:3] == ["excluded by this seed", "neither excluded nor shown", "shown by this seed"]
+
+
+def test_a_difference_that_cannot_be_is_not_said_to_be_found():
+    page = load_page(REPORTS / "edge" / "pilot")
+    row = page.compared[0][-1]
+    assert row["seeds"] == 2 and row["detectable"] > 1 and conclusion(row) == "cannot tell; would find none"
+    assert verdict(row).endswith("is outside the interval, and no possible one would be found with 80 % power.")
+    assert "No possible difference would be found with 80 % power." in "\n".join(failures_section(page))
 
 
 def test_one_side_is_held_against_several():

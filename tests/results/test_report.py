@@ -28,9 +28,9 @@ from dora_nb.results import stored
 from dora_nb.results.about import check_page, experiment
 from dora_nb.results.accuracy import accuracies, accuracy_table, loss_table, majority, mixed_note
 from dora_nb.results.collect import collect, read_run_files
-from dora_nb.results.compare import agreement, change_verdict, changes, compare, holm, verdict
+from dora_nb.results.compare import agreement, change_verdict, changes, clear, compare, holm, verdict
 from dora_nb.results.figures import plot_accuracy, plot_learning_curves, plot_sweep, sweep, sweep_table
-from dora_nb.results.findings import load_page
+from dora_nb.results.findings import conclusion, load_page
 from dora_nb.results.geometry import (
     correlation,
     geometry_differences,
@@ -43,8 +43,8 @@ from dora_nb.results.items import rights
 from dora_nb.results.labels import factors, in_order, parameters, run_labels, value_label
 from dora_nb.results.measured import stability_section
 from dora_nb.results.overview import check_overview, overview, reports_in
-from dora_nb.results.page import SECTIONS, _by_sums, render
-from dora_nb.results.sections import Page, accuracy_section, judged
+from dora_nb.results.page import SECTIONS, _by_sums, _measured, render
+from dora_nb.results.sections import Page, accuracy_section, comparison_section, judged
 from dora_nb.results.sharpness import _last_block, curvature_rows, sharpness_table, stability_table
 from dora_nb.results.stored import (
     ALL_CURVATURE,
@@ -1176,6 +1176,27 @@ def test_comparisons_and_tables_are_of_the_headline_metric(tmp_path):
         assert ("HellaSwag by length-normalised" in head) == (not spec)
 
 
+def test_a_contrast_without_a_claim_is_shown_and_not_tested(tmp_path):
+    each = [(result(m, 0, rank=r), f"{m}-{r}") for m in ("lora", "dora") for r in (4, 16)]
+    each = [(made | {"run": name}, answers(name, [0] * 30 if name == "lora-4" else [1] * 30)) for made, name in each]
+    found = NO_RESULTS._replace(results=[r for r, _ in each], predictions=pd.concat([a for _, a in each]))
+    methods = {"a": {"method": "lora"}, "b": {"method": "dora"}}
+    ranks = {"a": {"rank": 4}, "b": {"rank": 16}}
+    page = lambda *contrasts: Page(tmp_path, found, {"contrasts": contrasts})
+    both, one = page(methods, ranks), page(methods, ranks | {"claim": False})
+    at_4 = lambda page: next(r for r in page.compared[0] if r["contrast"] == 0 and r["rank"] == 4)
+    assert at_4(both)["p"] == at_4(one)["p"] < 1e-6
+    assert at_4(both)["p_holm"] == pytest.approx(4 * at_4(both)["p"])
+    assert at_4(one)["p_holm"] == pytest.approx(2 * at_4(one)["p"])  # two comparisons claim
+    shown = next(r for r in one.compared[0] if r["contrast"] == 1 and r["method"] == "lora")
+    assert shown["difference"] == 1 and not clear(shown) and conclusion(shown) == "not tested"
+    text = "\n".join(comparison_section(one))
+    assert text.count("not tested. Both give") == 2 and text.count("No claim is made.") == 2
+    assert "**Not tested**" in text and "**Not tested**" not in "\n".join(comparison_section(both))
+    assert "Not tested: 2 comparisons, about which no claim is made." in "\n".join(_measured(one))
+    assert "Tested: 2 comparisons;" in "\n".join(_measured(one))
+
+
 def test_runs_with_dev_cut_in_two_ways_are_not_averaged():
     old, new = result("lora", 0, task="winogrande"), result("lora", 1, task="winogrande")
     params = {k: v for k, v in old["params"].items() if k != "dev_cut"}
@@ -1285,6 +1306,10 @@ def test_methods_and_tasks_of_another_version_have_plain_labels(six, tmp_path):
         ("title = 3", "report.title is of the wrong type"),
         ("contrasts = [3]", "a contrast is a table with a and b"),
         ("contrasts = [{ a = {}, b = {} }]", "a contrast is a table with a and b"),
+        (
+            "contrasts = [{ a = { rank = 4 }, b = { rank = 8 }, claim = 0 }]",
+            "claim of a contrast is true or false, not 0",
+        ),
         ("contrasts = [{ a = { ranc = 4 }, b = { rank = 8 } }]", "did you mean 'rank'"),
         ('contrasts = [{ a = { rank = "4" }, b = { rank = 8 } }]', "rank='4' is of type str"),
         ('contrasts = [{ a = { method = "lorra" }, b = { method = "dora" } }]', "method='lorra' does not exist"),
