@@ -5,6 +5,7 @@ of the package: layers, data, models, training, curvature, runs and results.
 """
 
 import importlib
+import importlib.util
 
 __version__ = "0.2.0"
 
@@ -28,7 +29,9 @@ _PUBLIC = {
     "curvature.probe": ("probe",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-__all__ = ["__version__", *sorted(_HOME)]
+_NEEDS = {"models.peft": "peft"}  # module → a library that may not be installed; its names are then not listed
+_LISTED = (n for n, m in _HOME.items() if m not in _NEEDS or importlib.util.find_spec(_NEEDS[m]))
+__all__ = ["__version__", *sorted(_LISTED)]
 
 
 def __getattr__(name):

@@ -131,7 +131,7 @@ def _predict(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     items = load_task(args.task, args.split, args.format or format_of(args.protocol), args.limit, seed, **where)
     model, tokenizer = _load_adapted(args)
     if is_own(args.task):
-        check_tokens(tokenizer, items, context=context_length(model))
+        check_tokens(tokenizer, items, args.max_tokens, context_length(model))
     if args.adapter and can_merge(model):
         merge(model, keep_base=False)
     how = dict(batch_tokens=args.batch_tokens, max_tokens=args.max_tokens, precision=args.precision)

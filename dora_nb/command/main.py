@@ -170,7 +170,7 @@ def _status(argv: list[str]) -> int:
 # %% ../../nbs/8_command/80_main.ipynb #f520c7ac
 def main(
     argv: list[str] | None = None,  # arguments; those of the process if None
-) -> int:  # exit status, see the table at the top
+) -> int:  # exit status: 0, 1 if the work failed, 2 for a wrong option, value or file, 130 if it was interrupted
     "Run `dora-nb`; report an expected error in one line, without a traceback."
     argv = sys.argv[1:] if argv is None else argv
     out, err = _Stream(sys.stdout), _Stream(sys.stderr)

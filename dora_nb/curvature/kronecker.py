@@ -106,7 +106,7 @@ def _complete(tokens: _TokenSums) -> dict[str, list]:
     "Return the sums of every layer; refuse a layer without curvature: ValueError."
     if missing := sorted(tokens.layers.keys() - tokens.sums.keys()):
         raise ValueError(
-            f"the loss does not bend in {missing[0]!r}: no output of the probe set depends on it, or all answers are certain; probe other items, or adapt other layers"
+            f"the curvature of {missing[0]!r} is zero: no output of the probe set depends on it, or all answers are certain; probe other items, or adapt other layers"
         )
     return tokens.sums
 

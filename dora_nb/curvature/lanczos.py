@@ -37,7 +37,7 @@ def _orthogonalise(w: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
 class _Krylov:
     "Grow an orthonormal basis by products with a symmetric matrix, and hold the matrix in that basis."
 
-    # Q has a vector in each row, so it is the transpose of the Q in the text; T has more rows than columns
+    # Q has a vector in each row, the transpose of the usual Q; T has more rows than columns
 
     def __init__(self, matrix, start: Tensor, most: int):
         self.matrix, self.n, self.most = matrix, matrix.shape[0], min(most, matrix.shape[0])

@@ -97,7 +97,8 @@ def truncate(
             nn.Parameter(factor.to(like)) for factor in _factors(found[name], r, layer.scaling)
         )
         alphas[name] = layer.scaling * (r**0.5 if config.rslora else r)
-    change_state(model, config=replace(config, rank_pattern={n: ranks[n] for n in alphas}, alpha_pattern=alphas))
+    patterns = {"rank_pattern": {n: ranks[n] for n in alphas}, "alpha_pattern": alphas}
+    change_state(model, config=replace(config, init="kaiming", **patterns))  # other starts may not allow these ranks
     return model
 
 # %% ../../nbs/5_curvature/41_rank.ipynb #02d9f72b

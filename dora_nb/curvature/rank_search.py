@@ -17,6 +17,7 @@ from .components import Components, components
 from .rank import allocate, check_ranks, component_costs, fit_budget, truncate
 from ..layers.linear import LoRALinear
 from ..layers.lora import scaling
+from ..messages import advice
 from ..models.adapt import adapt, adapter_layers
 from ..models.merge import remove_adapter
 from ..models.methods import AdapterConfig
@@ -147,24 +148,28 @@ WAYS = ("curvature", "gates", "random")
 
 
 def warm_ranks(
-    model: nn.Module,  # not adapted; unchanged afterwards
+    model: nn.Module,  # not adapted; its weights are unchanged afterwards, and frozen
     tokenizer,  # its tokenizer
     items: datasets.Dataset,  # that it will be trained on
     config: TrainConfig,  # of the training
     adapter: AdapterConfig,  # whose parameters are to be distributed
     way: str = "curvature",  # one of `WAYS`; random shuffles the ranks of curvature among layers of a kind
 ) -> dict[str, int]:  # layer → rank, with the same number of parameters or a few less
-    "Return the ranks that a short training of a wider adapter suggests; refuse too few items: ValueError."
+    "Return the ranks that a short training of a wider adapter suggests; refuse an unknown way, and too few items: ValueError."
+    if way not in WAYS:
+        raise ValueError(f"way={way!r} is not possible; {advice(way, WAYS)}")
     wide = replace(adapter, rank=2 * adapter.rank, alpha=adapter.alpha * (2**0.5 if adapter.rslora else 2))
     (warm, scored), once = _draw_items(items, config), replace(config, epochs=1)
     adapt(model, wide)
-    budget = sum(c * adapter.rank for c in component_costs(model).values())
-    train(model, tokenizer, warm, once, progress=False)
-    if way == "gates":
-        ranks = _widest_gates(model, tokenizer, warm, once, budget)
-    else:
-        ranks = {r["layer"]: r["new_rank"] for r in fit_budget(model, tokenizer, scored, once, budget)}
-    remove_adapter(model)
+    try:
+        budget = sum(c * adapter.rank for c in component_costs(model).values())
+        train(model, tokenizer, warm, once, progress=False)
+        if way == "gates":
+            ranks = _widest_gates(model, tokenizer, warm, once, budget)
+        else:
+            ranks = {r["layer"]: r["new_rank"] for r in fit_budget(model, tokenizer, scored, once, budget)}
+    finally:
+        remove_adapter(model)
     return shuffled(ranks, config.seed) if way == "random" else ranks
 
 # %% ../../nbs/5_curvature/42_rank_search.ipynb #821dd7ab

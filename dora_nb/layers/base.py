@@ -215,4 +215,4 @@ def check_linear(
     if not error < TOLERANCE:
         raise ValueError(f"{kind}, which does not map x to Wx + b: it is off by {error.item():.0%}")
     if not (by_gradient - at_u.square().sum()).abs() <= TOLERANCE * at_u.square().sum():
-        raise ValueError(f"{kind}, which passes no right gradient to its input: it is made for inference only")
+        raise ValueError(f"{kind}, whose gradient with respect to its input is wrong: it is made for inference only")

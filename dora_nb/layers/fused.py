@@ -148,10 +148,12 @@ def _unflatten(flat: Sequence[Tensor | None], factors: Sequence[float]) -> list[
     return [Operands(*p[:3], s, *p[3:]) for p, s in zip(parts, factors)]
 
 # %% ../../nbs/1_layers/04_fused.ipynb #368908b4
-def _with_weights(operands: Sequence[Operands], makers: Sequence, plan: str, dtype: torch.dtype) -> list[Operands]:
-    "Return the operands with the weight of each base layer in `makers` (None: not compressed) computed again."
+def _with_weights(
+    operands: Sequence[Operands], stored_layers: Sequence, plan: str, dtype: torch.dtype
+) -> list[Operands]:
+    "Return the operands with the weight of each base layer in `stored_layers` (None: not compressed) computed again."
     weight = lambda maker: maker.weight.to(dtype) if plan != "dense" else maker.weight
-    return [t if m is None else t._replace(W0=weight(m)) for t, m in zip(operands, makers)]
+    return [t if m is None else t._replace(W0=weight(m)) for t, m in zip(operands, stored_layers)]
 
 
 def _saved(ctx) -> tuple[Tensor | None, ...]:
@@ -172,15 +174,15 @@ class _Product(torch.autograd.Function):
     "Compute the outputs of layers that share an input."
 
     @staticmethod
-    def forward(ctx, x, dropped, plan, factors, makers, *flat):
+    def forward(ctx, x, dropped, plan, factors, stored_layers, *flat):
         operands = _unflatten(flat, factors)
         if plan != "dense":  # under autocast, keep the cast weight for the backward pass, as PyTorch does
             operands = [t._replace(W0=t.W0.to(x.dtype)) for t in operands]
         seen = x if dropped is None else _drop_(x.clone(memory_format=torch.contiguous_format), dropped)
         with torch.autocast(x.device.type, enabled=False):
             outputs, h = _products(x, seen, operands, plan)
-        ctx.plan, ctx.factors, ctx.makers = plan, factors, makers
-        operands = [t if m is None else t._replace(W0=None) for t, m in zip(operands, makers)]
+        ctx.plan, ctx.factors, ctx.stored_layers = plan, factors, stored_layers
+        operands = [t if m is None else t._replace(W0=None) for t, m in zip(operands, stored_layers)]
         kept = [y if t.scale is not None else None for t, y in zip(operands, outputs)]
         ctx.save_for_backward(seen, dropped, h, *kept, *_flatten(operands))
         ctx.set_materialize_grads(False)
@@ -192,7 +194,7 @@ class _Product(torch.autograd.Function):
             raise RuntimeError("the fast product has no derivatives of second order; set plan='plain'")
         (seen, dropped, h, *rest), plan = _saved(ctx), ctx.plan
         outputs, flat = rest[: len(dys)], rest[len(dys) :]
-        operands = _with_weights(_unflatten(flat, ctx.factors), ctx.makers, plan, seen.dtype)
+        operands = _with_weights(_unflatten(flat, ctx.factors), ctx.stored_layers, plan, seen.dtype)
         used = [k for k, dy in enumerate(dys) if dy is not None]  # a layer may be left out of the loss
         grads, n = [None] * len(flat), len(_TENSORS)
         if not used:
@@ -214,7 +216,7 @@ def fused_product(
     operands: Sequence[Operands],  # of the layers that share `rows`
     plan: str,  # factored, dense or triton
     dropped: Tensor | None = None,  # positions or a mask of the dropped inputs; not in the dense plan
-    makers: Sequence[nn.Module | None] | None = None,  # compressed base layers, and None for the others
+    stored_layers: Sequence[nn.Module | None] | None = None,  # compressed base layers, and None for the others
     backward: bool = True,  # whether there may be a backward pass
 ) -> Sequence[Tensor]:  # (tokens, out) each
     "Return the outputs of layers that share an input; ValueError for dropped inputs in the dense plan."
@@ -222,8 +224,10 @@ def fused_product(
         raise ValueError("the dense plan has no dropout; choose plan='factored'")
     device = rows.device.type
     if backward or dropped is not None:
-        makers = makers or [None] * len(operands)
-        return _Product.apply(rows, dropped, plan, tuple(t.s for t in operands), tuple(makers), *_flatten(operands))
+        stored_layers = stored_layers or [None] * len(operands)
+        return _Product.apply(
+            rows, dropped, plan, tuple(t.s for t in operands), tuple(stored_layers), *_flatten(operands)
+        )
     autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
     with autocast:
         return _products(rows, rows, operands, plan)[0]

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/1_layers/06_linear.ipynb #f76d5cde
 class _Holder(nn.Module):
-    "Hold a linear layer as `base_layer` and pass for one; keep the own parameters in float32 or better."
+    "Hold a linear layer as `base_layer`, with its attributes; keep the own parameters in float32 or better."
 
     bias = property(lambda self: self.base_layer.bias)  # some models read these attributes of their layers
     in_features = property(lambda self: linear_shape(self.base_layer)[1])

@@ -26,7 +26,7 @@ def choose_plan(
     shapes: Sequence[tuple[int, int, int]],  # out, in and rank of the layers that share the input
     backward: bool,  # whether there will be a backward pass
 ) -> str:  # factored or dense
-    "Return the plan that the count above finds cheaper."
+    "Return the plan that needs fewer multiply-adds, counting a pass over memory as `PASS` of them for each entry."
     factored = sum(tokens * (r * (i + o) + PASS * o * (1 + backward)) for o, i, r in shapes)
     dense = sum((1 + backward) * o * i * (r + 2 * PASS) for o, i, r in shapes)
     return "dense" if factored > dense else "factored"

@@ -19,8 +19,8 @@ from .peft_config import as_config
 from .names import match_names, shorten
 from .saved import Copied, copy_biases, copy_modules, find_saved, saved_entries, swap_all, trained_biases
 from .saved import warn_of_frozen_head
-from .targets import default_targets, find_targets, modules_by_name, plain_name, put_modules, uncompiled
-from .targets import warn_of_unmatched, warn_of_unreached
+from .targets import default_targets, find_targets, is_quantised, modules_by_name, plain_name
+from .targets import put_modules, uncompiled, warn_of_unmatched, warn_of_unreached
 from .through import save_through
 from torch import Tensor, nn
 
@@ -159,12 +159,22 @@ def _resolved(config, model: nn.Module) -> AdapterConfig:
     return config
 
 
+def _check_uncompressed(model: nn.Module, method: str):
+    "Refuse to train every weight of a model of which some are stored in few bits, or are zero on purpose: ValueError."
+    quantised = next((n for n, m in modules_by_name(model).items() if is_quantised(m)), "")
+    if what := adapter_state(model).compressed or quantised and f"quantised, as {quantised!r}":
+        raise ValueError(
+            f"method {method!r} trains every weight, and this model is compressed ({what}); load it uncompressed, or use a method with adapters"
+        )
+
+
 def _prepare(model: nn.Module, config: AdapterConfig, named: bool = True) -> tuple[dict, dict]:
     "Return the layers to adapt and the modules to train whole, with all checks made; both are empty for method full."
     if METHODS[config.method].layer is None:
         standard = AdapterConfig(config.method)
         if idle := next((f.name for f in fields(config) if getattr(config, f.name) != getattr(standard, f.name)), ""):
             warnings.warn(f"method {config.method!r} trains every weight; {idle} has no effect", stacklevel=3)
+        _check_uncompressed(model, config.method)
         return {}, {}
     saved = find_saved(model, saved_entries(model, config))
     targets = open_targets(model, config, saved)

@@ -8,9 +8,8 @@ __all__ = ['disable_adapter']
 # %% ../../nbs/3_models/20b_disable.ipynb #1508e0ae
 import contextlib
 
-from ..layers.linear import LoRALinear
 from .adapt import adapter_layers, adapter_state, change_state, unfrozen
-from .merge import check_original
+from .merge import check_original, follow
 from .saved import swap_all
 from .targets import modules_by_name, put_modules
 from torch import nn
@@ -34,9 +33,7 @@ def _bases(model: nn.Module) -> dict[str, nn.Module]:
     if not merged:
         return {name: layer.base_layer for name, layer in adapter_layers(model).items()}
     modules = modules_by_name(model)
-    like = {name: modules[name].weight for name in merged}
-    bases = {n: layer.base_layer if isinstance(layer, LoRALinear) else layer for n, layer in merged.items()}
-    return {name: base.to(like[name].device, like[name].dtype) for name, base in bases.items()}
+    return {name: follow(layer, modules[name]) for name, layer in merged.items()}
 
 # %% ../../nbs/3_models/20b_disable.ipynb #5e63e086
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def _bare(module: nn.Module) -> bool:
-    "Return whether a call of `module` can be left out unnoticed."
+    "Return whether `module` has no hooks and no `forward` of its own, so that its call can be left out."
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "forward")
     return not any(vars(module).get(name) for name in hooks)
 

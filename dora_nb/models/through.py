@@ -6,28 +6,13 @@
 __all__ = ['PEFT_FLAG', 'save_through', 'save_as_before']
 
 # %% ../../nbs/3_models/18c_through.ipynb #ae19b9f5
-import importlib
+import functools
 import sys
 
 from .targets import uncompiled
 from torch import nn
 
-# %% ../../nbs/3_models/18c_through.ipynb #1f7ea187
-class _Through:
-    "Call a function of 23b_pretrained with the model; a copy of the model, or of its pickle, gets its own."
-
-    def __init__(self, model: nn.Module, name: str):
-        self.model, self.name = model, name  # as a bound method does, so that `adapt(…).save_pretrained(…)` works
-
-    def __reduce__(self):
-        return _Through, (self.model, self.name)
-
-    def __call__(self, *args, **options):
-        later = importlib.import_module("dora_nb.models.pretrained")  # it needs `adapt`, so it comes after
-        return getattr(later, self.name)(self.model, *args, **options)
-
 # %% ../../nbs/3_models/18c_through.ipynb #0c379f8d
-_METHODS_THROUGH = ("save_pretrained", "load_state_dict")
 PEFT_FLAG = "_hf_peft_config_loaded"  # by which transformers knows that a quantised model can be trained
 
 
@@ -37,8 +22,10 @@ def save_through(
     "Let a model of transformers save and load its adapter; other models stay as they are."
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers and isinstance(model, transformers.PreTrainedModel):
-        for name in _METHODS_THROUGH:
-            setattr(model, name, _Through(model, name))
+        from dora_nb.models.pretrained import load_state_dict, save_pretrained  # which itself needs `adapt`
+
+        model.save_pretrained = functools.partial(save_pretrained, model)
+        model.load_state_dict = functools.partial(load_state_dict, model)
         if getattr(model, "is_quantized", False):
             setattr(model, PEFT_FLAG, True)  # else Trainer refuses it
 
@@ -47,5 +34,5 @@ def save_as_before(
     model: nn.Module,  # adapted, or not
 ):
     "Let a model save and load as its class does."
-    for name in (*_METHODS_THROUGH, PEFT_FLAG):
+    for name in ("save_pretrained", "load_state_dict", PEFT_FLAG):
         vars(uncompiled(model)).pop(name, None)

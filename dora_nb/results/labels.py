@@ -17,7 +17,7 @@ from ..data.own import is_own, own_label
 from ..data.tasks import TASKS
 from ..models.methods import METHODS, has_adapter
 from ..runs.config import DEFAULTS, split_names, trained_tasks
-from ..runs.identity import LATER, MANNER, cut_of, ignored_parameters
+from ..runs.identity import ADDED_PARAMETERS, EXECUTION_PARAMETERS, cut_of, ignored_parameters
 
 # %% ../../nbs/7_results/59_labels.ipynb #ecb3f37d
 ALWAYS = ("protocol", "eval_split", "task", "method")
@@ -25,7 +25,7 @@ ALWAYS = ("protocol", "eval_split", "task", "method")
 MEASUREMENTS = ("probe", "probe_steps", "probe_items", "probe_blocks", "probe_products", "geometry")
 
 
-_LATER = {name: DEFAULTS[name] for name in LATER}
+_ADDED = {name: DEFAULTS[name] for name in ADDED_PARAMETERS}
 CONTENT = {  # an input of which runs keep a checksum → the parameters that name it
     "model": ("model", "source"),
     "data": ("task", "source"),
@@ -104,7 +104,7 @@ def parameters(
     result: dict,  # of a run
 ) -> dict:  # parameter → value; parameters added after the run have their default
     "Return all parameters of a run and the checksums of its inputs, such as `model content`."
-    found = _LATER | result["params"] | {"dev_cut": cut_of(result["params"] | {"probe": False})}
+    found = _ADDED | result["params"] | {"dev_cut": cut_of(result["params"] | {"probe": False})}
     if found.get("ranks") and "ranks" not in ignored(found["method"]):
         own = ("rank", "alpha")  # of the weights that the file does not name
         found |= {f"{k} elsewhere": found.get(k) for k in own} | dict.fromkeys(own, FROM_FILE)
@@ -129,7 +129,15 @@ def factors(
     params = [parameters(r) for r in results]
     first = ("rank", "compress", "mixture", "allocate", "eval_format", "train_items", "learning_rate")
     last = ("rank elsewhere", "alpha elsewhere")
-    aside = {*ALWAYS, *first, *last, *MANNER, *MEASUREMENTS, "seed", *(f"{kind} content" for kind in CONTENT)}
+    aside = {
+        *ALWAYS,
+        *first,
+        *last,
+        *EXECUTION_PARAMETERS,
+        *MEASUREMENTS,
+        "seed",
+        *(f"{kind} content" for kind in CONTENT),
+    }
     rest = sorted({name for p in params for name in p} - aside)
     found = list(ALWAYS)
     for name in (*first, *rest, *last):
@@ -149,7 +157,11 @@ def without_repeats(
     found = {}
     for r in results:
         method, params = r["params"]["method"], parameters(r)
-        given = {k: v for k, v in params.items() if k not in ignored(method) and k not in (*MANNER, *MEASUREMENTS)}
+        given = {
+            k: v
+            for k, v in params.items()
+            if k not in ignored(method) and k not in (*EXECUTION_PARAMETERS, *MEASUREMENTS)
+        }
         scores = {k: v for k, v in r["metrics"].items() if k != "seconds"}
         found.setdefault(json.dumps([given, scores], sort_keys=True) if "seed" in ignored(method) else id(r), r)
     return list(found.values())

@@ -34,7 +34,7 @@ from .sections import PLAIN, Page, accuracy_section, comparison_section, table_l
 from .stored import MADE, check_out, check_report, hold_report, load_stored, page_results, read_all
 from .tables import FOOTNOTES, PUBLISHED, cost_table, describe_settings, describe_source
 from .text import markdown_code, markdown_prose, markdown_text
-from ..runs.identity import MANNER
+from ..runs.identity import EXECUTION_PARAMETERS
 
 # %% ../../nbs/7_results/73_page.ipynb #3407cacb
 def _missing_lines(problems: list[str]) -> list[str]:
@@ -158,7 +158,11 @@ def _difference(own: dict, other: dict) -> dict:
     version = lambda r: r["versions"].get("dora_nb", "–")
     contents = {f"{kind} content" for kind in CONTENT} if version(own) != version(other) else set()
     mine, theirs = parameters(own), parameters(other)
-    return {k: v for k, v in mine.items() if k not in {*MANNER, *MEASUREMENTS, *contents} and v != theirs.get(k)}
+    return {
+        k: v
+        for k, v in mine.items()
+        if k not in {*EXECUTION_PARAMETERS, *MEASUREMENTS, *contents} and v != theirs.get(k)
+    }
 
 
 def _others(page: Page) -> list[str]:

@@ -152,8 +152,8 @@ def _check_together(config):
             "protocol='generate' needs eval_format='instruction'",
         ),
         (
-            c.allocate and (c.ranks or c.processes > 1 or c.init in SUBTRACTED),
-            "allocate needs processes=1, and cannot be combined with ranks, init='pissa' or init='olora'",
+            c.allocate and (c.ranks or c.processes > 1 or c.init in ("orthogonal", *SUBTRACTED)),
+            "allocate needs processes=1, and cannot be combined with ranks or with init='pissa', 'olora' or 'orthogonal'",
         ),
         (
             c.fsdp and (c.processes == 1 or c.probe or c.geometry or generates),

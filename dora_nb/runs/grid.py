@@ -27,7 +27,7 @@ class Grid:
 
     name: str  # of the experiment
     configs: tuple[RunConfig, ...]  # one for each run
-    report: dict = field(default_factory=dict)  # texts and settings of its page, see part 7
+    report: dict = field(default_factory=dict)  # texts and settings of its page, see `dora_nb.results.about`
 
 # %% ../../nbs/6_runs/57_grid.ipynb #8e8002cb
 def _matches(cell: dict, condition: dict) -> bool:

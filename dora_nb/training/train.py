@@ -40,7 +40,7 @@ from dora_nb.training.batches import (
 )
 from .checkpoints import Checkpoints, Stopped, stoppable, tensor_sums
 from .config import OVER_CHOICES, TrainConfig, resolve_precision, tf32
-from .distributed import Distributed, check_lengths
+from .distributed import Distributed, check_lengths, work_alone
 from .history import History, is_history
 from .step import fitting_step, memory_line, memory_plan, training_mode
 from torch import nn
@@ -163,7 +163,8 @@ def _begin(training: Training, folder: str | Path | None, seconds: float, after_
     what, team = _identity(training) if folder else "", training.team
     kept = Checkpoints(folder, what, training.params, training.optimizer, seconds, team=team)
     kept.by["precision"] = resolve_precision(training.config.precision, kept.device)
-    steps = History(kept, training.config.batch_tokens, after_step if team.rank == 0 else None)
+    after_step = work_alone()(after_step) if after_step and team.rank == 0 else None
+    steps = History(kept, training.config.batch_tokens, after_step)
     training.config = replace(training.config, batch_tokens=steps.batch_tokens)
     return kept, steps
 

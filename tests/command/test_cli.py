@@ -274,7 +274,7 @@ def test_generate(tiny_model_dir, tmp_path, capsys):
             for b in ("inf", "nan", "-1", "0")
         ),
         (["evaluate", "--task", "boolq", "--limit", "2", "--adapter", "nowhere"], 2, "holds no adapter_config.json"),
-        (["evaluate", "--task", "boolq", "--limit", "2", "--model", "no/model"], 1, "none of ours"),
+        (["evaluate", "--task", "boolq", "--limit", "2", "--model", "no/model"], 1, "not a model of this package"),
         (["fetch", "everything"], 2, "qwen2.5-coder-1.5b-instruct, tasks"),
     ],
 )

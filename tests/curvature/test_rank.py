@@ -11,12 +11,13 @@ from dora_nb.curvature.components import SCORES, components, score_components
 from dora_nb.curvature.kronecker import update_metrics
 from dora_nb.curvature.probe import loss_parts, probing
 from dora_nb.curvature.rank import allocate, component_costs, fit_budget, rank_pattern, truncate
-from dora_nb.curvature.rank_search import close_gates, open_gates, shrink, shuffled
+from dora_nb.curvature.rank_search import close_gates, open_gates, shrink, shuffled, warm_ranks
 from dora_nb.data.rows import Row, collate
 from dora_nb.models.adapt import adapt, adapter_layers, trainable_parameters
 from dora_nb.models.adapter_files import load_adapter, save_adapter
 from dora_nb.models.merge import merge
 from dora_nb.models.methods import AdapterConfig
+from dora_nb.training.config import TrainConfig
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
@@ -67,6 +68,21 @@ def test_a_truncated_adapter_is_peft_s_too(moved, llama, ids, tmp_path, method, 
     peft = PeftModel.from_pretrained(llama(), folder)
     assert torch.allclose(peft(ids).logits, logits, atol=1e-4)
     assert torch.allclose(merge(model)(ids).logits, logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ("orthogonal", "mica"))
+def test_a_truncated_adapter_of_any_start_is_loaded(moved, llama, ids, tmp_path, init):
+    model = moved("lora", init=init)
+    found = {n: components(layer) for n, layer in adapter_layers(model).items()}
+    logits = truncate(model, found, dict.fromkeys(found, 3))(ids).logits
+    folder = save_adapter(model, tmp_path / "small")
+    assert torch.allclose(load_adapter(llama(), folder)(ids).logits, logits, atol=1e-5)
+    assert torch.allclose(PeftModel.from_pretrained(llama(), folder)(ids).logits, logits, atol=1e-4)
+
+
+def test_a_way_that_does_not_exist(llama):
+    with pytest.raises(ValueError, match="way='gate' is not possible; did you mean 'gates'"):
+        warm_ranks(llama(), None, [], TrainConfig(learning_rate=1e-3), AdapterConfig(), "gate")
 
 
 def test_the_pattern_trains_anew_here_and_in_peft(moved, llama):

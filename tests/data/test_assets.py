@@ -261,9 +261,9 @@ def test_the_packages_columns(task):
 
 
 def test_a_model_that_is_nowhere(tmp_path):
-    with pytest.raises(FetchError, match="nobody/nothing.*none of ours"):
+    with pytest.raises(FetchError, match="nobody/nothing.*not a model of this package"):
         load_model("nobody/nothing")
-    with pytest.raises(FetchError, match="none of ours"):
+    with pytest.raises(FetchError, match="not a model of this package"):
         load_model(str(tmp_path))
 
 
@@ -759,7 +759,7 @@ def test_an_adapter_on_the_hub_is_not_followed(hub, save, tmp_path):
 
 def test_a_model_that_the_hub_s_cache_does_not_have(hub):
     for ask in (load_model, model_digest):
-        with pytest.raises(FetchError, match="nobody/nothing.*none of ours.*check the network"):
+        with pytest.raises(FetchError, match="nobody/nothing.*not a model of this package.*check the network"):
             ask("nobody/nothing")
         with pytest.raises(FetchError, match="--source package"):
             ask("smollm2-135m-instruct", "hub")
@@ -857,7 +857,7 @@ def test_a_configuration_of_no_model_is_named_in_a_line(change, named, save):
 def test_names_of_no_model(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file.gguf").touch()
-    with pytest.raises(FetchError, match="none of ours"):
+    with pytest.raises(FetchError, match="not a model of this package"):
         load_model(name)
 
 

@@ -236,6 +236,14 @@ FORMS = {
 }
 
 
+def test_a_choice_that_the_first_row_lacks(write):
+    rows = [{"prompt": "a", "choice1": "x", "choice2": "y", "answer": 0}]
+    rows += [{"prompt": "b", "choice1": "x", "choice2": "y", "choice3": "z", "answer": 2}]
+    write("short.jsonl", rows)
+    items = own_rows("short.jsonl")["train"]
+    assert [item["choices"] for item in items] == [["x", "y"], ["x", "y", "z"]] and items[1]["label"] == 2
+
+
 @pytest.mark.parametrize("form", (*FORMS, "jsonl", "json", "parquet", "mapped"))
 def test_every_form_gives_the_same_items(write, form):
     name, content, options = (*FORMS.get(form, (f"a.{form}", None)), {})
@@ -538,6 +546,14 @@ def test_train_and_evaluate_a_csv(write, tiny_model_dir, capsys):
 
 
 @pytest.mark.long
+def test_the_longest_choice_is_the_one_asked_for(write, tiny_model_dir, capsys, monkeypatch):
+    write("poem.jsonl", [{"prompt": f"Line {i}:", "completion": f" roses {i}"} for i in range(20)])
+    seen = []
+    monkeypatch.setattr("dora_nb.data.tokens.check_tokens", lambda tokenizer, items, *limits: seen.append(limits))
+    options = ("--task", "poem.jsonl", "--model", str(tiny_model_dir), "--max-tokens", "4096", "--limit", "1")
+    assert command(capsys, "evaluate", *options)[0] == 0 and [most for most, _ in seen] == [4096]
+
+
 def test_completions_from_a_file_to_a_page(write, tiny_model_dir, capsys):
     write("poem.jsonl", [{"prompt": f"Line {i}:", "completion": f" roses {i}"} for i in range(20)])
     options = dict(task="poem.jsonl", model=str(tiny_model_dir), rank=2, batch_size=4, format="instruction")

@@ -250,5 +250,7 @@ def test_runs_know_the_models_without_fetching_them(whole, tmp_path):
     for name in MODELS:
         check_model(RunConfig(model=name), fetch=False)
     assert not (tmp_path / "cache").exists()
-    with pytest.raises(FetchError, match="none of ours .smollm2-135m-instruct, qwen2.5-coder-0.5b-instruct, qwen"):
+    with pytest.raises(
+        FetchError, match="not a model of this package .smollm2-135m-instruct, qwen2.5-coder-0.5b-instruct, qwen"
+    ):
         load_model("/no/such/qwen2.5-coder-0.5b")

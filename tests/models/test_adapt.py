@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from dora_nb.models.adapt import adapt, adapter_layers, adapter_state, count_parameters, trainable_parameters
 from dora_nb.models.adapter_files import load_adapter, save_adapter
 from dora_nb.models.compress import compress
+from dora_nb.models.disable import disable_adapter
 from dora_nb.models.merge import can_merge, merge, remove_adapter, unmerge
 from dora_nb.models.methods import AdapterConfig
 from dora_nb.models.names import match_names
@@ -258,6 +259,37 @@ def test_a_merged_model_may_be_cast(llama, shake, ids, undo):
     merge(model).to(torch.bfloat16)
     assert undo(model)(ids).logits.dtype == torch.bfloat16
     assert {layer.magnitude.dtype for layer in adapter_layers(model).values()} <= {torch.float32}
+
+
+def test_a_merged_model_may_be_cast_and_its_adapter_disabled(llama, shake, ids):
+    model = shake(adapt(llama(), AdapterConfig("dora")))
+    merge(model).double()
+    with disable_adapter(model):
+        assert model(ids).logits.dtype == torch.float64
+    assert unmerge(model)(ids).logits.dtype == torch.float64
+    layers = adapter_layers(model).values()
+    assert {p.dtype for m in layers for p in (m.lora_A, m.lora_B, m.magnitude)} == {torch.float64}
+
+
+def test_merging_needs_an_adapter(llama, shake):
+    for model in (llama(), merge(shake(adapt(llama(), AdapterConfig())), keep_base=False)):
+        with pytest.raises(RuntimeError, match="this model has no adapter to merge"):
+            merge(model)
+
+
+def test_a_compressed_model_is_not_trained_whole(llama):
+    for scheme in ("rtn-4", "magnitude-0.5"):
+        model = compress(llama(), scheme)
+        required = [p.requires_grad for p in model.parameters()]
+        with pytest.raises(ValueError, match=rf"'full' trains every weight, and this model is compressed \({scheme}\)"):
+            adapt(model, AdapterConfig("full"))
+        assert [p.requires_grad for p in model.parameters()] == required and adapter_state(model).config is None
+
+
+def test_a_set_of_names_has_one_order():
+    names = [f"{k}_proj" for k in "qkvo"]
+    assert AdapterConfig(target_modules=set(names)).target_modules == tuple(sorted(names))
+    assert AdapterConfig(target_modules=names).target_modules == tuple(names)
 
 
 def test_layers_that_others_look_into():

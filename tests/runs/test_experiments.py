@@ -201,6 +201,7 @@ def test_ranks_found_in_a_warm_up(make, way, method):
         ({"mixture": "boolq, hellaswagg"}, "mixture: 'hellaswagg' is not a task"),
         ({"allocate": "magic"}, "curvature, gates, random"),
         ({"allocate": "gates", "processes": 2}, "allocate needs processes=1"),
+        ({"allocate": "gates", "init": "orthogonal"}, "cannot be combined with ranks or with init=.*'orthogonal'"),
         ({"eval_format": "cloze", "protocol": "generate"}, "needs eval_format='instruction'"),
         ({"geometry": -1}, "geometry=-1"),
         ({"geometry": 4, "processes": 2, "fsdp": True}, "cannot be combined with probe, geometry"),

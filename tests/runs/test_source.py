@@ -11,7 +11,7 @@ from dora_nb.runs.config import RunConfig
 from dora_nb.runs.folder import DIFF, RESULT, check_result, read_result
 from dora_nb.runs.identity import run_name
 from dora_nb.runs.run import run
-from dora_nb.runs.source import MOST, changes_in, keep_source, source_state
+from dora_nb.runs.source import MAX_PATCH_BYTES, changes_in, keep_source, source_state
 
 
 def git(root, *arguments):
@@ -101,13 +101,17 @@ def test_a_source_of_which_git_knows_nothing(source, tmp_path, monkeypatch):
     assert source_state(source) == (None, b"")  # no git
 
 
-@pytest.mark.parametrize("size", (1, MOST, MOST + 1))
+@pytest.mark.parametrize("size", (1, MAX_PATCH_BYTES, MAX_PATCH_BYTES + 1))
 def test_what_is_kept(tmp_path, size, capsys):
     (tmp_path / DIFF).write_bytes(b"of an earlier try")
     patch = b"x" * size
     assert keep_source(tmp_path, patch) == hashlib.sha256(patch).hexdigest()
-    assert (tmp_path / DIFF).exists() == (size <= MOST) == ("only their checksum" not in capsys.readouterr().err)
-    assert size > MOST or (tmp_path / DIFF).read_bytes() == patch
+    assert (
+        (tmp_path / DIFF).exists()
+        == (size <= MAX_PATCH_BYTES)
+        == ("only their checksum" not in capsys.readouterr().err)
+    )
+    assert size > MAX_PATCH_BYTES or (tmp_path / DIFF).read_bytes() == patch
     assert keep_source(tmp_path, b"") is None and not (tmp_path / DIFF).exists()
 
 

@@ -24,7 +24,7 @@ WAYS = {
     "dora": dict(),
     "lora": dict(method="lora"),
     "full": dict(method="full"),
-    "exact": dict(detach_norm=False),
+    "exact": dict(detach_norm=False, watches=True),
     "answer": dict(train=dict(objective="answer", gradient_checkpointing=True)),
     "dropout": dict(dropout=0.1, stops=True),
 }
@@ -38,6 +38,10 @@ def fitted(model_dir, out, way, team, sharded=False, **keep):
     )
     options.pop("stops", None)
     model, tokenizer = load_model(str(model_dir))
+    asked = load_task("boolq", limit=7)
+    if options.pop("watches", False) and not sharded:  # in the first process alone
+        watch = lambda record: {"right": rank_choices(model, tokenizer, asked, progress=False)[0]["acc"]}
+        keep["after_step"] = lambda record: watch(record) if record["step"] == 2 else None
     torch.manual_seed(team.rank)  # not everywhere the same: the first process is the one that is followed
     adapt(model, AdapterConfig(**dict(method="dora", rank=4, alpha=8) | options))
     if sharded:
@@ -46,7 +50,7 @@ def fitted(model_dir, out, way, team, sharded=False, **keep):
         model, tokenizer, load_task("arc_easy", "train", limit=33), config, progress=False, team=team, **keep
     )
     save_adapter(model, out, write=team.rank == 0)
-    metrics, answers = rank_choices(model, tokenizer, load_task("boolq", limit=7), progress=False, team=team)
+    metrics, answers = rank_choices(model, tokenizer, asked, progress=False, team=team)
     params = {n: whole(p.detach()).clone() for n, p in trainable_parameters(model).items()}
     said = {"records": [{k: v for k, v in r.items() if k != "seconds"} for r in records], "answers": answers}
     return params, said

@@ -216,6 +216,14 @@ def test_an_error_in_one_process(model_dir, tmp_path):
     assert not (tmp_path / RESULT).exists()
 
 
+@pytest.mark.attack("hang")
+def test_after_step_may_evaluate(two, one):
+    "Only the first process calls it, so its evaluation must not wait for the others."
+    told = json.loads((two / "exact-copied" / "said.json").read_text())
+    assert [r.get("right") for r in told["records"]] == [r.get("right") for r in one("exact")[1]["records"]]
+    assert told["records"][1]["right"] >= 0
+
+
 def test_never_one_where_two_were_asked(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Distributed, "__init__", lambda self, join=True: vars(self).update(rank=0, size=3, device=torch.device("cpu"))
