@@ -90,7 +90,7 @@ def main(junit=()):
     times = sum(r["times"] for r in faults["rows"])
     same = sum(r["undisturbed"] == r["disturbed"] for r in faults["accuracy"])
     where, row = faults["machine"], soak["rows"][0]
-    done = [int(n) for r in faults["rows"] for n in r["runs done when it came"].split(", ")]
+    done = [int(n) for r in faults["rows"] for n in r["runs done when it came"].split(", ") if n]
     after = float(row["a run, s"]) / float(row["bare papermill, before and after, s"].split(", ")[1])
     text = f"""# Reliability
 
@@ -98,7 +98,7 @@ def main(junit=()):
 
 ## The real model
 
-SmolLM2-135M-Instruct on three tasks, two methods and two seeds ({len(faults["accuracy"])} runs, {options["train"]} training and {options["eval"]} validation items each, dropout on, {options["workers"]} at a time, a checkpoint every 5 s) was made once undisturbed and once while something was killed about every {options["pause"]:.0f} s, {times} times in all. "Wrong" compares every run's metrics, answers (log-likelihoods to the last bit), history and adapter with the undisturbed grid's; "lost or made again" compares each result.json that existed when the fault came with the one at the end, byte by byte. {done.count(0)} of the faults came before any run had finished, so that column tests {sum(done)} finished runs; the tiny models below test many more.
+SmolLM2-135M-Instruct on three tasks, two methods and two seeds ({len(faults["accuracy"])} runs, {options["train"]} training and {options["eval"]} validation items each, dropout on, {options["workers"]} at a time, a checkpoint every 5 s) was made once undisturbed and once while something was killed about every {options["pause"]:.0f} s, {times} times in all. "Wrong" compares every run's metrics, answers (log-likelihoods to the last bit), history and adapter with the undisturbed grid's; "lost or made again" compares each result.json that existed when the fault came with the one at the end, byte by byte. {done.count(0)} of the faults came before any run had finished, and at the others at most {max(done)} had. So this column says little; the tiny models below test many more finished runs.
 
 {table(faults["rows"], faults["columns"])}
 

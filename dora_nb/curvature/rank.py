@@ -17,6 +17,7 @@ from .kronecker import Metric, update_metrics
 from .probe import item_parts, probing
 from .spectra import effective_rank
 from ..layers.linear import LoRALinear
+from ..layers.lora import INITS
 from ..messages import progress_bar
 from ..models.adapt import adapter_layers, adapter_state, change_state
 from ..training.config import OVER_CHOICES, TrainConfig
@@ -98,7 +99,8 @@ def truncate(
         )
         alphas[name] = layer.scaling * (r**0.5 if config.rslora else r)
     patterns = {"rank_pattern": {n: ranks[n] for n in alphas}, "alpha_pattern": alphas}
-    change_state(model, config=replace(config, init="kaiming", **patterns))  # other starts may not allow these ranks
+    init = config.init if config.init in INITS else "kaiming"  # other starts may not allow these ranks
+    change_state(model, config=replace(config, init=init, **patterns))
     return model
 
 # %% ../../nbs/5_curvature/41_rank.ipynb #02d9f72b

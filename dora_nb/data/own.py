@@ -138,6 +138,7 @@ def _read(name: str) -> dict[str, list[tuple[str, dict]]]:
 
 # %% ../../nbs/2_data/11b_own.ipynb #da8752b9
 ROLES = ("prompt", "choices", "answer", "completion")
+_NUMBERED = re.compile(r"choice_?\d+")  # a column of one choice
 
 
 def read_columns(
@@ -178,7 +179,7 @@ def _roles(keys: list[str], template: str, columns: str) -> dict[str, list[str]]
     for what, names in (("template", template_fields(template)), *((f"columns: {r}", n) for r, n in given.items())):
         if missing := [name for name in names if name not in keys]:
             raise ValueError(f"{what}: there is no column {missing[0]!r}; {advice(missing[0], keys)}")
-    numbered = sorted((k for k in keys if re.fullmatch(r"choice_?\d+", k)), key=lambda k: int(re.sub(r"\D", "", k)))
+    numbered = sorted(filter(_NUMBERED.fullmatch, keys), key=lambda k: int(re.sub(r"\D", "", k)))
     roles = {role: [role] for role in ROLES if role in keys} | ({"choices": numbered} if numbered else {}) | given
     roles |= {"prompt": template_fields(template)} if template else {}
     completes, ranks = "completion" in roles, {"choices", "answer"} <= roles.keys()
@@ -267,7 +268,8 @@ def _item(row: dict, roles: dict[str, list[str]], template: str) -> tuple[dict, 
 
 def _items(rows: list[tuple[str, dict]], template: str, columns: str) -> list[dict]:
     "Return the items of a split; ValueError names the first faults by their places."
-    keys = list(dict.fromkeys(key for _, row in rows for key in row))  # a row of JSON may lack some
+    more = (key for _, row in rows for key in row if _NUMBERED.fullmatch(key))  # a row of JSON may have more choices
+    keys = list(dict.fromkeys([*rows[0][1], *(more if any(map(_NUMBERED.fullmatch, rows[0][1])) else ())]))
     roles, found, faults = _roles(keys, template, columns), [], []
     for place, row in rows:
         try:

@@ -158,7 +158,7 @@ def _resolved(config, model: nn.Module) -> AdapterConfig:
         return replace(config, target_modules=default_targets(model))
     return config
 
-
+# %% ../../nbs/3_models/19_adapt.ipynb #cef01762
 def _check_uncompressed(model: nn.Module, method: str):
     "Refuse to train every weight of a model of which some are stored in few bits, or are zero on purpose: ValueError."
     quantised = next((n for n, m in modules_by_name(model).items() if is_quantised(m)), "")

@@ -73,7 +73,8 @@ def is_quantised(
     m: nn.Module,  # any module
 ) -> bool:
     "Return whether a module is a linear layer whose weight is stored in another form, by this package or another library."
-    return isinstance(m, StoredLinear) or _is_linear(m) and isinstance(m.weight, Tensor) and is_wrapped(m.weight)
+    weight = getattr(m, "weight", None)  # another library's layer may have none
+    return isinstance(m, StoredLinear) or _is_linear(m) and isinstance(weight, Tensor) and is_wrapped(weight)
 
 # %% ../../nbs/3_models/18_targets.ipynb #cd8aef09
 # Modules that read the weights of their layers, and do not call them, on a fast path or always

@@ -7,6 +7,7 @@ __all__ = ['PEFT_FLAG', 'save_through', 'save_as_before']
 
 # %% ../../nbs/3_models/18c_through.ipynb #ae19b9f5
 import functools
+import importlib
 import sys
 
 from .targets import uncompiled
@@ -22,14 +23,13 @@ def save_through(
     "Let a model of transformers save and load its adapter; other models stay as they are."
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers and isinstance(model, transformers.PreTrainedModel):
-        from dora_nb.models.pretrained import load_state_dict, save_pretrained  # which itself needs `adapt`
-
-        model.save_pretrained = functools.partial(save_pretrained, model)
-        model.load_state_dict = functools.partial(load_state_dict, model)
+        later = importlib.import_module("dora_nb.models.pretrained")  # it needs `adapt`, so it comes after
+        model.save_pretrained = functools.partial(later.save_pretrained, model)
+        model.load_state_dict = functools.partial(later.load_state_dict, model)
         if getattr(model, "is_quantized", False):
             setattr(model, PEFT_FLAG, True)  # else Trainer refuses it
 
-
+# %% ../../nbs/3_models/18c_through.ipynb #bf4650c6
 def save_as_before(
     model: nn.Module,  # adapted, or not
 ):

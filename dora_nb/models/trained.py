@@ -52,9 +52,8 @@ def whole_modules(
     "Return the modules to save whole: those of `modules_to_save`, and all that PEFT finds by the names of others."
     unfrozen_names, saved = unfrozen_modules(model), adapter_state(model).saved
     modules = modules_by_name(model)
-    found = {
-        n for n in modules if unfrozen_names and n.endswith(unfrozen_names)
-    }  # PEFT's rule may find more than the name itself
+    # PEFT's rule may find more than the name itself
+    found = {n for n in modules if unfrozen_names and n.endswith(unfrozen_names)}
     for name in found.difference(unfrozen_names):
         if why := _refusal(f"{name}.weight", name, model):
             raise RuntimeError(f"PEFT would train {name!r} together with {unfrozen_names[0]!r}, and cannot, as {why}")

@@ -261,7 +261,7 @@ def _beside(row: dict, a: str, b: str) -> str:
         return text
     return f"{text} Answers in the form make {points('by_form', 'by_form')} of the difference, right ones among them {points('by_right', 'by_right')}."
 
-
+# %% ../../nbs/7_results/63_compare.ipynb #2b3da18f
 def verdict(
     row: dict,  # of `compare`
     labels: tuple[str, str] = ("LoRA", "DoRA"),  # of its sides

@@ -80,7 +80,7 @@ def _by_sums(trained: list[dict]) -> list[str]:
     why = "Choices differ in length there, so a part of what is learnt is how long a right one is; `choices_mean` avoids that."
     return [f"- Objective: summed log-likelihoods on {markdown_text(names)}. {why}"] if names else []
 
-
+# %% ../../nbs/7_results/73_page.ipynb #205a255c
 def _measured(page: Page) -> list[str]:
     "Return the section on how the findings were measured, in three or four lines."
     results = page.found.results

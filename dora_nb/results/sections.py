@@ -85,7 +85,7 @@ class Page:
 
     @functools.cached_property
     def compared(self) -> tuple[list[dict], list[dict]]:
-        "Return the rows of `compare` and of `changes` for all contrasts, with p corrected for all of them."
+        "Return the rows of `compare` and of `changes` for all contrasts, with p corrected for all that are tested."
         rows, moved = _compared(self.judged, self.spec)
         judged = [r["params"] for r in self.found.results if r["run"] in self.normed]
         normed = {(p["protocol"], p["task"]) for p in judged}
@@ -230,7 +230,7 @@ def _add_places(rows: list[dict], has: dict[str, list]):
 
 
 def _compared(found: Results, spec: dict) -> tuple[list[dict], list[dict]]:
-    "Return the rows of `compare` and of `changes` for all contrasts of a grid file, with p corrected for all that claim."
+    "Return the rows of `compare` and of `changes` for all contrasts of a grid file, with p corrected for all that are tested."
     contrasts = spec.get("contrasts", [dict(zip("ab", METHODS_APART))])
     rows, moved, has, start = [], [], factors(found.results), spec.get("changes_from", {})
     for k, contrast in enumerate(contrasts):

@@ -545,7 +545,6 @@ def test_train_and_evaluate_a_csv(write, tiny_model_dir, capsys):
     )
 
 
-@pytest.mark.long
 def test_the_longest_choice_is_the_one_asked_for(write, tiny_model_dir, capsys, monkeypatch):
     write("poem.jsonl", [{"prompt": f"Line {i}:", "completion": f" roses {i}"} for i in range(20)])
     seen = []
@@ -554,6 +553,7 @@ def test_the_longest_choice_is_the_one_asked_for(write, tiny_model_dir, capsys, 
     assert command(capsys, "evaluate", *options)[0] == 0 and [most for most, _ in seen] == [4096]
 
 
+@pytest.mark.long
 def test_completions_from_a_file_to_a_page(write, tiny_model_dir, capsys):
     write("poem.jsonl", [{"prompt": f"Line {i}:", "completion": f" roses {i}"} for i in range(20)])
     options = dict(task="poem.jsonl", model=str(tiny_model_dir), rank=2, batch_size=4, format="instruction")

@@ -87,7 +87,7 @@ def test_two_processes_are_as_one(two, one, way, kind):
     assert [r["items"] for r in told["records"]] == [r["items"] for r in said["records"]]
     assert 1 in [r["items"] for r in told["records"]]  # a step in which one process has nothing to do
     for mine, theirs in zip(said["records"], told["records"]):
-        for key in mine.keys() - {"padding"}:  # there is less in smaller micro-batches
+        for key in mine.keys() - {"padding", "right"}:  # there is less in smaller micro-batches
             assert theirs[key] == pytest.approx(mine[key], rel=1e-4), key
     for mine, theirs in zip(said["answers"], told["answers"]):
         assert theirs["loglikelihood"] == pytest.approx(mine["loglikelihood"], abs=1e-3)
