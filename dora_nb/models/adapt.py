@@ -137,6 +137,15 @@ def _new_layers(targets: dict[str, nn.Linear], config: AdapterConfig) -> dict[st
     options = {option: getattr(config, option) for option in method.options}
     return {n: method.layer(m, *sizes[n], **options) for n, m in targets.items()}
 
+
+def _check_uncompressed(model: nn.Module, method: str):
+    "Refuse to train every weight of a model of which some are stored in few bits, or are zero on purpose: ValueError."
+    quantised = next((n for n, m in modules_by_name(model).items() if is_quantised(m)), "")
+    if what := adapter_state(model).compressed or quantised and f"quantised, as {quantised!r}":
+        raise ValueError(
+            f"method {method!r} trains every weight, and this model is compressed ({what}); load it uncompressed, or use a method with adapters"
+        )
+
 # %% ../../nbs/3_models/19_adapt.ipynb #aec6efbb
 def _check_free(model: nn.Module):
     "Refuse a model that has an adapter: RuntimeError."
@@ -157,15 +166,6 @@ def _resolved(config, model: nn.Module) -> AdapterConfig:
     if config.target_modules is None and METHODS[config.method].layer is not None:
         return replace(config, target_modules=default_targets(model))
     return config
-
-# %% ../../nbs/3_models/19_adapt.ipynb #cef01762
-def _check_uncompressed(model: nn.Module, method: str):
-    "Refuse to train every weight of a model of which some are stored in few bits, or are zero on purpose: ValueError."
-    quantised = next((n for n, m in modules_by_name(model).items() if is_quantised(m)), "")
-    if what := adapter_state(model).compressed or quantised and f"quantised, as {quantised!r}":
-        raise ValueError(
-            f"method {method!r} trains every weight, and this model is compressed ({what}); load it uncompressed, or use a method with adapters"
-        )
 
 
 def _prepare(model: nn.Module, config: AdapterConfig, named: bool = True) -> tuple[dict, dict]:

@@ -233,11 +233,6 @@ def clear(
     "Return whether a difference may be claimed: the interval excludes zero and the corrected p is below 0.05."
     return (row["low"] > 0 or row["high"] < 0) and tested_p(row) < 0.05
 
-# %% ../../nbs/7_results/63_compare.ipynb #f21c2bb2
-def _made_unlike(row: dict, who: str) -> str:
-    "Return a sentence on the conditions in which the sides differ; an empty string if there are none."
-    return f" {who} under different conditions: {row['unlike']}." if row.get("unlike") else ""
-
 
 def _p_words(row: dict) -> str:
     "Return the p of a comparison as text."
@@ -248,6 +243,11 @@ def _power_words(row: dict, largest: float = 1.0) -> str:
     "Return which difference would be found, as the end of a sentence; none if only an impossible one would."
     found = f"one of {100 * row['detectable']:.1f}" if row["detectable"] <= largest else "no possible one"
     return f"and {found} would be found with 80 % power"
+
+# %% ../../nbs/7_results/63_compare.ipynb #f21c2bb2
+def _made_unlike(row: dict, who: str) -> str:
+    "Return a sentence on the conditions in which the sides differ; an empty string if there are none."
+    return f" {who} under different conditions: {row['unlike']}." if row.get("unlike") else ""
 
 
 def _beside(row: dict, a: str, b: str) -> str:

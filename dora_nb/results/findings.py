@@ -176,7 +176,7 @@ def _limit(rows: list[dict]) -> float:
     ends = max(max(-r["low"], r["high"]) for r in rows)
     return max(1.0, math.ceil(min(5.0, ends)), math.ceil(1.1 * max(abs(r["difference"]) for r in rows)))
 
-
+# %% ../../nbs/7_results/71b_findings.ipynb #8700b351
 def findings_section(
     page: Page,
 ) -> list[str]:  # of Markdown
