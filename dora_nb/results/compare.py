@@ -333,4 +333,4 @@ def change_verdict(
         return f"{text} No claim is made.{made}"
     if not clear(row):
         return f"{text} These data show no change; one of more than {most:.1f} points is outside the interval, {_power_words(row, 2.0)}.{made}"
-    return f"{text} {b if row['change'] > 0 else a} gains on the other.{made}"
+    return f"{text} The difference is {'larger' if row['change'] > 0 else 'smaller'} here.{made}"

@@ -356,7 +356,10 @@ def test_a_difference_that_changes():
     assert (table.low > 0).all() and (table.p < 0.01).all() and (table.low < table.change).all()
     text = change_verdict(table.loc["rtn-2"].to_dict() | {"p_holm": 0.2}, start="as it comes", head="rtn-2")
     assert text.startswith("rtn-2 against as it comes: DoRA − LoRA changes by +10.0 points") and "no change" in text
-    assert "DoRA gains" in change_verdict(table.loc["rtn-3"].to_dict())
+    assert change_verdict(table.loc["rtn-3"].to_dict()).endswith("The difference is larger here.")
+    turned = table.loc["rtn-3"].to_dict() | {"change": -0.2, "low": -0.3, "high": -0.1}
+    assert change_verdict(turned).endswith("The difference is smaller here.")
+    assert change_verdict(turned | {"p_holm": math.nan}).endswith("not tested. No claim is made.")
     assert not len(changes(results, predictions, {"compress": "hqq-4"}))
     same = changes(results, predictions, {"compress": ""}, {"method": "lora"}, {"method": "lora"})
     assert (same.change == 0).all() and (same.low < 0).all() and (same.p == 1).all()
