@@ -131,9 +131,8 @@ def _names(option: str, value) -> tuple[str, ...]:
     "Return a list of names as a tuple; ValueError for values that cannot name modules."
     if isinstance(value, dict) or not isinstance(value, Iterable):
         raise ValueError(f"{option}={value!r:.60} must be a list of names, or a string")
-    names = tuple(
-        sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
-    )  # a set has no order of its own
+    # a set has no order of its own
+    names = tuple(sorted(value, key=str) if isinstance(value, (set, frozenset)) else value)
     if len(names) > MAX_NAMES or not all(isinstance(n, str) and 0 < len(n) <= MAX_NAME_LENGTH for n in names):
         raise ValueError(f"{option} must hold names, at most {MAX_NAMES:,} of at most {MAX_NAME_LENGTH:,} characters")
     return names

@@ -117,11 +117,8 @@ def _failure_words(page: Page, ends: pd.Series, above: float) -> list[str]:
                 continue
             d = failure_difference(runs, ends, above)
             points, low, high = (100 * d[k] for k in ("difference", "low", "high"))
-            found = (
-                f"A difference of {100 * d['detectable']:.0f} points"
-                if d["detectable"] <= 1
-                else "No possible difference"
-            )
+            size = f"A difference of {100 * d['detectable']:.0f} points"
+            found = size if d["detectable"] <= 1 else "No possible difference"
             lines.append(
                 f"{words(where) or 'All trainings'}: in the share that failed, {b} − {a} is {points:+.0f} points [{low:+.0f}, {high:+.0f}] on {d['n']} seeds; {b} alone failed with {d['only_b']} of them, {a} alone with {d['only_a']}, p = {d['p']:.2g} (McNemar). {found} would be found with 80 % power."
             )

@@ -80,11 +80,8 @@ def conclusion(
         return f"{b if row['difference'] > 0 else a} is ahead"
     if row["low"] > 0 or row["high"] < 0:  # the correction for many comparisons forbids the claim
         return f"not claimed, p = {tested_p(row):.2g}"
-    return (
-        f"cannot tell; would find {100 * row['detectable']:.1f}"
-        if row["detectable"] <= 1
-        else "cannot tell; would find none"
-    )
+    found = f"{100 * row['detectable']:.1f}" if row["detectable"] <= 1 else "none"
+    return f"cannot tell; would find {found}"
 
 # %% ../../nbs/7_results/71b_findings.ipynb #81c6967e
 _BESIDE = {
