@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from ..layers.base import check_linear, device_of, keep_unpacked, linear_shape, reads_weight
 from ..layers.linear import LoRALinear, SharedInput
 from ..layers.stored import StoredLinear
-from .methods import METHODS, AdapterConfig, narrowing
+from .methods import METHODS, AdapterConfig, has_adapter, narrowing
 from .peft_config import as_config
 from .names import match_names, shorten
 from .saved import Copied, copy_biases, copy_modules, find_saved, saved_entries, swap_all, trained_biases
@@ -150,7 +150,7 @@ def _check_uncompressed(model: nn.Module, method: str):
 def _check_free(model: nn.Module):
     "Refuse a model that has an adapter: RuntimeError."
     config = adapter_state(model).config
-    if config and METHODS[config.method].layer is None:
+    if config and not has_adapter(config.method):
         raise RuntimeError(
             f"every weight of this model is trained, by method {config.method!r}; merge(model, keep_base=False) ends that and keeps their values"
         )
@@ -163,14 +163,14 @@ def _check_free(model: nn.Module):
 def _resolved(config, model: nn.Module) -> AdapterConfig:
     "Return the configuration, from PEFT's if need be, with the targets that it names or the model's default ones."
     config = as_config(config, model)
-    if config.target_modules is None and METHODS[config.method].layer is not None:
+    if config.target_modules is None and has_adapter(config.method):
         return replace(config, target_modules=default_targets(model))
     return config
 
 
 def _prepare(model: nn.Module, config: AdapterConfig, named: bool = True) -> tuple[dict, dict]:
     "Return the layers to adapt and the modules to train whole, with all checks made; both are empty for method full."
-    if METHODS[config.method].layer is None:
+    if not has_adapter(config.method):
         standard = AdapterConfig(config.method)
         if idle := next((f.name for f in fields(config) if getattr(config, f.name) != getattr(standard, f.name)), ""):
             warnings.warn(f"method {config.method!r} trains every weight; {idle} has no effect", stacklevel=3)
@@ -198,7 +198,7 @@ def adapt(
     targets, saved = _prepare(model, config, named)
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        model.requires_grad_(METHODS[config.method].layer is None)
+        model.requires_grad_(not has_adapter(config.method))
         biases = trained_biases(uncompiled(model), config.bias if targets else "none", targets, saved)
         copies = copy_modules(saved) | copy_biases(uncompiled(model), biases)
         layers = _new_layers(targets, config)

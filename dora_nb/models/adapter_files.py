@@ -21,7 +21,7 @@ from .adapt import open_targets, unmatched_patterns, whole_tensors
 from .base_checksum import CHECKSUMS, base_checksum
 from .file_tensors import apart, file_tensors
 from .merge import check_enabled
-from .methods import HEADS, METHODS, AdapterConfig, narrowing
+from .methods import HEADS, METHODS, AdapterConfig, has_adapter, narrowing
 from .names import match_ends, shorten
 from .peft_format import CONFIG, OURS, WEIGHTS, naming_file, read_adapter, weights_file
 from .peft_format import tensor_name, to_peft, with_starts
@@ -74,7 +74,7 @@ def save_adapter(
 ) -> Path:  # the folder
     "Save the adapter and all that was trained beside it as PEFT does; with method full, save the model as transformers does. RuntimeError if there is no adapter or PEFT's format cannot hold it, ValueError if PEFT has no such method, OSError if the folder cannot be written."
     path, config = Path(path), _check_saveable(model)
-    if METHODS[config.method].layer is None:
+    if not has_adapter(config.method):
         _save_model(model, path, write)
         return path
     warn_of_unnoticed_tokens(model)

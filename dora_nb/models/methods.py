@@ -320,7 +320,7 @@ def ignored_options(
 ) -> set[str]:  # fields of `AdapterConfig`
     "Return the options that have no effect with a method."
     taken = {"method", *METHODS[method].options}
-    if METHODS[method].layer is not None:
+    if has_adapter(method):
         taken |= {"rank", "alpha", "target_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "bias"}
         taken |= {"exclude_modules", "layers_to_transform", "layers_pattern"}
     return {f.name for f in fields(AdapterConfig)} - taken

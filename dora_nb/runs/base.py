@@ -17,7 +17,7 @@ from ..layers.starts import check_start
 from ..data.tasks import find_task, load_task
 from ..models.targets import find_targets
 from ..models.compress import compress, parse_scheme
-from ..models.methods import METHODS
+from ..models.methods import has_adapter, trains
 from .config import RunConfig, data_options, naming, trained_tasks
 from .identity import checksums
 from ..training.config import OVER_CHOICES
@@ -57,7 +57,7 @@ def check_model(
     if config.model in MODELS and not fetch and not is_cached(config.model, config.source):
         return
     folder, adapter = model_path(config.model, config.source), config.adapter()
-    if adapter is None or METHODS[adapter.method].layer is None:
+    if adapter is None or not has_adapter(adapter.method):
         return
     layers = find_targets(_outline(folder, checksums(config)["model"]), adapter.target_modules)
     widest = max(max(linear_shape(layer)) for layer in layers.values())
@@ -76,7 +76,7 @@ def check_data(
     "Refuse a run whose data have a fault, or do not suit its objective: ValueError."
     own = lambda task: {k: v for k, v in data_options(config, task).items() if k in ("template", "columns")}
     find_task(config.task, **own(config.task))
-    for name in trained_tasks(vars(config)) if METHODS[config.method].trains else ():
+    for name in trained_tasks(vars(config)) if trains(config.method) else ():
         task = find_task(name, **own(name))
         if "train" not in task.counts:
             raise ValueError(f"{name} has no train items, but only {', '.join(task.counts)}")

@@ -23,7 +23,7 @@ from ..layers.plans import PLANS
 from ..layers.starts import SUBTRACTED
 from ..messages import advice
 from ..models.compress import parse_scheme
-from ..models.methods import METHODS, AdapterConfig
+from ..models.methods import METHODS, AdapterConfig, has_adapter, trains
 from ..training.config import OVER_CHOICES, PRECISIONS, TrainConfig, check_seed, check_types
 from ..training.evaluate import PROTOCOLS, format_of
 
@@ -287,10 +287,10 @@ class RunConfig(_Execution, _Measurement, _Training, _Adapter, _Subject):  # the
         "Return the adapter's configuration; None for a method that trains nothing."
         names = tuple(split_names(self.target_modules))
         targets = "all-linear" if names == ("all-linear",) else names
-        if not METHODS[self.method].trains:
+        if not trains(self.method):
             return None
         given = AdapterConfig(**_some(self, AdapterConfig) | {"target_modules": targets} | read_patterns(self.ranks))
-        return given if METHODS[self.method].layer is not None else AdapterConfig(self.method)
+        return given if has_adapter(self.method) else AdapterConfig(self.method)
 
     def training(self) -> TrainConfig:
         "Return the training's configuration."

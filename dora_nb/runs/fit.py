@@ -25,7 +25,7 @@ from ..models.adapt import adapt, count_parameters
 from ..models.magnitude import fixed_magnitudes
 from ..models.merge import can_merge, merge
 from ..models.adapter_files import save_adapter
-from ..models.methods import METHODS, AdapterConfig
+from ..models.methods import AdapterConfig, has_adapter
 from ..models.scoring import context_length
 from .config import RunConfig, data_options, read_patterns, trained_tasks
 from .folder import CHECKPOINTS, HISTORY, RANKS
@@ -167,6 +167,6 @@ def fit(
         raise ValueError(f"target_modules: {e}") from None
     earlier = max(0.0, records[-1]["seconds"] - (time.perf_counter() - start))  # seconds of earlier, interrupted tries
     check_there(run_dir)
-    _save(model, tokenizer, run_dir / "adapter", whole=METHODS[config.method].layer is None, write=team.rank == 0)
+    _save(model, tokenizer, run_dir / "adapter", whole=not has_adapter(config.method), write=team.rank == 0)
     merge_for_evaluation(config, model)
     return _training_record(records, len(items), earlier, trainable, total)

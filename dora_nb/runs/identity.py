@@ -33,9 +33,9 @@ def ignored_parameters(
     method: str,  # a name in `METHODS`
 ) -> set[str]:
     "Return the parameters of a run that have no effect with a method."
-    if not METHODS[method].trains:
+    if not trains(method):
         return (_ADAPTER | _TRAIN | _PROBE | _UNTRAINED) - {"method", "max_tokens", "batch_tokens"}
-    without_adapter = _PROBE | {"ranks", "allocate"} if METHODS[method].layer is None else set()
+    without_adapter = _PROBE | {"ranks", "allocate"} if not has_adapter(method) else set()
     without_magnitude = set() if METHODS[method].has_magnitude else {"magnitude_lr"}
     return ignored_options(method) | without_adapter | without_magnitude
 
@@ -136,7 +136,7 @@ def run_id(
 # %% ../../nbs/6_runs/44_identity.ipynb #bce53570
 def _readable(config: RunConfig) -> str:
     "Return the readable part of a run's name: task, method, rank and seed."
-    if not METHODS[config.method].trains:
+    if not trains(config.method):
         return f"{task_name(config.task)}-{config.method}"
     rank = f"-r{config.rank}" if has_adapter(config.method) else ""
     return f"{task_name(config.task)}-{config.method}{rank}-s{config.seed}"

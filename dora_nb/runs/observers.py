@@ -22,7 +22,7 @@ from ..layers.base import frozen_weight, read_weight
 from ..layers.decompose import delta_direction, delta_magnitude, row_norm
 from ..messages import say
 from ..models.adapt import adapter_layers
-from ..models.methods import METHODS
+from ..models.methods import METHODS, has_adapter
 from ..models.targets import default_targets, find_targets
 from .config import RunConfig, data_options, split_names
 from .folder import CURVATURE, GEOMETRY, SCHEMA
@@ -85,7 +85,7 @@ def curvature_observer(config: RunConfig, model, tokenizer, run_dir: Path) -> Ca
 # %% ../../nbs/6_runs/48_observers.ipynb #1d9eb4b9
 def _moved(config: RunConfig, model) -> Callable[[], Iterable[tuple[str, torch.Tensor, torch.Tensor]]]:
     "Return a function that yields each adapted weight's name, its initial value and its current value, (out, in), before any rounding to the model's dtype."
-    if METHODS[config.method].layer is not None:
+    if has_adapter(config.method):
         layers = adapter_layers(model)
         return lambda: ((n, frozen_weight(layer.base_layer), layer.adapted_weight()) for n, layer in layers.items())
     targets = find_targets(model, default_targets(model))

@@ -29,7 +29,7 @@ from ..data.tasks import TASKS, load_task
 from ..files import read_json, set_aside, write_json, write_whole
 from ..messages import say
 from ..models.adapter_files import load_adapter
-from ..models.methods import METHODS
+from ..models.methods import has_adapter, trains
 from .base import check_data, check_model, load_base
 from .config import RunConfig, config_from, data_options, trained_tasks
 from .fit import check_texts, check_there, fit, merge_for_evaluation
@@ -58,7 +58,7 @@ def _identity(config: RunConfig, device: torch.device) -> dict:
         versions=library_versions(),
         machine=describe_machine(device),
         precision=precision,
-    ) | (dict(training_id=training_id(config)) if METHODS[config.method].trains else {})
+    ) | (dict(training_id=training_id(config)) if trains(config.method) else {})
 
 # %% ../../nbs/6_runs/50_run.ipynb #7e1e0896
 def _same_training(config: RunConfig, run_dir: Path) -> Path | None:
@@ -91,7 +91,7 @@ def _take_over(config: RunConfig, model, run_dir: Path, twin: Path, team: Distri
         for name in (*adapter_file_names(twin), HISTORY, CURVATURE, GEOMETRY, RANKS):
             if (twin / name).exists():
                 _copy(twin / name, run_dir / name)
-    if METHODS[config.method].layer is None:
+    if not has_adapter(config.method):
         model.load_state_dict(load_model(str(twin / "adapter"))[0].state_dict())
     else:
         load_adapter(model, twin / "adapter")
@@ -109,14 +109,14 @@ def _load(config: RunConfig, team: Distributed) -> tuple:
     first, place = trained_tasks(vars(config))[0], "cpu" if config.fsdp else team.device
     model, tokenizer = load_base(config.model, config.compress, first, place, **data_options(config, first))
     check_texts(config, (config.task,), model, tokenizer, items)
-    if config.fsdp and not METHODS[config.method].trains:
+    if config.fsdp and not trains(config.method):
         shard(model, team)
     return model, tokenizer, items
 
 
 def _train(config: RunConfig, model, tokenizer, run_dir: Path, progress: bool, team: Distributed) -> dict | None:
     "Train, or take over a finished training; return its record, or None for a method that trains nothing."
-    if not METHODS[config.method].trains:
+    if not trains(config.method):
         return None
     twin = _same_training(config, run_dir) if team.rank == 0 and not config.fsdp else None
     if twin := team.gather(str(twin or ""))[0]:  # the same in all processes
